@@ -1,0 +1,1 @@
+//! Where the database is, and how to log in.

@@ -1,0 +1,7 @@
+//! A Postgres outbox for Kafka.
+
+#[cfg(feature = "relay")]
+pub mod database;
+pub mod error;
+
+pub use error::{Error, ErrorKind, Result};

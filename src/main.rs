@@ -1,0 +1,2 @@
+//! The `postbox` program.
+fn main() {}
