@@ -1,0 +1,242 @@
+//! What has been delivered, in the order in which it was read: the only place
+//! where progress is decided.
+//!
+//! A source says two things, *an event* or *a position that is safe once
+//! everything before it is delivered*, and both enter one queue in source order.
+//! Deliveries come back in any order. When the head of the queue is a delivered
+//! event it leaves; when the head is a position, everything before it has been
+//! delivered, so it leaves too and may be confirmed.
+//!
+//! ```text
+//!   read order ──▶   E1 ✔   E2 ✔   P1   E3 …   E4 ✔   P2
+//!                    └──── leave ───┘   └─ waits for E3 ─┘      confirmable: P1
+//! ```
+//!
+//! Ordered acknowledgement, transaction boundaries (only a commit's end is a
+//! position), idle progress (a keepalive's end is one too), bounded memory and a
+//! graceful drain are this one mechanism. The queue knows nothing of Kafka or
+//! Postgres.
+
+use std::collections::VecDeque;
+
+/// Events in flight and the positions between them, in source order.
+///
+/// `E` is what the caller wants back when an event is delivered, `P` a position.
+#[derive(Debug)]
+pub struct AckQueue<E, P> {
+    entries: VecDeque<Entry<E, P>>,
+    /// The sequence number of the first entry.
+    head: u64,
+    in_flight: usize,
+    in_flight_bytes: usize,
+}
+
+#[derive(Debug)]
+enum Entry<E, P> {
+    InFlight { event: E, bytes: usize },
+    Delivered,
+    Position(P),
+}
+
+impl<E, P> Default for AckQueue<E, P> {
+    fn default() -> Self {
+        Self {
+            entries: VecDeque::new(),
+            head: 0,
+            in_flight: 0,
+            in_flight_bytes: 0,
+        }
+    }
+}
+
+impl<E, P> AckQueue<E, P> {
+    /// Adds an event that weighs `bytes` and returns its sequence number, by
+    /// which its delivery is reported.
+    pub fn push_event(&mut self, event: E, bytes: usize) -> u64 {
+        let sequence = self.head + self.entries.len() as u64;
+        self.entries.push_back(Entry::InFlight { event, bytes });
+        self.in_flight += 1;
+        self.in_flight_bytes += bytes;
+        sequence
+    }
+
+    /// Adds a position: safe to confirm once every event before it is delivered.
+    ///
+    /// Of neighbouring positions only the last is kept, so a server that pings a
+    /// million times while the broker is away costs one entry.
+    pub fn push_position(&mut self, position: P) {
+        if let Some(Entry::Position(last)) = self.entries.back_mut() {
+            *last = position;
+        } else {
+            self.entries.push_back(Entry::Position(position));
+        }
+    }
+
+    /// Marks an event delivered and returns it.
+    ///
+    /// # Panics
+    /// If `sequence` is not an event in flight: to go on would confirm something
+    /// that was never delivered.
+    pub fn delivered(&mut self, sequence: u64) -> E {
+        let entry = sequence
+            .checked_sub(self.head)
+            .and_then(|index| self.entries.get_mut(usize::try_from(index).ok()?))
+            .map(|entry| std::mem::replace(entry, Entry::Delivered));
+        let Some(Entry::InFlight { event, bytes }) = entry else {
+            panic!("delivery report {sequence} names no event in flight");
+        };
+        self.in_flight -= 1;
+        self.in_flight_bytes -= bytes;
+        event
+    }
+
+    /// Removes what is delivered from the head and returns the newest position
+    /// that everything before is delivered of, if a new one was reached.
+    pub fn confirmable(&mut self) -> Option<P> {
+        let mut reached = None;
+        while let Some(entry) = self.entries.front() {
+            if matches!(entry, Entry::InFlight { .. }) {
+                break;
+            }
+            if let Some(Entry::Position(position)) = self.entries.pop_front() {
+                reached = Some(position);
+            }
+            self.head += 1;
+        }
+        reached
+    }
+
+    /// The event in flight with this sequence number.
+    pub fn get(&self, sequence: u64) -> Option<&E> {
+        let index = usize::try_from(sequence.checked_sub(self.head)?).ok()?;
+        match self.entries.get(index)? {
+            Entry::InFlight { event, .. } => Some(event),
+            _ => None,
+        }
+    }
+
+    /// The number of events not yet delivered.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    /// The bytes of the events not yet delivered.
+    pub fn in_flight_bytes(&self) -> usize {
+        self.in_flight_bytes
+    }
+
+    /// The number of entries held: events in flight, delivered events behind
+    /// them, and positions.
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Whether everything was delivered and every position handed out.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_position_waits_for_every_event_before_it() {
+        let mut queue = AckQueue::default();
+        let first = queue.push_event("a", 1);
+        let second = queue.push_event("b", 1);
+        queue.push_position(10);
+        queue.delivered(second);
+        assert_eq!(queue.confirmable(), None);
+        queue.delivered(first);
+        assert_eq!(queue.confirmable(), Some(10));
+        assert_eq!(queue.confirmable(), None);
+    }
+
+    #[test]
+    fn neighbouring_positions_are_one_entry() {
+        let mut queue = AckQueue::<(), _>::default();
+        let event = queue.push_event((), 1);
+        for position in 0..1_000_000 {
+            queue.push_position(position);
+        }
+        assert_eq!(queue.len(), 2);
+        queue.delivered(event);
+        assert_eq!(queue.confirmable(), Some(999_999));
+    }
+
+    #[test]
+    #[should_panic(expected = "names no event in flight")]
+    fn a_second_report_of_one_delivery_is_a_defect() {
+        let mut queue = AckQueue::<(), ()>::default();
+        let first = queue.push_event((), 1);
+        queue.push_event((), 1);
+        queue.delivered(first);
+        queue.delivered(first);
+    }
+
+    #[derive(Debug, Clone)]
+    enum Step {
+        Event(usize),
+        Position,
+        Deliver(prop::sample::Index),
+        Confirm,
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            4 => (0usize..1000).prop_map(Step::Event),
+            2 => Just(Step::Position),
+            4 => any::<prop::sample::Index>().prop_map(Step::Deliver),
+            2 => Just(Step::Confirm),
+        ]
+    }
+
+    proptest! {
+        /// Against a model that keeps everything: a position is handed out
+        /// exactly when nothing before it is in flight, in order, none skipped.
+        #[test]
+        fn agrees_with_a_model_that_forgets_nothing(steps in prop::collection::vec(step(), 0..400)) {
+            let mut queue = AckQueue::default();
+            // (delivered, bytes, sequence) for an event, the index for a position.
+            let mut model: Vec<Result<(bool, usize, u64), usize>> = Vec::new();
+            let mut confirmed = 0;
+            for step in steps {
+                match step {
+                    Step::Event(bytes) => {
+                        let sequence = queue.push_event(model.len(), bytes);
+                        model.push(Ok((false, bytes, sequence)));
+                    }
+                    Step::Position => {
+                        queue.push_position(model.len());
+                        model.push(Err(model.len()));
+                    }
+                    Step::Deliver(index) => {
+                        let open: Vec<usize> = (0..model.len())
+                            .filter(|&i| matches!(model[i], Ok((false, ..))))
+                            .collect();
+                        if open.is_empty() { continue; }
+                        let chosen = *index.get(&open);
+                        let Ok((delivered, _, sequence)) = &mut model[chosen] else { unreachable!() };
+                        *delivered = true;
+                        prop_assert_eq!(queue.get(*sequence), Some(&chosen));
+                        prop_assert_eq!(queue.delivered(*sequence), chosen);
+                    }
+                    Step::Confirm => {
+                        let safe = model.iter().take_while(|e| !matches!(e, Ok((false, ..)))).count();
+                        let expected = model[..safe].iter().filter_map(|e| e.err()).next_back()
+                            .filter(|&p| p >= confirmed);
+                        prop_assert_eq!(queue.confirmable(), expected);
+                        confirmed = expected.map_or(confirmed, |p| p + 1);
+                    }
+                }
+                let open = model.iter().filter_map(|e| e.ok()).filter(|e| !e.0);
+                prop_assert_eq!(queue.in_flight(), open.clone().count());
+                prop_assert_eq!(queue.in_flight_bytes(), open.map(|e| e.1).sum::<usize>());
+                prop_assert!(queue.len() <= model.len());
+            }
+        }
+    }
+}
