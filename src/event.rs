@@ -1,0 +1,57 @@
+//! An event as it was read from the outbox, before it becomes a record.
+
+use crate::timestamp::Timestamp;
+
+/// One row of the outbox, borrowed from the bytes it was read from.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Event<'a> {
+    /// The row's number, for people: it orders nothing. Tables of others may
+    /// have none.
+    pub seq: Option<&'a str>,
+    /// What a consumer recognises a repetition by.
+    pub id: &'a str,
+    /// The kind of thing that the event is about, such as `order`.
+    pub aggregate_type: &'a str,
+    /// Which of its kind.
+    pub aggregate_id: &'a str,
+    /// What happened to it, such as `order_placed`.
+    pub event_type: &'a str,
+    /// The topic, if the row overrides the route.
+    pub topic: Option<&'a str>,
+    /// What is kept in order, if not the aggregate.
+    pub partition_key: Option<&'a str>,
+    /// The body; `None` is a tombstone.
+    pub payload: Option<Payload<'a>>,
+    /// The row's own headers: a JSON object.
+    pub headers: Option<&'a str>,
+    /// The version of the body's schema.
+    pub schema_version: Option<&'a str>,
+    /// An application's trace id.
+    pub trace_id: Option<&'a str>,
+    /// What the event belongs to.
+    pub correlation_id: Option<&'a str>,
+    /// What caused the event.
+    pub causation_id: Option<&'a str>,
+    /// The W3C trace context.
+    pub traceparent: Option<&'a str>,
+    /// When the row was written.
+    pub created_at: Timestamp,
+}
+
+/// A body, by the type of the column it came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Payload<'a> {
+    /// `json` or `jsonb`: Postgres has checked it.
+    Json(&'a str),
+    /// Any other type, as its text: it may or may not be JSON.
+    Text(&'a str),
+    /// `bytea`, as Postgres prints it: two digits a byte after `\x`.
+    Hex(&'a str),
+}
+
+impl<'a> Event<'a> {
+    /// What is kept in order: the partition key, else the aggregate's id.
+    pub fn key(&self) -> &'a str {
+        self.partition_key.unwrap_or(self.aggregate_id)
+    }
+}
