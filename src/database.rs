@@ -1,1 +1,0 @@
-//! Where the database is, and how to log in.

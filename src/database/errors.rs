@@ -1,0 +1,317 @@
+//! Both clients' errors, sorted into ours in one place.
+//!
+//! What counts is the SQLSTATE: messages are translated by the server. Only where
+//! one state covers a slot and something else do we look at the words, and
+//! words we do not recognise leave the milder reading.
+
+use std::error::Error as StdError;
+use std::fmt;
+use std::io;
+
+use pgwire_replication::PgWireError;
+use rustls::AlertDescription;
+
+use crate::error::{Error, ErrorKind};
+
+const RUN_SETUP: &str = "run \"postbox setup\"";
+
+/// What rustls says of a certificate it does not accept. The replication client
+/// passes it on as text.
+const INVALID_CERTIFICATE: &str = "invalid peer certificate";
+
+/// The server's refusal: its message and SQLSTATE, and what to do. The detail
+/// is left out, since it may quote a row.
+#[derive(Debug)]
+pub struct Refusal {
+    sqlstate: String,
+    message: String,
+    next_step: Option<&'static str>,
+}
+
+impl Refusal {
+    /// The SQLSTATE, such as `42P01`.
+    pub fn sqlstate(&self) -> &str {
+        &self.sqlstate
+    }
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} (SQLSTATE {})", self.message, self.sqlstate)?;
+        match self.next_step {
+            Some(next_step) => write!(f, "; {next_step}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl StdError for Refusal {}
+
+/// Sorts an error of an ordinary session. `context` says what was being tried.
+/// A refusal by the server has a [`Refusal`] as its source.
+pub fn sort(context: impl Into<String>, error: tokio_postgres::Error) -> Error {
+    let context = context.into();
+    if let Some(refusal) = error.as_db_error() {
+        return refused(context, refusal.code().code(), refusal.message());
+    }
+    if let Some(tls) = find_rustls(&error) {
+        return sort_tls(context, tls, &error.to_string());
+    }
+    // The client's own kinds are private; its words are not translated.
+    let cause = error.source().map(ToString::to_string).unwrap_or_default();
+    match (error.to_string().as_str(), cause.as_str()) {
+        (_, "password missing") => no_password(&context),
+        (_, "server does not support TLS") => no_tls(&context),
+        ("authentication error", _) => Error::new(ErrorKind::Rights, context).caused_by(error),
+        _ => Error::new(ErrorKind::DatabaseAway, context).caused_by(error),
+    }
+}
+
+/// Sorts an error of the replication session, which carries the SQLSTATE only
+/// as the end of a text. `context` says what was being tried.
+pub fn sort_replication(context: impl Into<String>, error: PgWireError) -> Error {
+    let context = context.into();
+    let kind = match &error {
+        PgWireError::Server(text) => {
+            let tail = text.strip_suffix(')');
+            if let Some((message, state)) = tail.and_then(|text| text.rsplit_once(" (SQLSTATE ")) {
+                return refused(context, state, message);
+            }
+            ErrorKind::DatabaseAway
+        }
+        PgWireError::Io(cause) => {
+            if let Some(tls) = rustls_inside(cause) {
+                return sort_tls(context, tls, "replication session");
+            }
+            ErrorKind::DatabaseAway
+        }
+        PgWireError::Tls(text) if text.starts_with("server does not support TLS") => {
+            return no_tls(&context);
+        }
+        PgWireError::Tls(text) => {
+            if let Some(at) = text.find(INVALID_CERTIFICATE) {
+                return not_trusted(&context, &text[at..]);
+            }
+            if CERTIFICATE_ALERTS
+                .iter()
+                .any(|alert| text.ends_with(&format!("{alert:?}")))
+            {
+                return not_accepted(&context, text.clone());
+            }
+            match text.starts_with("TLS config error") {
+                true => ErrorKind::Settings,
+                false => ErrorKind::DatabaseAway,
+            }
+        }
+        PgWireError::Auth(_) => ErrorKind::Rights,
+        PgWireError::MessageTooLarge { .. } => ErrorKind::Event,
+        _ => ErrorKind::DatabaseAway,
+    };
+    Error::new(kind, context).caused_by(error)
+}
+
+fn refused(context: String, sqlstate: &str, message: &str) -> Error {
+    let (kind, next_step) = sort_refusal(sqlstate, message);
+    Error::new(kind, context).caused_by(Refusal {
+        sqlstate: sqlstate.to_owned(),
+        message: message.to_owned(),
+        next_step,
+    })
+}
+
+/// By <https://www.postgresql.org/docs/current/errcodes-appendix.html>. What is not
+/// listed may pass: connections (08), serialization and deadlocks (40),
+/// resources (53), shutdown and cancelling (57), a standby before its promotion.
+fn sort_refusal(sqlstate: &str, message: &str) -> (ErrorKind, Option<&'static str>) {
+    match sqlstate {
+        // No such role, no line in pg_hba.conf, wrong password; missing privilege.
+        state if state.starts_with("28") => (ErrorKind::Rights, None),
+        "42501" => (ErrorKind::Rights, None),
+        // No such database; schema, table, function or column.
+        "3D000" => (ErrorKind::Database, None),
+        "3F000" | "42P01" | "42883" | "42703" => (ErrorKind::Database, Some(RUN_SETUP)),
+        // An object without a state of its own.
+        "42704" if message.contains("replication slot") => (ErrorKind::Slot, None),
+        "42704" if message.contains("publication") => (ErrorKind::Publication, Some(RUN_SETUP)),
+        "42704" => (ErrorKind::Database, None),
+        "55006" => (ErrorKind::SlotInUse, None),
+        "53400" => {
+            let next_step = "raise max_replication_slots or drop a slot that is not used";
+            (ErrorKind::Slot, Some(next_step))
+        }
+        // An invalidated, foreign or physical slot; its WAL is gone.
+        "55000" if message.contains("replication slot") => (ErrorKind::Slot, None),
+        "58P01" if message.contains("WAL segment") => (ErrorKind::Slot, None),
+        "55000" if message.contains("wal_level") => {
+            let next_step = "set wal_level = logical and restart the server";
+            (ErrorKind::Database, Some(next_step))
+        }
+        _ => (ErrorKind::DatabaseAway, None),
+    }
+}
+
+/// The alerts by which a server refuses our certificate, or misses it.
+const CERTIFICATE_ALERTS: [AlertDescription; 9] = [
+    AlertDescription::BadCertificate,
+    AlertDescription::UnsupportedCertificate,
+    AlertDescription::CertificateRevoked,
+    AlertDescription::CertificateExpired,
+    AlertDescription::CertificateUnknown,
+    AlertDescription::UnknownCA,
+    AlertDescription::AccessDenied,
+    AlertDescription::DecryptError,
+    AlertDescription::CertificateRequired,
+];
+
+fn sort_tls(context: String, error: &rustls::Error, during: &str) -> Error {
+    match error {
+        rustls::Error::InvalidCertificate(_) => not_trusted(&context, &error.to_string()),
+        rustls::Error::AlertReceived(alert) if CERTIFICATE_ALERTS.contains(alert) => {
+            not_accepted(&context, error.to_string())
+        }
+        _ => Error::new(ErrorKind::DatabaseAway, context).caused_by(format!("{during}: {error}")),
+    }
+}
+
+fn not_trusted(context: &str, reason: &str) -> Error {
+    let next_step = match reason {
+        text if text.ends_with("UnknownIssuer") => "; sslrootcert must hold its CA",
+        text if text.contains("CaUsedAsEndEntity") => {
+            "; it is a CA itself: let a CA issue the server's certificate"
+        }
+        text if text.contains("UnsupportedCertVersion") => "; it must be X.509 v3",
+        text if text.contains("not valid for any names") => "; it needs a subjectAltName",
+        _ => "",
+    };
+    let message = format!("{context}: the server's certificate is not trusted");
+    Error::new(ErrorKind::Rights, message).caused_by(format!("{reason}{next_step}"))
+}
+
+fn not_accepted(context: &str, reason: String) -> Error {
+    let message = format!("{context}: the server does not accept our sslcert");
+    Error::new(ErrorKind::Rights, message).caused_by(reason)
+}
+
+fn no_tls(context: &str) -> Error {
+    let message =
+        format!("{context}: the server has no TLS, but sslmode or sslrootcert asks for it");
+    Error::new(ErrorKind::Settings, message)
+}
+
+fn no_password(context: &str) -> Error {
+    let message = format!(
+        "{context}: the server asks for a password; set it in the database URL, PGPASSWORD or ~/.pgpass"
+    );
+    Error::new(ErrorKind::Rights, message)
+}
+
+/// The TLS library's error, wherever it is wrapped.
+fn find_rustls<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a rustls::Error> {
+    let found = error
+        .downcast_ref::<io::Error>()
+        .and_then(rustls_inside)
+        .or_else(|| error.downcast_ref::<rustls::Error>());
+    found.or_else(|| find_rustls(error.source()?))
+}
+
+/// `io::Error::source` skips the error it wraps.
+fn rustls_inside(error: &io::Error) -> Option<&rustls::Error> {
+    error.get_ref()?.downcast_ref()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn server(message: &str, sqlstate: &str) -> Error {
+        let text = format!("{message} (SQLSTATE {sqlstate})");
+        sort_replication("start replication", PgWireError::Server(text))
+    }
+
+    #[test]
+    fn states_are_sorted_by_what_to_do() {
+        use ErrorKind::*;
+        for (sqlstate, message, kind) in [
+            ("28P01", "password authentication failed", Rights),
+            ("28000", "no pg_hba.conf entry", Rights),
+            ("42501", "permission denied", Rights),
+            ("3D000", "database \"x\" does not exist", Database),
+            ("42P01", "relation \"x\" does not exist", Database),
+            ("42704", "replication slot \"x\" does not exist", Slot),
+            ("42704", "publication \"x\" does not exist", Publication),
+            ("42704", "rôle", Database),
+            (
+                "55006",
+                "replication slot \"x\" is active for PID 7",
+                SlotInUse,
+            ),
+            ("53400", "all replication slots are in use", Slot),
+            (
+                "55000",
+                "can no longer get changes from replication slot \"x\"",
+                Slot,
+            ),
+            (
+                "55000",
+                "logical decoding requires wal_level >= logical",
+                Database,
+            ),
+            ("53300", "too many clients", DatabaseAway),
+            ("57P01", "terminating connection", DatabaseAway),
+            ("40P01", "deadlock detected", DatabaseAway),
+            ("XX000", "anything", DatabaseAway),
+        ] {
+            assert_eq!(
+                server(message, sqlstate).kind(),
+                kind,
+                "{sqlstate} {message}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_refusal_reads_as_one_line_with_the_next_step() {
+        let error = server("relation \"postbox.outbox\" does not exist", "42P01");
+        let line = "start replication: relation \"postbox.outbox\" does not exist \
+                    (SQLSTATE 42P01); run \"postbox setup\"";
+        assert_eq!(error.chain(), line);
+        let refusal = error
+            .source()
+            .and_then(|cause| cause.downcast_ref::<Refusal>());
+        assert_eq!(refusal.map(Refusal::sqlstate), Some("42P01"));
+    }
+
+    #[test]
+    fn tls_errors_of_the_replication_client_are_told_apart() {
+        let kind = |text: &str| sort_replication("x", PgWireError::Tls(text.to_owned())).kind();
+        let refused = "TLS handshake failed: invalid peer certificate: UnknownIssuer";
+        assert_eq!(kind(refused), ErrorKind::Rights);
+        let alert = rustls::Error::AlertReceived(AlertDescription::UnknownCA);
+        assert_eq!(
+            kind(&format!("TLS handshake failed: {alert}")),
+            ErrorKind::Rights
+        );
+        let rejected = "server does not support TLS (SSLRequest rejected)";
+        assert_eq!(kind(rejected), ErrorKind::Settings);
+        assert_eq!(kind("TLS config error: x"), ErrorKind::Settings);
+        assert_eq!(
+            kind("TLS handshake failed: unexpected EOF"),
+            ErrorKind::DatabaseAway
+        );
+    }
+
+    #[test]
+    fn an_alert_after_the_handshake_is_found_inside_the_io_error() {
+        let alert = rustls::Error::AlertReceived(AlertDescription::CertificateRequired);
+        let error = io::Error::new(io::ErrorKind::InvalidData, alert);
+        assert_eq!(
+            sort_replication("x", error.into()).kind(),
+            ErrorKind::Rights
+        );
+        let error = io::Error::from(io::ErrorKind::UnexpectedEof);
+        assert_eq!(
+            sort_replication("x", error.into()).kind(),
+            ErrorKind::DatabaseAway
+        );
+    }
+}
