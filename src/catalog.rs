@@ -1,0 +1,193 @@
+//! What Postgres knows of us: server, slot, publication and checkpoint.
+//!
+//! [`check`] is called before every start of the relay, because each of these
+//! can be changed behind its back, and most changes lose rows without an error:
+//!
+//! - A slot that is gone is never made again in silence: the new one would begin
+//!   at its own creation. (One that someone drops and makes again by hand under
+//!   the same name cannot be told from the first.)
+//! - A publication that was dropped and made again, or that the table was taken
+//!   out of for a while, hides what was committed meanwhile; Postgres 18 says
+//!   nothing even while it is missing. So its identity is compared, not its name.
+//! - Another cluster (a restored dump, a copy) has other LSNs and transaction ids.
+//! - A promoted standby keeps the cluster's identifier and changes the timeline:
+//!   that is an ordinary fail-over, and only worth a warning.
+
+mod checkpoint;
+mod publication;
+mod slot;
+
+use tokio_postgres::Client;
+use tracing::warn;
+
+use crate::contract::Contract;
+use crate::database::sort;
+use crate::error::{Error, ErrorKind, Result};
+
+pub use checkpoint::{Checkpoint, Stored, store_heartbeat, store_timeline, stored};
+pub use publication::{check_publication, publication_identity};
+pub use slot::{SlotState, find_slot, slot_state};
+
+pub(crate) use checkpoint::reconcile_publication;
+pub(crate) use publication::exists as publication_exists;
+
+/// The oldest Postgres whose pgoutput sends logical messages.
+const VERSION_MIN: i32 = 140_000;
+
+/// The version of our schema that this program was written for.
+pub const SCHEMA_VERSION: i32 = 1;
+
+/// Which cluster this is, and which branch of its history.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct System {
+    /// Made by initdb; kept by standbys and file-level copies.
+    pub identifier: String,
+    /// Rises with each promotion.
+    pub timeline: i32,
+}
+
+/// Checks everything a relay in WAL mode stands on, and returns where it is.
+///
+/// `system` is what `IDENTIFY_SYSTEM` answered on the replication session that
+/// is about to stream; without it the same is asked here. A checkpoint without a
+/// publication identity takes the present one. Another timeline is a warning;
+/// stamp it with [`store_timeline`] once the stream runs.
+///
+/// # Errors
+///
+/// `DatabaseAway`: the server is a standby. `SlotInUse`: another session reads
+/// the slot. `Database`, `Slot`, `Publication`: definite, and the message says
+/// what mends it.
+pub async fn check(
+    client: &Client,
+    contract: &Contract,
+    system: Option<&System>,
+) -> Result<Checkpoint> {
+    contract.validate()?;
+    check_server(client).await?;
+    check_schema_version(client, contract).await?;
+    let checkpoint = match stored(client, contract).await? {
+        Stored::At(checkpoint) => checkpoint,
+        Stored::Unfinished | Stored::Missing => return Err(not_set_up(contract)),
+    };
+    match system {
+        Some(system) => checkpoint.check_system(contract, system)?,
+        None => checkpoint.check_system(contract, &self::system(client).await?)?,
+    }
+    let slot = find_slot(client, &contract.slot).await?;
+    let slot = slot.ok_or_else(|| checkpoint.slot_is_gone(contract))?;
+    slot.check(&contract.slot)?;
+    slot.check_unused(&contract.slot)?;
+    let checkpoint = reconcile_publication(client, contract, checkpoint).await?;
+    check_publication(client, contract).await?;
+    Ok(checkpoint)
+}
+
+/// Checks that the server can do logical replication at all.
+pub async fn check_server(client: &Client) -> Result<()> {
+    let sql = "SELECT current_setting('server_version_num')::integer, current_setting('server_version'), \
+               pg_is_in_recovery(), current_setting('wal_level')";
+    let row = client
+        .query_one(sql, &[])
+        .await
+        .map_err(|error| sort("read the server's settings", error))?;
+    let (version, version_text): (i32, String) = (row.get(0), row.get(1));
+    if version < VERSION_MIN {
+        return Err(Error::new(
+            ErrorKind::Database,
+            format!("Postgres {version_text} is too old: postbox needs 14 or later"),
+        ));
+    }
+    if row.get(2) {
+        // Transient: this is what a fail-over looks like from here.
+        return Err(Error::new(
+            ErrorKind::DatabaseAway,
+            "the server is a standby; waiting for a primary",
+        ));
+    }
+    let wal_level: String = row.get(3);
+    if wal_level != "logical" {
+        return Err(Error::new(
+            ErrorKind::Database,
+            format!(
+                "wal_level is \"{wal_level}\" and must be \"logical\": \
+                 ALTER SYSTEM SET wal_level = logical; then restart Postgres"
+            ),
+        ));
+    }
+    Ok(())
+}
+
+/// Which cluster the session is on.
+///
+/// Every role may call these functions, unless someone took the right away; then
+/// `IDENTIFY_SYSTEM` on a replication session tells the same.
+pub async fn system(client: &Client) -> Result<System> {
+    // Not pg_control_checkpoint(): after a promotion it names the old timeline
+    // until the next checkpoint. A WAL file's name begins with the present one.
+    let sql = "SELECT system_identifier::text, \
+               ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::integer \
+               FROM pg_control_system()";
+    let row = client
+        .query_one(sql, &[])
+        .await
+        .map_err(|error| sort("read the system identifier", error))?;
+    Ok(System {
+        identifier: row.get(0),
+        timeline: row.get(1),
+    })
+}
+
+/// The version of our schema in the database; `None` where there is none.
+pub(crate) async fn schema_version(client: &Client, contract: &Contract) -> Result<Option<i32>> {
+    let table = contract.table("migration");
+    let doing = || format!("read schema version from {table}");
+    let found: bool = client
+        .query_one("SELECT to_regclass($1::text) IS NOT NULL", &[&table])
+        .await
+        .map_err(|error| sort(doing(), error))?
+        .get(0);
+    if !found {
+        return Ok(None);
+    }
+    let row = client
+        .query_one(&format!("SELECT max(version) FROM {table}"), &[])
+        .await
+        .map_err(|error| sort(doing(), error))?;
+    Ok(row.get(0))
+}
+
+/// A relay needs what its version of the schema has. A later version may have
+/// more: set-up comes before the relays when both are upgraded.
+async fn check_schema_version(client: &Client, contract: &Contract) -> Result<()> {
+    let Some(version) = schema_version(client, contract).await? else {
+        return Err(not_set_up(contract));
+    };
+    let schema = &contract.schema;
+    if version < SCHEMA_VERSION {
+        return Err(Error::new(
+            ErrorKind::Database,
+            format!(
+                "schema \"{schema}\" has version {version}, this program needs {SCHEMA_VERSION}: \
+                 run `postbox setup`"
+            ),
+        ));
+    }
+    if version > SCHEMA_VERSION {
+        warn!(
+            schema,
+            version, "schema is newer than this program, which knows version {SCHEMA_VERSION}"
+        );
+    }
+    Ok(())
+}
+
+fn not_set_up(contract: &Contract) -> Error {
+    Error::new(
+        ErrorKind::Slot,
+        format!(
+            "replication slot \"{}\" has not been set up in schema \"{}\": run `postbox setup`",
+            contract.slot, contract.schema
+        ),
+    )
+}

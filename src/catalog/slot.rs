@@ -1,0 +1,142 @@
+//! The replication slot.
+
+use tokio_postgres::Client;
+use tokio_postgres::types::{PgLsn, Type};
+
+use crate::database::sort;
+use crate::error::{Error, ErrorKind, Result};
+
+/// What Postgres knows of a slot, and how far it is behind.
+#[derive(Debug, Clone)]
+pub struct SlotState {
+    /// `logical` or `physical`.
+    pub slot_type: String,
+    /// The output plugin of a logical slot.
+    pub plugin: Option<String>,
+    /// The database of a logical slot.
+    pub database: Option<String>,
+    /// Whether that is the database of this session.
+    pub in_this_database: bool,
+    /// Whether the slot goes when its session ends.
+    pub temporary: bool,
+    /// The walsender that reads it.
+    pub active_pid: Option<i32>,
+    /// From where the server keeps WAL for it.
+    pub restart_lsn: Option<PgLsn>,
+    /// Everything that committed before it has been confirmed.
+    pub confirmed_flush_lsn: Option<PgLsn>,
+    /// `reserved`, `extended`, `unreserved` or `lost`.
+    pub wal_status: Option<String>,
+    /// Why the server gave the slot up (Postgres 17 and later).
+    pub invalidation_reason: Option<String>,
+    /// Bytes of WAL until it may be lost; `None` without `max_slot_wal_keep_size`.
+    pub safe_wal_size: Option<i64>,
+    /// Bytes of WAL that the server keeps for it.
+    pub retained_bytes: i64,
+    /// Bytes of WAL that are not confirmed yet.
+    pub lag_bytes: i64,
+}
+
+/// The slot's state, or an error of kind `Slot` where there is no such slot.
+pub async fn slot_state(client: &Client, slot: &str) -> Result<SlotState> {
+    find_slot(client, slot).await?.ok_or_else(|| {
+        Error::new(
+            ErrorKind::Slot,
+            format!("replication slot \"{slot}\" does not exist"),
+        )
+    })
+}
+
+/// The slot's state, if there is such a slot.
+pub async fn find_slot(client: &Client, slot: &str) -> Result<Option<SlotState>> {
+    // to_jsonb: invalidation_reason came with Postgres 17. A confirmed position
+    // can be ahead of the local WAL's end for a moment after a crash: never less
+    // than nothing.
+    let sql = "SELECT slot_type, plugin::text, database::text, coalesce(database = current_database(), false), \
+                      temporary, active_pid, restart_lsn, confirmed_flush_lsn, wal_status, \
+                      to_jsonb(s) ->> 'invalidation_reason', safe_wal_size, \
+                      coalesce(greatest(pg_current_wal_lsn() - restart_lsn, 0), 0)::bigint, \
+                      coalesce(greatest(pg_current_wal_lsn() - confirmed_flush_lsn, 0), 0)::bigint \
+               FROM pg_replication_slots AS s WHERE slot_name = $1::text::name";
+    let rows = client
+        .query_typed(sql, &[(&slot, Type::TEXT)])
+        .await
+        .map_err(|error| sort(format!("read replication slot \"{slot}\""), error))?;
+    Ok(rows.first().map(|row| SlotState {
+        slot_type: row.get(0),
+        plugin: row.get(1),
+        database: row.get(2),
+        in_this_database: row.get(3),
+        temporary: row.get(4),
+        active_pid: row.get(5),
+        restart_lsn: row.get(6),
+        confirmed_flush_lsn: row.get(7),
+        wal_status: row.get(8),
+        invalidation_reason: row.get(9),
+        safe_wal_size: row.get(10),
+        retained_bytes: row.get(11),
+        lag_bytes: row.get(12),
+    }))
+}
+
+impl SlotState {
+    /// Refuses a slot that cannot be ours, and one that has lost its WAL.
+    pub fn check(&self, slot: &str) -> Result<()> {
+        let refuse = |why: String| {
+            Err(Error::new(
+                ErrorKind::Slot,
+                format!("replication slot \"{slot}\" {why}"),
+            ))
+        };
+        let other = "choose another name with `--slot`";
+        if self.slot_type != "logical" {
+            return refuse(format!(
+                "is {} and must be logical: {other}",
+                self.slot_type
+            ));
+        }
+        let plugin = self.plugin.as_deref().unwrap_or_default();
+        if plugin != "pgoutput" {
+            return refuse(format!(
+                "has output plugin \"{plugin}\" and must have \"pgoutput\": {other}"
+            ));
+        }
+        if !self.in_this_database {
+            let database = self.database.as_deref().unwrap_or_default();
+            return refuse(format!("belongs to database \"{database}\": {other}"));
+        }
+        if self.temporary {
+            return refuse(format!(
+                "is temporary, and goes with the session that made it: {other}"
+            ));
+        }
+        if self.is_lost() {
+            let reason = self.invalidation_reason.as_deref().unwrap_or("wal_removed");
+            return refuse(format!(
+                "was invalidated by the server ({reason}) and can no longer be read: {AFTER_LOSS}; \
+                 SELECT pg_drop_replication_slot('{slot}'), and the next start says how to go on"
+            ));
+        }
+        Ok(())
+    }
+
+    /// Refuses a slot that a session is reading.
+    pub fn check_unused(&self, slot: &str) -> Result<()> {
+        match self.active_pid {
+            None => Ok(()),
+            Some(pid) => Err(Error::new(
+                ErrorKind::SlotInUse,
+                format!("replication slot \"{slot}\" is in use by process {pid}"),
+            )),
+        }
+    }
+
+    /// Whether the server has given the slot up, or the WAL it needs.
+    pub fn is_lost(&self) -> bool {
+        self.invalidation_reason.is_some() || self.wal_status.as_deref() == Some("lost")
+    }
+}
+
+/// What to say when the slot can no longer be read.
+pub(super) const AFTER_LOSS: &str =
+    "what was committed since is still in the outbox, and a new slot would skip it";
