@@ -1,0 +1,275 @@
+//! Creates, upgrades or checks the tables, the publication, the slot, the grants.
+//!
+//! Every step looks first and can be run again. Their order matters:
+//!
+//! 1. **Tables.** Missing migrations, each in one transaction.
+//! 2. **Publication.** A slot sees the catalogue as it was at each point of the
+//!    WAL, so a publication must be older than its slot.
+//! 3. **Slot and checkpoint.** Only where the checkpoint names no slot: see
+//!    `setup/slot.rs`.
+//! 4. **Grants.** Last, so that no application writes before there is a slot that
+//!    sees it.
+
+mod grants;
+mod migrations;
+mod print;
+mod slot;
+
+use std::fmt;
+
+use pgwire_replication::ReplicationClient;
+use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
+
+use crate::catalog::{self, Stored};
+use crate::contract::{Contract, check_name};
+use crate::database::{Database, sort, sort_replication};
+use crate::error::{Error, ErrorKind, Result};
+
+pub use print::print_sql;
+
+/// How long set-up waits for a lock, or for another's transaction to end.
+const PATIENCE: &str = "60s";
+
+/// Names our advisory lock. Locks of this kind are per database.
+const LOCK: i64 = i64::from_be_bytes(*b"\0postbox");
+
+/// What to set up beside tables, publication and slot.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SetupOptions {
+    /// The role that runs the relay, which gets what it needs and no more.
+    pub relay_role: Option<String>,
+    /// The role that writes events, which gets what it needs and no more.
+    pub writer_role: Option<String>,
+    /// Rows that were committed before the slot may stay unpublished. Otherwise
+    /// they are an error.
+    pub backfill_none: bool,
+}
+
+/// What set-up found and did.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Report {
+    /// In the order of the steps.
+    pub lines: Vec<Line>,
+}
+
+/// One object of the database contract.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Line {
+    /// Its kind and its name.
+    pub object: String,
+    /// What was done to it.
+    pub state: State,
+    /// What there is to know besides.
+    pub note: Option<String>,
+}
+
+/// What set-up did to an object.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum State {
+    /// It was missing.
+    Created,
+    /// It was there and is right.
+    AlreadyThere,
+    /// It was there in an earlier version.
+    Upgraded,
+    /// It was there, made by someone else, and is ours now.
+    TakenOver,
+}
+
+impl Report {
+    fn add(&mut self, object: impl Into<String>, state: State) {
+        self.add_with_note(object, state, None);
+    }
+
+    fn add_with_note(&mut self, object: impl Into<String>, state: State, note: Option<String>) {
+        self.lines.push(Line {
+            object: object.into(),
+            state,
+            note,
+        });
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for line in &self.lines {
+            write!(f, "{}: {}", line.object, line.state)?;
+            match &line.note {
+                Some(note) => writeln!(f, " ({note})")?,
+                None => writeln!(f)?,
+            }
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Created => "created",
+            Self::AlreadyThere => "already there",
+            Self::Upgraded => "upgraded",
+            Self::TakenOver => "taken over",
+        })
+    }
+}
+
+/// Sets the database up, or checks that it is. Can be run again at any time, also
+/// after it was interrupted, and by two at once.
+///
+/// # Errors
+///
+/// Each says what is wrong and the statement that mends it. `Slot`: a slot that
+/// once existed is gone (it is never made again without being asked to), is
+/// another's, or would leave rows unpublished. `Publication`: it is there and
+/// wrong, or has been changed since. `Rights`: the session's role, or a role that
+/// was named, lacks something.
+pub async fn setup(
+    database: &Database,
+    contract: &Contract,
+    options: &SetupOptions,
+) -> Result<Report> {
+    contract.validate()?;
+    options.validate()?;
+    let mut session = database.connect("postbox setup").await?;
+    let client = &mut session.client;
+    lock(client).await?;
+    catalog::check_server(client).await?;
+    grants::check_roles(client, options).await?;
+
+    let mut report = Report::default();
+    match catalog::stored(client, contract).await? {
+        Stored::At(checkpoint) => {
+            migrations::apply(client, contract, &mut report).await?;
+            slot::check(client, contract, checkpoint, &mut report).await?;
+        }
+        Stored::Missing | Stored::Unfinished => {
+            // Before anything is written: it may be refused.
+            let replication = Box::pin(open_replication(database, client, contract)).await?;
+            migrations::apply(client, contract, &mut report).await?;
+            let made = create_publication(client, contract, &mut report).await?;
+            let backfill_none = options.backfill_none;
+            slot::create(
+                client,
+                replication,
+                contract,
+                made,
+                backfill_none,
+                &mut report,
+            )
+            .await?;
+        }
+    }
+    grants::apply(client, contract, options, &mut report).await?;
+    Ok(report)
+}
+
+impl SetupOptions {
+    fn validate(&self) -> Result<()> {
+        for role in [&self.relay_role, &self.writer_role].into_iter().flatten() {
+            check_name("role", role)?;
+        }
+        Ok(())
+    }
+}
+
+/// One set-up at a time in a database. The lock goes with the session.
+async fn lock(client: &Client) -> Result<()> {
+    let sql = format!("SET lock_timeout = '{PATIENCE}'; SELECT pg_advisory_lock({LOCK})");
+    client.batch_execute(&sql).await.map_err(|error| {
+        if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) {
+            let message = "another `postbox setup` is at work in this database";
+            return Error::new(ErrorKind::Database, message).caused_by(error);
+        }
+        sort("wait for another `postbox setup`", error)
+    })
+}
+
+/// A replication session, and with it the proof that we may have one.
+async fn open_replication(
+    database: &Database,
+    client: &Client,
+    contract: &Contract,
+) -> Result<ReplicationClient> {
+    check_room(client, contract).await?;
+    let config = database
+        .replication(&contract.slot, &contract.publication)
+        .with_application_name("postbox setup");
+    let doing = "open a replication session";
+    let mut replication = ReplicationClient::connect_gated(config)
+        .await
+        .map_err(|error| sort_replication(doing, error))?;
+    let bound = format!("SET lock_timeout = '{PATIENCE}'");
+    match replication.simple_query(&bound).await {
+        Ok(_) => Ok(replication),
+        Err(error) => {
+            let error = sort_replication(doing, error);
+            if error.kind() != ErrorKind::Rights {
+                return Err(error);
+            }
+            let role = grants::current_role(client).await?;
+            Err(grants::replication_is_missing(client, &role)
+                .await?
+                .caused_by(error))
+        }
+    }
+}
+
+/// The server has a fixed number of slots and of senders.
+async fn check_room(client: &Client, contract: &Contract) -> Result<()> {
+    let sql = "SELECT current_setting('max_replication_slots')::bigint, \
+                      (SELECT count(*) FROM pg_replication_slots), \
+                      current_setting('max_wal_senders')::bigint, \
+                      (SELECT count(*) FROM pg_stat_replication)";
+    let row = client
+        .query_one(sql, &[])
+        .await
+        .map_err(|error| sort("count replication slots", error))?;
+    let (slots, slots_used): (i64, i64) = (row.get(0), row.get(1));
+    let (senders, senders_used): (i64, i64) = (row.get(2), row.get(3));
+    let exists = catalog::find_slot(client, &contract.slot).await?.is_some();
+    if slots_used >= slots && !exists {
+        return Err(Error::new(
+            ErrorKind::Slot,
+            format!(
+                "no replication slot is free, max_replication_slots is {slots}: drop one that nothing reads, \
+                 or ALTER SYSTEM SET max_replication_slots = {}; then restart Postgres",
+                slots + 4
+            ),
+        ));
+    }
+    if senders_used >= senders {
+        return Err(Error::new(
+            ErrorKind::Database,
+            format!(
+                "no WAL sender is free, max_wal_senders is {senders}: \
+                 ALTER SYSTEM SET max_wal_senders = {}; then restart Postgres",
+                senders + 4
+            ),
+        ));
+    }
+    Ok(())
+}
+
+/// Whether the publication had to be made.
+async fn create_publication(
+    client: &Client,
+    contract: &Contract,
+    report: &mut Report,
+) -> Result<bool> {
+    let object = format!("publication \"{}\"", contract.publication);
+    if catalog::publication_exists(client, contract).await? {
+        catalog::check_publication(client, contract).await?;
+        report.add(object, State::AlreadyThere);
+        return Ok(false);
+    }
+    client
+        .batch_execute(&contract.sql(PUBLICATION))
+        .await
+        .map_err(|error| sort(format!("create {object}"), error))?;
+    report.add(object, State::Created);
+    Ok(true)
+}
+
+const PUBLICATION: &str = include_str!("../sql/publication.sql");

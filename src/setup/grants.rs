@@ -1,0 +1,157 @@
+//! What the roles may do.
+
+use postgres_protocol::escape::escape_identifier;
+use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
+use tokio_postgres::types::Type;
+
+use super::{Report, SetupOptions, State};
+use crate::contract::Contract;
+use crate::database::sort;
+use crate::error::{Error, ErrorKind, Result};
+
+pub(super) const RELAY: &str = include_str!("../../sql/grant_relay.sql");
+pub(super) const WRITER: &str = include_str!("../../sql/grant_writer.sql");
+
+/// Amazon's servers lend the attribute through a role of this name.
+const LENDING_ROLE: &str = "rds_replication";
+
+/// Whether the role has what its file grants.
+const RELAY_HAS: &str = "SELECT has_database_privilege($1::text::name, current_database(), 'CONNECT') \
+     AND has_schema_privilege($1::text::name, :'schema', 'USAGE') \
+     AND has_table_privilege($1::text::name, quote_ident(:'schema') || '.checkpoint', 'SELECT') \
+     AND has_table_privilege($1::text::name, quote_ident(:'schema') || '.checkpoint', 'UPDATE') \
+     AND has_table_privilege($1::text::name, quote_ident(:'schema') || '.migration', 'SELECT') \
+     AND has_function_privilege($1::text::name, quote_ident(:'schema') || '.publication_identity(name)', 'EXECUTE')";
+const WRITER_HAS: &str = "SELECT has_schema_privilege($1::text::name, :'schema', 'USAGE') \
+     AND has_table_privilege($1::text::name, quote_ident(:'schema') || '.outbox', 'INSERT') \
+     AND has_column_privilege($1::text::name, quote_ident(:'schema') || '.outbox', 'id', 'SELECT') \
+     AND has_column_privilege($1::text::name, quote_ident(:'schema') || '.idempotency', 'id', 'SELECT') \
+     AND (SELECT bool_and(has_function_privilege($1::text::name, oid, 'EXECUTE')) FROM pg_proc \
+          WHERE proname = 'emit' AND pronamespace = quote_ident(:'schema')::regnamespace)";
+
+/// Refuses roles that do not exist, before anything is done.
+pub(super) async fn check_roles(client: &Client, options: &SetupOptions) -> Result<()> {
+    for role in [&options.relay_role, &options.writer_role]
+        .into_iter()
+        .flatten()
+    {
+        let sql = "SELECT EXISTS (SELECT FROM pg_roles WHERE rolname = $1::text::name)";
+        if !ask(client, sql, role).await? {
+            return Err(Error::new(
+                ErrorKind::Rights,
+                format!(
+                    "role \"{role}\" does not exist: CREATE ROLE {} LOGIN",
+                    escape_identifier(role)
+                ),
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Gives each role what it needs.
+pub(super) async fn apply(
+    client: &Client,
+    contract: &Contract,
+    options: &SetupOptions,
+    report: &mut Report,
+) -> Result<()> {
+    if let Some(role) = &options.relay_role {
+        let state = match ask(client, MAY_REPLICATE, role).await? {
+            true => State::AlreadyThere,
+            false => lend_replication(client, role).await?,
+        };
+        report.add(format!("replication by role \"{role}\""), state);
+        let state = grant(client, contract, role, RELAY, RELAY_HAS).await?;
+        report.add(format!("grants to relay role \"{role}\""), state);
+    }
+    if let Some(role) = &options.writer_role {
+        let state = grant(client, contract, role, WRITER, WRITER_HAS).await?;
+        report.add(format!("grants to writer role \"{role}\""), state);
+    }
+    Ok(())
+}
+
+async fn grant(
+    client: &Client,
+    contract: &Contract,
+    role: &str,
+    file: &str,
+    has: &str,
+) -> Result<State> {
+    let has = contract.sql(has);
+    if ask(client, &has, role).await? {
+        return Ok(State::AlreadyThere);
+    }
+    let doing = format!("grant rights to role \"{role}\"");
+    let database: String = client
+        .query_one("SELECT current_database()::text", &[])
+        .await
+        .map_err(|error| sort(&*doing, error))?
+        .get(0);
+    let sql = contract.sql_with(file, &[("role", role), ("DBNAME", &database)]);
+    client
+        .batch_execute(&sql)
+        .await
+        .map_err(|error| sort(&*doing, error))?;
+    // Without a grant option, GRANT is a warning and not an error.
+    if ask(client, &has, role).await? {
+        return Ok(State::Created);
+    }
+    Err(Error::new(
+        ErrorKind::Rights,
+        format!("{doing}: this role may not give them; run as the owner:\n{sql}"),
+    ))
+}
+
+/// Superusers, the attribute, or a role that lends it.
+const MAY_REPLICATE: &str = "SELECT coalesce(bool_or(r.rolsuper OR r.rolreplication OR EXISTS ( \
+         SELECT FROM pg_roles AS lent WHERE lent.rolname = 'rds_replication' AND pg_has_role(r.oid, lent.oid, 'MEMBER') \
+     )), false) FROM pg_roles AS r WHERE r.rolname = $1::text::name";
+
+async fn lend_replication(client: &Client, role: &str) -> Result<State> {
+    let statement = replication_statement(client, role).await?;
+    match client.batch_execute(&statement).await {
+        Ok(()) => Ok(State::Created),
+        Err(error) if error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) => {
+            Err(replication_is_missing(client, role).await?.caused_by(error))
+        }
+        Err(error) => Err(sort(format!("let role \"{role}\" replicate"), error)),
+    }
+}
+
+/// What to say when `role` may not open replication sessions.
+pub(super) async fn replication_is_missing(client: &Client, role: &str) -> Result<Error> {
+    let statement = replication_statement(client, role).await?;
+    Ok(Error::new(
+        ErrorKind::Rights,
+        format!("role \"{role}\" may not replicate: {statement}"),
+    ))
+}
+
+async fn replication_statement(client: &Client, role: &str) -> Result<String> {
+    let sql = "SELECT EXISTS (SELECT FROM pg_roles WHERE rolname = $1::text::name)";
+    let role = escape_identifier(role);
+    Ok(match ask(client, sql, LENDING_ROLE).await? {
+        true => format!("GRANT {LENDING_ROLE} TO {role}"),
+        false => format!("ALTER ROLE {role} REPLICATION"),
+    })
+}
+
+pub(super) async fn current_role(client: &Client) -> Result<String> {
+    let row = client
+        .query_one("SELECT session_user::text", &[])
+        .await
+        .map_err(|error| sort("read the session's role", error))?;
+    Ok(row.get(0))
+}
+
+/// The answer to a question about a role.
+async fn ask(client: &Client, sql: &str, role: &str) -> Result<bool> {
+    let rows = client
+        .query_typed(sql, &[(&role, Type::TEXT)])
+        .await
+        .map_err(|error| sort(format!("read rights of role \"{role}\""), error))?;
+    Ok(rows.first().is_some_and(|row| row.get(0)))
+}

@@ -1,0 +1,148 @@
+//! The whole set-up as one script for a DBA.
+
+use std::fmt::Write;
+
+use super::grants::{RELAY, WRITER};
+use super::migrations::{MIGRATIONS, SCHEMA};
+use super::{LOCK, PATIENCE, PUBLICATION, SetupOptions};
+use crate::catalog::SCHEMA_VERSION;
+use crate::contract::Contract;
+
+const SLOT: &str = include_str!("../../sql/slot.sql");
+
+/// What [`setup`](super::setup) does, as a script for `psql -f`, which can be run
+/// again. Not with `psql -1`: a slot cannot be made in a transaction that has
+/// written.
+pub fn print_sql(contract: &Contract, options: &SetupOptions) -> String {
+    let mut script =
+        format!("{HEAD}SET lock_timeout = '{PATIENCE}';\nSELECT pg_advisory_lock({LOCK});\n");
+    let schema_is_missing =
+        "SELECT to_regnamespace(quote_ident(:'schema')) IS NULL AS missing \\gset";
+    section(&mut script, schema_is_missing, SCHEMA);
+    script.push_str(READ_VERSION);
+    for (version, migration) in (1..).zip(MIGRATIONS) {
+        let is_missing = format!("SELECT :version < {version} AS missing \\gset");
+        let body = format!("BEGIN;\n{migration}COMMIT;\n");
+        section(&mut script, &is_missing, &body);
+    }
+    script.push_str(REFUSE_NEWER);
+    let publication_is_missing = "SELECT NOT EXISTS (SELECT FROM pg_publication WHERE pubname = :'publication')\n    \
+         AND NOT EXISTS (SELECT FROM :\"schema\".checkpoint WHERE name = :'slot' AND lsn IS NOT NULL) AS missing \\gset";
+    section(&mut script, publication_is_missing, PUBLICATION);
+    script.push('\n');
+    script.push_str(SLOT);
+    let backfill = if options.backfill_none {
+        "none"
+    } else {
+        "refuse"
+    };
+    let version = SCHEMA_VERSION.to_string();
+    let names = [("backfill", backfill), ("known_version", &version)];
+    let mut script = contract.sql_with(&script, &names);
+    if let Some(role) = &options.relay_role {
+        script.push_str(&contract.sql_with(REPLICATION, &[("role", role)]));
+        script.push('\n');
+        script.push_str(&contract.sql_with(RELAY, &[("role", role)]));
+    }
+    if let Some(role) = &options.writer_role {
+        script.push('\n');
+        script.push_str(&contract.sql_with(WRITER, &[("role", role)]));
+    }
+    let _ = writeln!(script, "\nSELECT pg_advisory_unlock({LOCK});");
+    script
+}
+
+/// `body`, run where the query says that something is missing.
+fn section(script: &mut String, is_missing: &str, body: &str) {
+    let _ = write!(script, "\n{is_missing}\n\\if :missing\n{body}\\endif\n");
+}
+
+const HEAD: &str = "\
+-- Sets postbox up in the database that psql is connected to. Can be run again.
+-- Not with psql -1: a slot cannot be made in a transaction that has written.
+\\set ON_ERROR_STOP on
+";
+
+const READ_VERSION: &str = "
+\\set version 0
+SELECT to_regclass(quote_ident(:'schema') || '.migration') IS NOT NULL AS found \\gset
+\\if :found
+SELECT max(version) AS version FROM :\"schema\".migration \\gset
+\\endif
+";
+
+const REFUSE_NEWER: &str = "
+SELECT :version > :'known_version' AS newer \\gset
+\\if :newer
+DO 'BEGIN RAISE ''the schema is newer than this script''; END';
+\\endif
+";
+
+const REPLICATION: &str = "
+SELECT NOT (rolsuper OR rolreplication) AS missing FROM pg_roles WHERE rolname = :'role' \\gset
+\\if :missing
+ALTER ROLE :\"role\" REPLICATION;
+\\endif
+";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn script(options: &SetupOptions) -> String {
+        let contract = Contract::new("my \"box", "slot_1", "Pub").unwrap();
+        print_sql(&contract, options)
+    }
+
+    #[test]
+    fn every_name_is_filled_in() {
+        let options = SetupOptions {
+            relay_role: Some("relay".to_owned()),
+            writer_role: Some("app".to_owned()),
+            backfill_none: false,
+        };
+        let script = script(&options);
+        for token in [
+            "schema",
+            "slot",
+            "publication",
+            "role",
+            "backfill",
+            "known_version",
+        ] {
+            assert!(!script.contains(&format!(":\"{token}\"")), "{token}");
+            assert!(!script.contains(&format!(":'{token}'")), "{token}");
+        }
+        for part in [
+            "CREATE TABLE \"my \"\"box\".outbox",
+            "CREATE PUBLICATION \"Pub\" FOR TABLE \"my \"\"box\".outbox",
+            "pg_create_logical_replication_slot('slot_1', 'pgoutput')",
+            "SET postbox.backfill = 'refuse'",
+            "ALTER ROLE \"relay\" REPLICATION",
+            "GRANT INSERT ON \"my \"\"box\".outbox TO \"app\"",
+            // psql knows this one itself.
+            "GRANT CONNECT ON DATABASE :\"DBNAME\" TO \"relay\"",
+        ] {
+            assert!(script.contains(part), "{part}");
+        }
+    }
+
+    #[test]
+    fn grants_come_last_and_only_when_asked_for() {
+        let options = SetupOptions {
+            writer_role: Some("app".to_owned()),
+            ..SetupOptions::default()
+        };
+        let with = script(&options);
+        assert!(with.find("GRANT").unwrap() > with.find("pg_create_logical").unwrap());
+        assert!(!script(&SetupOptions::default()).contains("GRANT "));
+    }
+
+    #[test]
+    fn every_condition_is_closed() {
+        let script = script(&SetupOptions::default());
+        let count = |word: &str| script.lines().filter(|line| line.starts_with(word)).count();
+        assert_eq!(count("\\if "), count("\\endif"));
+        assert!(!script.contains("backfill = none';"));
+    }
+}
