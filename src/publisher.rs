@@ -1,0 +1,207 @@
+//! From a record to a delivery: librdkafka, set up so that nothing overtakes a
+//! failure.
+//!
+//! *Delivered* means that the broker acknowledged with `acks=all`, not that
+//! `send` returned. What is misleading about librdkafka, and what we do:
+//!
+//! - A message that times out fails alone and later ones go on: a hole. So
+//!   `message.timeout.ms=0`, and a broker that is away is waited for.
+//! - A batch that a broker refuses fails alone too. So
+//!   `enable.gapless.guarantee`: the first refusal is fatal to the producer,
+//!   everything else comes back purged, and the relay starts again from the
+//!   confirmed position with a new producer.
+//! - An unknown topic is reported after 30 s, while other topics go on. So a
+//!   topic's metadata is fetched before its first record.
+//! - The fatal error names no row. The delivery reports do: each carries the
+//!   sequence number that the record was sent with.
+//! - A refused batch is not a refused row: a topic with a small
+//!   `max.message.bytes` refuses a full batch of small rows. So batches are kept
+//!   under the smallest limit of the topics, where we may ask for it; else the
+//!   relay sends the suspects again one by one.
+//!
+//! The publisher never sees an LSN.
+
+mod reports;
+mod settings;
+mod topics;
+
+pub use reports::{Report, Verdict, verdict};
+pub use settings::KafkaSettings;
+pub use topics::Topic;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::message::{Header, OwnedHeaders};
+use rdkafka::producer::{BaseRecord, Producer, ThreadedProducer};
+
+use crate::envelope::Record;
+use crate::error::{Error, ErrorKind, Result};
+use reports::{Context, Reports};
+
+/// A producer, the topics it knows, and the reports of its deliveries.
+pub struct Publisher {
+    settings: KafkaSettings,
+    producer: ThreadedProducer<Context>,
+    reports: Arc<Reports>,
+    topics: HashMap<String, usize>,
+    batch_bytes: usize,
+}
+
+/// Why a record was not accepted for sending.
+#[derive(Debug)]
+pub enum SendError {
+    /// The record can never go out.
+    Row(RDKafkaErrorCode),
+    /// The producer can take no more records; the relay starts again.
+    Producer(Error),
+}
+
+impl Publisher {
+    /// Makes a producer. It connects by itself, in the background.
+    ///
+    /// # Errors
+    /// If a setting is refused.
+    pub fn new(settings: KafkaSettings) -> Result<Self> {
+        let reports = Arc::new(Reports::default());
+        let batch_bytes = settings::BATCH_BYTES;
+        let producer = producer(&settings, batch_bytes, &reports)?;
+        Ok(Self {
+            settings,
+            producer,
+            reports,
+            topics: HashMap::new(),
+            batch_bytes,
+        })
+    }
+
+    /// The number of a topic that was resolved, counted from zero.
+    pub fn topic(&self, name: &str) -> Option<usize> {
+        self.topics.get(name).copied()
+    }
+
+    /// Asks the brokers about a topic, apart from this publisher so that it can
+    /// go on meanwhile.
+    pub fn resolve(&self, name: &str) -> impl Future<Output = Result<Topic>> + Send + use<> {
+        topics::resolve(
+            self.producer.clone(),
+            self.settings.clone(),
+            name.to_owned(),
+        )
+    }
+
+    /// Whether a topic needs smaller batches than this producer makes.
+    pub fn fits(&self, topic: &Topic) -> bool {
+        topic
+            .message_bytes_max
+            .is_none_or(|max| max >= self.batch_bytes)
+    }
+
+    /// Makes a new producer with batches that fit the topic. Nothing may be in
+    /// flight.
+    ///
+    /// # Errors
+    /// If librdkafka cannot make one.
+    pub async fn shrink(&mut self, topic: &Topic) -> Result<()> {
+        if let Some(max) = topic.message_bytes_max {
+            self.batch_bytes = self.batch_bytes.min(max);
+        }
+        let fresh = producer(&self.settings, self.batch_bytes, &self.reports)?;
+        drop_apart(std::mem::replace(&mut self.producer, fresh)).await;
+        Ok(())
+    }
+
+    /// Lets records for this topic pass, and returns its number.
+    pub fn admit(&mut self, topic: &Topic) -> usize {
+        let next = self.topics.len();
+        *self.topics.entry(topic.name.clone()).or_insert(next)
+    }
+
+    /// Hands a record over. Its delivery is reported under `sequence`.
+    ///
+    /// # Errors
+    /// If it was not accepted. Nothing is reported then.
+    pub fn send(&self, record: &Record<'_>, sequence: u64) -> Result<(), SendError> {
+        let mut headers = OwnedHeaders::new_with_capacity(record.headers.len());
+        for header in &record.headers {
+            headers = headers.insert(Header {
+                key: &header.name,
+                value: header.value.as_deref(),
+            });
+        }
+        let sequence = usize::try_from(sequence).expect("fewer events than addresses");
+        let mut message = BaseRecord::with_opaque_to(record.topic, sequence)
+            .key(record.key)
+            .timestamp(record.timestamp_millis)
+            .headers(headers);
+        message.payload = record.value;
+        let Err((error, _)) = self.producer.send(message) else {
+            return Ok(());
+        };
+        Err(match error {
+            KafkaError::MessageProduction(code) if verdict(code) == Verdict::Row => {
+                SendError::Row(code)
+            }
+            error => SendError::Producer(
+                Error::new(ErrorKind::BrokerAway, "send a record").caused_by(error),
+            ),
+        })
+    }
+
+    /// Waits until [`take_reports`](Self::take_reports) has something to give.
+    /// Cancel-safe: a report is never lost by not waiting for it.
+    pub async fn reported(&self) {
+        self.reports.arrived().await;
+    }
+
+    /// Moves the reports that arrived into `into`, in no order across
+    /// partitions.
+    ///
+    /// # Errors
+    /// If the brokers refuse our identity, which waiting will not mend.
+    pub fn take_reports(&self, into: &mut Vec<Report>) -> Result<()> {
+        self.reports.take(into)
+    }
+
+    /// Asks a broker for a sign of life, apart from this publisher.
+    ///
+    /// # Errors
+    /// If none answers within `timeout`.
+    pub fn probe(&self, timeout: Duration) -> impl Future<Output = Result<()>> + Send + use<> {
+        topics::probe(
+            self.producer.clone(),
+            self.topics.keys().next().cloned(),
+            timeout,
+        )
+    }
+
+    /// Forgets what is still in flight and ends the producer. What was sent may
+    /// still be delivered.
+    pub async fn close(self) {
+        drop_apart(self.producer).await;
+    }
+}
+
+fn producer(
+    settings: &KafkaSettings,
+    batch_bytes: usize,
+    reports: &Arc<Reports>,
+) -> Result<ThreadedProducer<Context>> {
+    let context = Context::new(Arc::clone(reports));
+    settings
+        .producer(batch_bytes)?
+        .create_with_context(context)
+        .map_err(settings::invalid)
+}
+
+/// A producer that is dropped purges and waits, up to 0.6 s: not on our thread.
+async fn drop_apart(producer: ThreadedProducer<Context>) {
+    let dropped = tokio::task::spawn_blocking(move || {
+        producer.purge(rdkafka::producer::PurgeConfig::default().queue().inflight());
+        drop(producer);
+    });
+    // The thread only fails to finish while the process ends.
+    let _ = dropped.await;
+}

@@ -1,0 +1,155 @@
+//! Delivery reports, from librdkafka's polling thread to ours.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rdkafka::ClientContext;
+use rdkafka::config::RDKafkaLogLevel;
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::message::DeliveryResult;
+use rdkafka::producer::ProducerContext;
+use tokio::sync::Notify;
+use tracing::{debug, warn};
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// What became of one record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Report {
+    /// The number it was sent with.
+    pub sequence: u64,
+    /// `None`: the brokers have it, on all in-sync replicas.
+    pub error: Option<RDKafkaErrorCode>,
+}
+
+/// What a failed delivery is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// The record itself, or the batch it was in.
+    Row,
+    /// The topic: unknown, not ours to write, not a legal name.
+    Topic,
+    /// The brokers, or a record before it; sending it again may work.
+    Retry,
+}
+
+/// Sorts a code by what it is about. What is not known is worth a retry.
+pub fn verdict(code: RDKafkaErrorCode) -> Verdict {
+    use RDKafkaErrorCode as Code;
+    match code {
+        Code::MessageSizeTooLarge
+        | Code::MessageBatchTooLarge
+        | Code::InvalidMessageSize
+        | Code::InvalidMessage
+        | Code::InvalidTimestamp
+        | Code::InvalidRecord
+        | Code::PolicyViolation
+        | Code::UnsupportedForMessageFormat => Verdict::Row,
+        Code::UnknownTopic
+        | Code::UnknownTopicOrPartition
+        | Code::UnknownPartition
+        | Code::InvalidTopic
+        | Code::TopicAuthorizationFailed => Verdict::Topic,
+        _ => Verdict::Retry,
+    }
+}
+
+/// Reports that wait to be taken.
+#[derive(Default)]
+pub(super) struct Reports {
+    arrived: Mutex<Arrived>,
+    notify: Notify,
+}
+
+#[derive(Default)]
+struct Arrived {
+    reports: Vec<Report>,
+    refused: Option<Error>,
+}
+
+impl Reports {
+    fn with<T>(&self, change: impl FnOnce(&mut Arrived) -> T) -> T {
+        // A panic while the lock is held cannot leave it half changed.
+        change(&mut self.arrived.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn push(&self, report: Report) {
+        let first = self.with(|arrived| {
+            arrived.reports.push(report);
+            arrived.reports.len() == 1
+        });
+        // One wake-up for a batch: the taker takes all.
+        if first {
+            self.notify.notify_one();
+        }
+    }
+
+    fn refuse(&self, error: Error) {
+        self.with(|arrived| arrived.refused = Some(error));
+        self.notify.notify_one();
+    }
+
+    pub(super) async fn arrived(&self) {
+        self.notify.notified().await;
+    }
+
+    pub(super) fn take(&self, into: &mut Vec<Report>) -> Result<()> {
+        let refused = self.with(|arrived| {
+            if into.is_empty() {
+                std::mem::swap(&mut arrived.reports, into);
+            } else {
+                into.append(&mut arrived.reports);
+            }
+            arrived.refused.take()
+        });
+        refused.map_or(Ok(()), Err)
+    }
+}
+
+/// Receives what librdkafka calls back.
+pub(super) struct Context {
+    reports: Arc<Reports>,
+}
+
+impl Context {
+    pub(super) fn new(reports: Arc<Reports>) -> Self {
+        Self { reports }
+    }
+}
+
+impl ProducerContext for Context {
+    /// The sequence number.
+    type DeliveryOpaque = usize;
+
+    fn delivery(&self, result: &DeliveryResult<'_>, sequence: usize) {
+        let error = match result {
+            Ok(_) => None,
+            Err((error, _)) => Some(error.rdkafka_error_code().unwrap_or(RDKafkaErrorCode::Fail)),
+        };
+        self.reports.push(Report {
+            sequence: sequence as u64,
+            error,
+        });
+    }
+}
+
+impl ClientContext for Context {
+    fn log(&self, _level: RDKafkaLogLevel, facility: &str, message: &str) {
+        // What matters arrives as an error too; these lines say the same once
+        // for each broker and attempt.
+        debug!(target: "librdkafka", facility, "{message}");
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        match error.rdkafka_error_code() {
+            Some(RDKafkaErrorCode::Authentication | RDKafkaErrorCode::SaslAuthenticationFailed) => {
+                let message = format!("the brokers refuse our identity: {reason}");
+                self.reports.refuse(Error::new(ErrorKind::Rights, message));
+            }
+            // Called twice for each event, and again for each attempt.
+            Some(RDKafkaErrorCode::AllBrokersDown | RDKafkaErrorCode::BrokerTransportFailure) => {
+                debug!(%error, reason, "brokers are away");
+            }
+            _ => warn!(%error, reason, "librdkafka reports an error"),
+        }
+    }
+}

@@ -1,0 +1,146 @@
+//! What the brokers say about a topic before its first record.
+
+use std::time::Duration;
+
+use rdkafka::admin::{AdminClient, AdminOptions, ResourceSpecifier};
+use rdkafka::client::DefaultClientContext;
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::producer::{Producer, ThreadedProducer};
+use rdkafka::types::RDKafkaRespErr;
+use tracing::debug;
+
+use super::reports::{Context, Verdict, verdict};
+use super::settings::KafkaSettings;
+use crate::error::{Error, ErrorKind, Result};
+
+/// A topic that exists.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Topic {
+    /// Its name.
+    pub name: String,
+    /// Its `max.message.bytes`, the largest batch after compression; `None` if
+    /// we may not ask.
+    pub message_bytes_max: Option<usize>,
+}
+
+/// How long one question may take.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long a topic may stay unknown. A broker that creates topics on demand
+/// says "unknown" first, and other brokers learn of a new topic a little later.
+const UNKNOWN_MAX: Duration = Duration::from_secs(5);
+
+/// How long to wait before asking again.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// Asks until the topic is known.
+///
+/// # Errors
+/// `Event` if there is no such topic or it is not ours to write, `BrokerAway` if
+/// nobody answers.
+pub(super) async fn resolve(
+    producer: ThreadedProducer<Context>,
+    settings: KafkaSettings,
+    name: String,
+) -> Result<Topic> {
+    let asked = tokio::time::Instant::now();
+    loop {
+        let code = match metadata(&producer, Some(name.clone()), REQUEST_TIMEOUT).await? {
+            None => break,
+            Some(code) => code,
+        };
+        let patient = asked.elapsed() < UNKNOWN_MAX;
+        match (verdict(code), code) {
+            (Verdict::Topic, RDKafkaErrorCode::UnknownTopicOrPartition) if patient => {}
+            (Verdict::Topic, _) => {
+                let message = format!("topic \"{name}\": {}", advice(code));
+                return Err(Error::new(ErrorKind::Event, message));
+            }
+            (_, RDKafkaErrorCode::LeaderNotAvailable) => {}
+            _ if patient => {}
+            _ => {
+                let message = format!("read metadata of topic \"{name}\"");
+                return Err(Error::new(ErrorKind::BrokerAway, message).caused_by(code));
+            }
+        }
+        tokio::time::sleep(PAUSE).await;
+    }
+    let message_bytes_max = message_bytes_max(&settings, &name).await;
+    debug!(topic = name, message_bytes_max, "topic resolved");
+    Ok(Topic {
+        name,
+        message_bytes_max,
+    })
+}
+
+/// A sign of life from any broker.
+pub(super) async fn probe(
+    producer: ThreadedProducer<Context>,
+    known_topic: Option<String>,
+    timeout: Duration,
+) -> Result<()> {
+    // About a topic we write to, as a cluster may have very many.
+    metadata(&producer, known_topic, timeout).await.map(drop)
+}
+
+/// `Some` error of the topic, or `None` if all is well with it.
+async fn metadata(
+    producer: &ThreadedProducer<Context>,
+    topic: Option<String>,
+    timeout: Duration,
+) -> Result<Option<RDKafkaErrorCode>> {
+    let producer = producer.clone();
+    // librdkafka's call blocks.
+    let answer = tokio::task::spawn_blocking(move || {
+        let metadata = producer
+            .client()
+            .fetch_metadata(topic.as_deref(), timeout)?;
+        let topics = metadata.topics();
+        let error = topics
+            .first()
+            .filter(|_| topic.is_some())
+            .and_then(|topic| topic.error());
+        Ok::<_, KafkaError>(
+            error.filter(|error| *error != RDKafkaRespErr::RD_KAFKA_RESP_ERR_NO_ERROR),
+        )
+    });
+    match answer.await {
+        Ok(Ok(error)) => Ok(error.map(RDKafkaErrorCode::from)),
+        Ok(Err(error)) => {
+            Err(Error::new(ErrorKind::BrokerAway, "no broker answers").caused_by(error))
+        }
+        Err(error) => Err(Error::new(ErrorKind::Unexpected, "ask for metadata").caused_by(error)),
+    }
+}
+
+/// The topic's limit; `None` if we are not allowed to ask or nobody answers, as
+/// the relay can live without.
+async fn message_bytes_max(settings: &KafkaSettings, name: &str) -> Option<usize> {
+    let admin: AdminClient<DefaultClientContext> = settings.client().ok()?.create().ok()?;
+    let options = AdminOptions::new().request_timeout(Some(REQUEST_TIMEOUT));
+    let answer = admin
+        .describe_configs(&[ResourceSpecifier::Topic(name)], &options)
+        .await;
+    let value = answer
+        .ok()?
+        .pop()?
+        .ok()?
+        .get("max.message.bytes")?
+        .value
+        .clone();
+    // Closing a client waits for its threads.
+    let _ = tokio::task::spawn_blocking(move || drop(admin)).await;
+    value?.parse().ok()
+}
+
+fn advice(code: RDKafkaErrorCode) -> String {
+    match code {
+        RDKafkaErrorCode::UnknownTopicOrPartition | RDKafkaErrorCode::UnknownTopic => {
+            "does not exist and the brokers do not create topics: create it".to_owned()
+        }
+        RDKafkaErrorCode::TopicAuthorizationFailed => {
+            "not authorised: allow Write and Describe on it".to_owned()
+        }
+        code => format!("{code}"),
+    }
+}
