@@ -1,0 +1,405 @@
+//! From the replication client's messages to rows and positions. Pure.
+//!
+//! # What may be confirmed
+//!
+//! ```text
+//!  Begin  row row row  Commit(end_lsn)   keepalive(wal_end)   Begin  row …
+//!                          └─ position       └─ position
+//! ```
+//!
+//! The server sends whole transactions in the order of their commits. Confirming
+//! a position tells it to forget everything committed before.
+//!
+//! - Only the **end** of a commit is a position of a transaction. The WAL
+//!   positions of rows are not ordered: transactions interleave in the WAL, and
+//!   the rows of one COPY share a position.
+//! - A keepalive's `wal_end` is how far the server has read. Outside a transaction
+//!   everything committed before it has been sent, so it is a position too, and
+//!   an idle slot moves on while other tables write. Inside a transaction it lies
+//!   behind rows that are still to come, so it is not.
+//! - `XLogData`'s own positions say how much WAL was sent, not what is complete.
+//!   They are not used.
+
+use std::collections::HashMap;
+
+use bytes::Bytes;
+use pgwire_replication::Lsn;
+use pgwire_replication::client::ReplicationEvent;
+use tokio_postgres::types::PgLsn;
+
+use super::columns::{Columns, Unreadable};
+use super::{Item, Place, Position, Row};
+use crate::error::{Error, ErrorKind, Result};
+use crate::event::Event;
+use crate::pgoutput::{self, Message, Relation};
+use crate::timestamp::Timestamp;
+
+/// The prefix of the relay's own logical messages.
+pub const HEARTBEAT_PREFIX: &str = "postbox";
+
+/// The table that is read, and the publication that names it.
+#[derive(Debug, Clone)]
+pub struct Source {
+    /// The table's schema.
+    pub schema: String,
+    /// The table's name.
+    pub table: String,
+    /// The publication.
+    pub publication: String,
+}
+
+/// Follows the messages of one stream.
+pub(super) struct Messages {
+    source: Source,
+    tables: HashMap<u32, Columns>,
+    transaction: Option<Transaction>,
+}
+
+/// The transaction that is being read.
+struct Transaction {
+    commit_lsn: PgLsn,
+    committed_at: Timestamp,
+    rows: u64,
+    fence: Option<String>,
+}
+
+impl Messages {
+    pub(super) fn new(source: Source) -> Self {
+        Self {
+            source,
+            tables: HashMap::new(),
+            transaction: None,
+        }
+    }
+
+    /// Whether the rows given so far end within a transaction.
+    pub(super) fn in_transaction(&self) -> bool {
+        self.transaction.is_some()
+    }
+
+    /// What a message means to the relay, if anything.
+    pub(super) fn accept(&mut self, message: ReplicationEvent) -> Result<Option<Item>> {
+        match message {
+            ReplicationEvent::Begin {
+                final_lsn,
+                commit_time_micros,
+                ..
+            } => {
+                self.transaction = Some(Transaction {
+                    commit_lsn: pg_lsn(final_lsn),
+                    committed_at: Timestamp::from_postgres_micros(commit_time_micros),
+                    rows: 0,
+                    fence: None,
+                });
+                Ok(None)
+            }
+            ReplicationEvent::XLogData { data, .. } => self.change(data),
+            ReplicationEvent::Message {
+                prefix, content, ..
+            } => {
+                if let Some(transaction) = &mut self.transaction
+                    && prefix == HEARTBEAT_PREFIX
+                    && let Some(fence) = snapshot(&content)
+                {
+                    transaction.fence = Some(fence.to_owned());
+                }
+                Ok(None)
+            }
+            ReplicationEvent::Commit { end_lsn, .. } => {
+                let fence = self.transaction.take().and_then(|done| done.fence);
+                Ok(Some(position(end_lsn, fence)))
+            }
+            ReplicationEvent::KeepAlive { wal_end, .. } if self.transaction.is_none() => {
+                Ok(Some(position(wal_end, None)))
+            }
+            ReplicationEvent::KeepAlive { .. } => Ok(None),
+            // Only a stream that was asked to stop somewhere says so.
+            ReplicationEvent::StoppedAt { .. } => Ok(None),
+        }
+    }
+
+    /// The event of a row.
+    pub(super) fn event<'a>(&self, row: &'a Row) -> Result<Event<'a>, Unreadable> {
+        let insert = insert(row)?;
+        let columns = self.tables.get(&insert.relation_id);
+        let columns = columns.ok_or(Unreadable::Relation(insert.relation_id))?;
+        columns.read(&insert.row, row.committed_at)
+    }
+
+    /// What a person needs to find the row: its id and number as far as they can
+    /// be read, and its place.
+    pub(super) fn name_of(&self, row: &Row) -> String {
+        let place = format!(
+            "commit LSN {}, row {}",
+            row.place.commit_lsn,
+            row.place.ordinal + 1
+        );
+        let name = insert(row).ok().and_then(|insert| {
+            let columns = self.tables.get(&insert.relation_id)?;
+            Some(columns.name_of(&insert.row))
+        });
+        match name.filter(|name| !name.is_empty()) {
+            Some(name) => format!("event with {name} ({place})"),
+            None => format!("event at {place}"),
+        }
+    }
+    fn change(&mut self, bytes: Bytes) -> Result<Option<Item>> {
+        // An INSERT is decoded when it becomes an event, so that a row that
+        // cannot be read can still be named.
+        if bytes.first() == Some(&b'I') {
+            return self.row(bytes).map(Some);
+        }
+        match pgoutput::decode(&bytes).map_err(protocol)? {
+            Message::Relation(relation) => {
+                self.check_table(&relation)?;
+                self.tables.insert(relation.id, Columns::of(&relation));
+            }
+            Message::Update(_) => return Err(self.published("updates")),
+            Message::Delete(_) => return Err(self.published("deletes")),
+            Message::Truncate(_) => return Err(self.published("truncates")),
+            Message::Insert(_) | Message::Ignored => {}
+        }
+        Ok(None)
+    }
+
+    fn row(&mut self, bytes: Bytes) -> Result<Item> {
+        let Some(transaction) = &mut self.transaction else {
+            return Err(protocol("a row outside a transaction"));
+        };
+        let ordinal = transaction.rows;
+        transaction.rows += 1;
+        Ok(Item::Row(Row {
+            bytes,
+            place: Place {
+                commit_lsn: transaction.commit_lsn,
+                ordinal,
+            },
+            committed_at: transaction.committed_at,
+        }))
+    }
+
+    fn check_table(&self, relation: &Relation) -> Result<()> {
+        let ours = (&self.source.schema, &self.source.table);
+        if (&relation.schema, &relation.name) == ours {
+            return Ok(());
+        }
+        let message = format!(
+            "publication \"{}\" publishes \"{}.{}\" too, or partitions under their own names: it must \
+             publish \"{}.{}\" alone, with publish_via_partition_root = true",
+            self.source.publication, relation.schema, relation.name, ours.0, ours.1
+        );
+        Err(Error::new(ErrorKind::Publication, message))
+    }
+
+    fn published(&self, what: &str) -> Error {
+        let publication = &self.source.publication;
+        let message = format!(
+            "publication \"{publication}\" publishes {what}: ALTER PUBLICATION {} SET (publish = 'insert')",
+            postgres_protocol::escape::escape_identifier(publication)
+        );
+        Error::new(ErrorKind::Publication, message)
+    }
+}
+
+fn position(lsn: Lsn, fence: Option<String>) -> Item {
+    let lsn = pg_lsn(lsn);
+    Item::Position(Position { lsn, fence })
+}
+
+fn pg_lsn(lsn: Lsn) -> PgLsn {
+    lsn.as_u64().into()
+}
+
+fn insert(row: &Row) -> Result<pgoutput::Insert<'_>, Unreadable> {
+    match pgoutput::decode(&row.bytes)? {
+        Message::Insert(insert) => Ok(insert),
+        _ => unreachable!("a row is made of an insert only"),
+    }
+}
+
+/// The text of a `pg_snapshot`, `xmin:xmax:xip,…`, if it is one: any role may
+/// write logical messages with our prefix.
+fn snapshot(content: &[u8]) -> Option<&str> {
+    let text = std::str::from_utf8(content).ok()?;
+    let mut parts = text.splitn(3, ':');
+    let numbers = [parts.next()?, parts.next()?];
+    let running = parts.next()?;
+    let is_number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    let valid = numbers.into_iter().all(is_number)
+        && (running.is_empty() || running.split(',').all(is_number));
+    valid.then_some(text)
+}
+
+fn protocol(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
+    Error::new(
+        ErrorKind::Unexpected,
+        "the server broke the replication protocol",
+    )
+    .caused_by(error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn messages() -> Messages {
+        let mut messages = Messages::new(Source {
+            schema: "postbox".to_owned(),
+            table: "outbox".to_owned(),
+            publication: "postbox".to_owned(),
+        });
+        assert!(
+            messages
+                .accept(data(&relation("outbox")))
+                .unwrap()
+                .is_none()
+        );
+        messages
+    }
+
+    /// A table with the one column `id`.
+    fn relation(table: &str) -> Vec<u8> {
+        let mut bytes = b"R\0\0\0\x07postbox\0".to_vec();
+        bytes.extend(table.as_bytes());
+        bytes.extend(b"\0d\0\x01\0id\0\0\0\0\x19\xff\xff\xff\xff");
+        bytes
+    }
+
+    const ROW: &[u8] = b"I\0\0\0\x07N\0\x01t\0\0\0\x01a";
+
+    fn data(bytes: &[u8]) -> ReplicationEvent {
+        ReplicationEvent::XLogData {
+            wal_start: Lsn(0),
+            wal_end: Lsn(0),
+            server_time_micros: 0,
+            data: Bytes::copy_from_slice(bytes),
+        }
+    }
+
+    fn begin(lsn: u64) -> ReplicationEvent {
+        ReplicationEvent::Begin {
+            final_lsn: Lsn(lsn),
+            xid: 1,
+            commit_time_micros: 0,
+        }
+    }
+
+    fn commit(lsn: u64, end_lsn: u64) -> ReplicationEvent {
+        ReplicationEvent::Commit {
+            lsn: Lsn(lsn),
+            end_lsn: Lsn(end_lsn),
+            commit_time_micros: 0,
+        }
+    }
+
+    fn keepalive(wal_end: u64) -> ReplicationEvent {
+        ReplicationEvent::KeepAlive {
+            wal_end: Lsn(wal_end),
+            reply_requested: true,
+            server_time_micros: 0,
+        }
+    }
+
+    fn position_of(item: Option<Item>) -> Option<u64> {
+        match item {
+            Some(Item::Position(position)) => Some(position.lsn.into()),
+            _ => None,
+        }
+    }
+
+    #[test]
+    fn only_the_end_of_a_commit_is_a_position() {
+        let mut messages = messages();
+        messages.accept(begin(100)).unwrap();
+        let Some(Item::Row(row)) = messages.accept(data(ROW)).unwrap() else {
+            panic!("not a row");
+        };
+        assert_eq!(u64::from(row.place.commit_lsn), 100);
+        assert_eq!(
+            position_of(messages.accept(commit(100, 108)).unwrap()),
+            Some(108)
+        );
+    }
+
+    #[test]
+    fn keepalive_inside_a_transaction_does_not_move_the_position() {
+        let mut messages = messages();
+        assert_eq!(
+            position_of(messages.accept(keepalive(90)).unwrap()),
+            Some(90)
+        );
+        messages.accept(begin(100)).unwrap();
+        messages.accept(data(ROW)).unwrap();
+        assert!(messages.accept(keepalive(200)).unwrap().is_none());
+        messages.accept(commit(100, 108)).unwrap();
+        assert_eq!(
+            position_of(messages.accept(keepalive(200)).unwrap()),
+            Some(200)
+        );
+    }
+
+    #[test]
+    fn rows_of_one_transaction_differ_in_their_ordinals() {
+        let mut messages = messages();
+        messages.accept(begin(100)).unwrap();
+        let places = [0, 1].map(|_| match messages.accept(data(ROW)).unwrap() {
+            Some(Item::Row(row)) => row.place,
+            other => panic!("{other:?}"),
+        });
+        assert!(places[0] < places[1]);
+    }
+
+    #[test]
+    fn another_table_in_the_publication_stops_the_stream() {
+        let error = messages().accept(data(&relation("orders"))).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Publication);
+        assert!(
+            error.chain().contains("\"postbox.orders\""),
+            "{}",
+            error.chain()
+        );
+    }
+
+    #[test]
+    fn an_update_stops_the_stream() {
+        let update = b"U\0\0\0\x07N\0\x01t\0\0\0\x01a";
+        let error = messages().accept(data(update)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Publication);
+    }
+
+    #[test]
+    fn a_row_without_what_an_event_needs_can_still_be_named() {
+        let mut messages = messages();
+        messages.accept(begin(0x1_0000_0064)).unwrap();
+        let Some(Item::Row(row)) = messages.accept(data(ROW)).unwrap() else {
+            panic!("not a row");
+        };
+        let error = messages.event(&row).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "the outbox has no column \"aggregate_type\""
+        );
+        assert_eq!(
+            messages.name_of(&row),
+            "event with id a (commit LSN 1/64, row 1)"
+        );
+    }
+
+    #[test]
+    fn a_fence_is_a_snapshot_and_nothing_else() {
+        for text in ["10:20:", "10:20:12", "10:20:12,15"] {
+            assert_eq!(snapshot(text.as_bytes()), Some(text));
+        }
+        for text in [
+            "",
+            "10",
+            "10:20",
+            "a:20:",
+            "10:20:12,",
+            "10:20:12;drop",
+            ":20:",
+        ] {
+            assert_eq!(snapshot(text.as_bytes()), None, "{text}");
+        }
+    }
+}

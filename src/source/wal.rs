@@ -1,0 +1,219 @@
+//! Rows from a logical replication slot.
+//!
+//! # What is misleading about the server
+//!
+//! - When everything is confirmed, an idle server sends nothing, and a dead
+//!   connection looks the same. The session sets `wal_sender_timeout`, whose half
+//!   is the server's ping interval, and silence for longer is an error. The server
+//!   drops a relay that hangs after the same time.
+//! - A server that shuts down waits until the slot has confirmed everything, for
+//!   ever if the broker is away. It ends ordinary sessions first, so the relay
+//!   watches one, and lets go of the stream when that ends.
+//! - Since Postgres 18 a publication that is gone is no error: its rows are
+//!   skipped. The relay compares the publication's identity at every start and
+//!   heartbeat.
+
+use std::pin::pin;
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+use pgwire_replication::Lsn;
+use pgwire_replication::client::ReplicationClient;
+use tokio_postgres::types::PgLsn;
+
+use super::columns::Unreadable;
+use super::messages::{Messages, Source};
+use super::{Item, Row};
+use crate::database::{self, Database};
+use crate::error::{Error, ErrorKind, Result};
+use crate::event::Event;
+
+/// What a stream reads, and how.
+#[derive(Debug, Clone)]
+pub struct WalSettings {
+    /// The replication slot.
+    pub slot: String,
+    /// What the slot is read for.
+    pub source: Source,
+    /// How often a new position is told to the server: what a crash repeats at
+    /// least, and a status message each.
+    pub status_interval: Duration,
+    /// After how long a silent peer counts as dead, on both sides.
+    pub wal_sender_timeout: Duration,
+}
+
+/// Rows that wait between the client's task and ours. The client bounds events,
+/// not bytes, and a row may be as large as the topic allows, 1 MB by default:
+/// so few that large rows cost no more than the queue, and enough that a switch
+/// of tasks is paid for by many.
+const BUFFERED_ROWS: usize = 64;
+
+/// An open stream.
+pub struct Stream {
+    client: ReplicationClient,
+    settings: WalSettings,
+    messages: Messages,
+    last_heard: Instant,
+    received: PgLsn,
+    confirmed: PgLsn,
+}
+
+impl Stream {
+    /// Opens the slot where it was last confirmed.
+    ///
+    /// # Errors
+    /// If the server refuses; `SlotInUse` while another process reads the slot.
+    pub async fn open(database: &Database, settings: WalSettings) -> Result<Self> {
+        let context = format!("stream from slot \"{}\"", settings.slot);
+        let mut config = database.replication(&settings.slot, &settings.source.publication);
+        // Formats are pinned, as a role or a database may have others. What
+        // comes last wins.
+        let options = format!(
+            "{} -c wal_sender_timeout={} -c datestyle=ISO -c intervalstyle=postgres -c timezone=UTC \
+             -c extra_float_digits=3 -c bytea_output=hex",
+            config.options.take().unwrap_or_default(),
+            settings.wal_sender_timeout.as_millis(),
+        );
+        let config = config
+            .with_options(options)
+            .with_application_name(format!("postbox {}", settings.slot))
+            .with_buffer_size(BUFFERED_ROWS)
+            .with_status_interval(settings.status_interval)
+            // Longer than the server's ping interval: its pings are what shows
+            // that it lives.
+            .with_wakeup_interval(settings.wal_sender_timeout * 3);
+        let sorted = |error| database::sort_replication(&context, error);
+        let mut client = ReplicationClient::connect(config).await.map_err(sorted)?;
+        match tokio::time::timeout(CONNECT_TIMEOUT, client.wait_started()).await {
+            Ok(started) => started.map_err(sorted)?,
+            Err(_) => {
+                client.abort();
+                let message = format!("{context}: no answer within {CONNECT_TIMEOUT:?}");
+                return Err(Error::new(ErrorKind::DatabaseAway, message));
+            }
+        }
+        Ok(Self {
+            client,
+            messages: Messages::new(settings.source.clone()),
+            settings,
+            last_heard: Instant::now(),
+            received: PgLsn::from(0),
+            confirmed: PgLsn::from(0),
+        })
+    }
+
+    /// The next row or position. Cancel-safe, but for the reason why a stream
+    /// ended, which may be lost.
+    ///
+    /// # Errors
+    /// If the stream ends or says what it should not.
+    pub async fn next(&mut self) -> Result<Item> {
+        loop {
+            let message = match self.client.recv().await {
+                Ok(Some(message)) => message,
+                Ok(None) => return Err(self.ended()),
+                Err(error) => return Err(database::sort_replication(self.context(), error)),
+            };
+            self.last_heard = Instant::now();
+            if let Some(item) = self.messages.accept(message)? {
+                if let Item::Position(position) = &item {
+                    self.received = self.received.max(position.lsn);
+                }
+                return Ok(item);
+            }
+        }
+    }
+
+    /// The next row or position if it has already arrived.
+    ///
+    /// # Errors
+    /// As [`next`](Self::next).
+    pub fn try_next(&mut self) -> Result<Option<Item>> {
+        match pin!(self.next()).poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(item) => item.map(Some),
+            Poll::Pending => Ok(None),
+        }
+    }
+
+    /// The event of a row that this stream gave.
+    ///
+    /// # Errors
+    /// If the row is not an event.
+    pub fn event<'a>(&self, row: &'a Row) -> Result<Event<'a>, Unreadable> {
+        self.messages.event(row)
+    }
+
+    /// What a person needs to find the row: its id and number as far as they can
+    /// be read, and its place.
+    pub fn name_of(&self, row: &Row) -> String {
+        self.messages.name_of(row)
+    }
+
+    /// Whether the rows given so far end within a transaction.
+    pub fn in_transaction(&self) -> bool {
+        self.messages.in_transaction()
+    }
+
+    /// Tells the server that everything before `lsn` is done with, within one
+    /// status interval.
+    pub fn confirm(&mut self, lsn: PgLsn) {
+        self.confirmed = self.confirmed.max(lsn);
+        self.client
+            .update_applied_lsn(Lsn::from_u64(self.confirmed.into()));
+    }
+
+    /// The newest position that was given.
+    pub fn received(&self) -> PgLsn {
+        self.received
+    }
+
+    /// The newest position that was confirmed.
+    pub fn confirmed(&self) -> PgLsn {
+        self.confirmed
+    }
+
+    /// Fails if the server has been silent for too long. `reading` says whether
+    /// we have been listening.
+    ///
+    /// # Errors
+    /// `DatabaseAway` if nothing came, not even a ping.
+    pub fn check_alive(&mut self, reading: bool) -> Result<()> {
+        if !reading {
+            self.last_heard = Instant::now();
+        }
+        let silence = self.last_heard.elapsed();
+        if silence > self.settings.wal_sender_timeout * 3 / 2 {
+            let message = format!("nothing heard from the server for {} s", silence.as_secs());
+            return Err(Error::new(ErrorKind::DatabaseAway, message));
+        }
+        Ok(())
+    }
+
+    /// Waits until the last confirmation was written to the server. Cancel-safe.
+    pub async fn confirmation_sent(&self) {
+        let metrics = self.client.metrics();
+        while metrics.last_applied_lsn().as_u64() < self.confirmed.into() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+
+    /// Ends the stream. What was confirmed before [`confirmation_sent`]
+    /// (Self::confirmation_sent) returned is not lost.
+    pub async fn close(mut self) {
+        // The client forgets a confirmation that it has not yet sent, and closes.
+        let _ = tokio::time::timeout(Duration::from_secs(1), self.client.shutdown()).await;
+    }
+
+    fn context(&self) -> String {
+        format!("read slot \"{}\"", self.settings.slot)
+    }
+
+    fn ended(&self) -> Error {
+        let message = format!("{}: the server ended the stream", self.context());
+        Error::new(ErrorKind::DatabaseAway, message)
+    }
+}
+
+/// How long the server may take to start the stream. It first reads the WAL from
+/// where the slot was, which takes a while after a long absence.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(120);
