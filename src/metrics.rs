@@ -1,0 +1,236 @@
+//! What the relay counts, in Prometheus' terms. Names are part of the contract.
+
+use prometheus::core::Collector;
+use prometheus::{
+    Encoder as _, Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge,
+    IntGaugeVec, Opts, Registry, TextEncoder,
+};
+
+use crate::health::Health;
+
+/// Upper bounds from 0.5 ms to 60 s: a healthy delivery takes milliseconds, and
+/// an outage should still show how long it was.
+const SECONDS: &[f64] = &[
+    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
+    60.0,
+];
+
+/// All metrics of a relay.
+pub struct Metrics {
+    registry: Registry,
+    events: IntCounterVec,
+    bytes: IntCounterVec,
+    /// Deliveries that failed, by librdkafka's name of the error.
+    pub failures: IntCounterVec,
+    /// Seconds from handing an event to the producer to its acknowledgement.
+    pub publish_seconds: Histogram,
+    /// Seconds from the commit, by the server's clock, to the acknowledgement.
+    pub commit_to_delivery_seconds: Histogram,
+    /// Events sent and not yet acknowledged.
+    pub in_flight_events: IntGauge,
+    /// Their bytes.
+    pub in_flight_bytes: IntGauge,
+    /// The newest position received from Postgres, in bytes of WAL.
+    pub received_lsn: IntGauge,
+    /// The newest position confirmed to Postgres, in bytes of WAL.
+    pub confirmed_lsn: IntGauge,
+    /// How far the slot is behind the server's WAL.
+    pub slot_lag_bytes: IntGauge,
+    /// How much WAL the server keeps for the slot.
+    pub retained_wal_bytes: IntGauge,
+    wal_status: IntGaugeVec,
+    seconds_since_progress: Gauge,
+    ready: IntGauge,
+    /// Times the stream was started again, by the reason.
+    pub reconnects: IntCounterVec,
+}
+
+/// The counters of one topic, looked up once.
+pub struct TopicMetrics {
+    /// Events acknowledged.
+    pub events: IntCounter,
+    /// Bytes of their keys, values and headers.
+    pub bytes: IntCounter,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let registry = Registry::new();
+        let metrics = Self {
+            events: counters(
+                &registry,
+                "events_published_total",
+                "events acknowledged by Kafka",
+                "topic",
+            ),
+            bytes: counters(
+                &registry,
+                "bytes_published_total",
+                "bytes of keys, values and headers acknowledged by Kafka",
+                "topic",
+            ),
+            failures: counters(
+                &registry,
+                "delivery_failures_total",
+                "deliveries that failed, by error",
+                "error",
+            ),
+            publish_seconds: histogram(
+                &registry,
+                "publish_seconds",
+                "from handing an event to the producer to its acknowledgement",
+            ),
+            commit_to_delivery_seconds: histogram(
+                &registry,
+                "commit_to_delivery_seconds",
+                "from the commit (the server's clock, never below zero) to the acknowledgement",
+            ),
+            in_flight_events: gauge(
+                &registry,
+                "in_flight_events",
+                "events sent and not yet acknowledged",
+            ),
+            in_flight_bytes: gauge(
+                &registry,
+                "in_flight_bytes",
+                "bytes sent and not yet acknowledged",
+            ),
+            received_lsn: gauge(
+                &registry,
+                "received_lsn",
+                "newest position received from Postgres, in bytes of WAL",
+            ),
+            confirmed_lsn: gauge(
+                &registry,
+                "confirmed_lsn",
+                "newest position confirmed to Postgres, in bytes of WAL",
+            ),
+            slot_lag_bytes: gauge(
+                &registry,
+                "slot_lag_bytes",
+                "bytes of WAL between the slot's confirmed position and the server's",
+            ),
+            retained_wal_bytes: gauge(
+                &registry,
+                "retained_wal_bytes",
+                "bytes of WAL that the server keeps for the slot",
+            ),
+            wal_status: register(
+                &registry,
+                IntGaugeVec::new(
+                    options(
+                        "slot_wal_status",
+                        "1 for the slot's wal_status: reserved, extended, unreserved or lost",
+                    ),
+                    &["status"],
+                ),
+            ),
+            seconds_since_progress: register(
+                &registry,
+                Gauge::with_opts(options(
+                    "seconds_since_progress",
+                    "how long nothing moved while there was something to do",
+                )),
+            ),
+            ready: gauge(&registry, "ready", "1 if /readyz is green"),
+            reconnects: counters(
+                &registry,
+                "reconnects_total",
+                "times the stream was started again, by reason",
+                "reason",
+            ),
+            registry,
+        };
+        let build = register(
+            &metrics.registry,
+            GaugeVec::new(options("build_info", "the version that runs"), &["version"]),
+        );
+        build
+            .with_label_values(&[env!("CARGO_PKG_VERSION")])
+            .set(1.0);
+        #[cfg(target_os = "linux")]
+        metrics
+            .registry
+            .register(Box::new(
+                prometheus::process_collector::ProcessCollector::for_self(),
+            ))
+            .expect("each metric is registered once");
+        metrics
+    }
+}
+
+impl Metrics {
+    /// The counters of a topic.
+    pub fn topic(&self, name: &str) -> TopicMetrics {
+        TopicMetrics {
+            events: self.events.with_label_values(&[name]),
+            bytes: self.bytes.with_label_values(&[name]),
+        }
+    }
+
+    /// The slot's `wal_status`, as Postgres names it.
+    pub fn wal_status(&self, status: &str) {
+        self.wal_status.reset();
+        self.wal_status.with_label_values(&[status]).set(1);
+    }
+
+    /// Everything in Prometheus' text format.
+    pub fn text(&self, health: &Health) -> String {
+        self.seconds_since_progress
+            .set(health.stalled_for().as_secs_f64());
+        self.ready.set(health.complaints().is_empty().into());
+        let mut text = Vec::new();
+        TextEncoder::new()
+            .encode(&self.registry.gather(), &mut text)
+            .expect("metrics are valid text");
+        String::from_utf8(text).expect("metrics are UTF-8")
+    }
+}
+
+fn options(name: &str, help: &str) -> Opts {
+    Opts::new(name, help).namespace("postbox")
+}
+
+fn counters(registry: &Registry, name: &str, help: &str, label: &str) -> IntCounterVec {
+    register(registry, IntCounterVec::new(options(name, help), &[label]))
+}
+
+fn gauge(registry: &Registry, name: &str, help: &str) -> IntGauge {
+    register(registry, IntGauge::with_opts(options(name, help)))
+}
+
+fn histogram(registry: &Registry, name: &str, help: &str) -> Histogram {
+    let options = HistogramOpts::from(options(name, help)).buckets(SECONDS.to_vec());
+    register(registry, Histogram::with_opts(options))
+}
+
+fn register<C: Collector + Clone + 'static>(
+    registry: &Registry,
+    collector: prometheus::Result<C>,
+) -> C {
+    let collector = collector.expect("metric names and buckets are valid");
+    registry
+        .register(Box::new(collector.clone()))
+        .expect("each metric is registered once");
+    collector
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_text_names_what_was_counted() {
+        let metrics = Metrics::default();
+        metrics.topic("order").events.inc_by(3);
+        metrics.wal_status("reserved");
+        let text = metrics.text(&Health::default());
+        for line in [
+            "postbox_events_published_total{topic=\"order\"} 3",
+            "postbox_slot_wal_status{status=\"reserved\"} 1",
+            "postbox_ready 0",
+        ] {
+            assert!(text.contains(line), "{line} in {text}");
+        }
+    }
+}
