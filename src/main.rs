@@ -1,2 +1,9 @@
-//! The `postbox` program.
-fn main() {}
+//! The `postbox` program: see `postbox help`.
+
+mod cli;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    cli::main()
+}

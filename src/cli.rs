@@ -1,0 +1,85 @@
+//! The command line: the only user of clap and anyhow.
+
+mod arguments;
+mod completions;
+#[cfg(feature = "demo")]
+mod demo;
+mod logging;
+mod relay;
+mod setup;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use postbox::Error;
+
+/// Carries events from a Postgres outbox to Kafka: in order, and none lost.
+///
+/// An application inserts an event into postbox.outbox in the transaction of its
+/// business data. `postbox relay` reads it from a logical replication slot, sends
+/// it to Kafka, and confirms it to Postgres once every in-sync replica has it.
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 100, after_long_help = EXIT_CODES)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+
+    #[command(flatten)]
+    logging: logging::LogArguments,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Setup(setup::SetupCommand),
+    Relay(relay::RelayCommand),
+    #[cfg(feature = "demo")]
+    Demo(demo::DemoCommand),
+    Completions(completions::CompletionsCommand),
+}
+
+const EXIT_CODES: &str = "\
+Every flag can be given as a variable too: --in-flight-max as POSTBOX_IN_FLIGHT_MAX.
+
+Exit codes:
+  0  done, or drained        4  replication slot           8  an event that cannot go out
+  1  unexpected              5  publication                9  not drained in time
+  2  usage or settings       6  rights or authentication
+  3  database                7  broker";
+
+pub(crate) fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    if let Err(error) = arguments.logging.start() {
+        return fail(&error);
+    }
+    let result = match arguments.command {
+        Command::Setup(arguments) => arguments.run(),
+        Command::Relay(arguments) => arguments.run(),
+        #[cfg(feature = "demo")]
+        Command::Demo(arguments) => arguments.run(),
+        Command::Completions(arguments) => arguments.run(),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(&error),
+    }
+}
+
+/// Prints an error once, with its causes, and finds its exit code.
+fn fail(error: &anyhow::Error) -> ExitCode {
+    let ours = error.downcast_ref::<Error>();
+    match ours {
+        Some(ours) => eprintln!("error: {}", ours.chain()),
+        None => eprintln!("error: {error:#}"),
+    }
+    ExitCode::from(ours.map_or(1, |ours| ours.kind().exit_code()))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        super::Arguments::command().debug_assert();
+    }
+}

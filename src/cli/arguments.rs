@@ -1,0 +1,163 @@
+//! Arguments that several commands share.
+
+use std::time::Duration;
+
+use clap::Args;
+use postbox::contract::Contract;
+use postbox::database::Database;
+use postbox::publisher::KafkaSettings;
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Postgres")]
+pub(super) struct DatabaseArguments {
+    /// Where the database is: postgresql://user@host:5432/app, or libpq's key=value form.
+    ///
+    /// A host that is a folder is a Unix socket, which doubles the limit of a relay beside its
+    /// Postgres: postgresql://user@/app?host=/var/run/postgresql. TLS as in libpq: sslmode (disable,
+    /// prefer, require, verify-ca, verify-full), sslrootcert, sslcert, sslkey. Without it:
+    /// DATABASE_URL, else libpq's PG* variables; the password may be in ~/.pgpass. Prefer the
+    /// variable to the flag: other users of the machine can read flags.
+    #[arg(
+        long,
+        env = "POSTBOX_DATABASE_URL",
+        hide_env_values = true,
+        value_name = "URL"
+    )]
+    database_url: Option<String>,
+}
+
+impl DatabaseArguments {
+    pub(super) fn resolve(&self) -> postbox::Result<Database> {
+        let environment = |name: &str| std::env::var(name).ok();
+        let url = self.database_url.clone();
+        let url = url.or_else(|| environment("DATABASE_URL"));
+        Database::resolve(url.as_deref(), &environment)
+    }
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Names")]
+pub(super) struct ContractArguments {
+    /// The schema that holds the outbox.
+    #[arg(
+        long,
+        env = "POSTBOX_SCHEMA",
+        default_value = "postbox",
+        value_name = "NAME"
+    )]
+    schema: String,
+
+    /// The replication slot, which is also the relay's name: 1 to 63 of a-z, 0-9 and _.
+    #[arg(
+        long,
+        env = "POSTBOX_SLOT",
+        default_value = "postbox",
+        value_name = "NAME"
+    )]
+    slot: String,
+
+    /// The publication of the outbox.
+    #[arg(
+        long,
+        env = "POSTBOX_PUBLICATION",
+        default_value = "postbox",
+        value_name = "NAME"
+    )]
+    publication: String,
+}
+
+impl ContractArguments {
+    pub(super) fn resolve(&self) -> postbox::Result<Contract> {
+        Contract::new(&self.schema, &self.slot, &self.publication)
+    }
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Kafka")]
+pub(super) struct KafkaArguments {
+    /// Brokers to ask first: host:port,host:port.
+    #[arg(long, env = "POSTBOX_BROKERS", value_name = "LIST")]
+    brokers: String,
+
+    /// A librdkafka property, such as -X security.protocol=SASL_SSL. Repeatable.
+    ///
+    /// In the variable: one a line. Properties that carry a promise (acks, enable.idempotence,
+    /// message.timeout.ms, …) cannot be weakened.
+    #[arg(
+        short = 'X',
+        long = "kafka-property",
+        env = "POSTBOX_KAFKA_PROPERTY",
+        hide_env_values = true,
+        value_name = "KEY=VALUE",
+        value_delimiter = '\n',
+        value_parser = property
+    )]
+    properties: Vec<(String, String)>,
+}
+
+impl KafkaArguments {
+    pub(super) fn resolve(&self) -> postbox::Result<KafkaSettings> {
+        let settings = KafkaSettings {
+            brokers: self.brokers.clone(),
+            properties: self.properties.clone(),
+        };
+        settings.check()?;
+        Ok(settings)
+    }
+}
+
+fn property(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.trim().is_empty() => {
+            Ok((key.trim().to_owned(), value.to_owned()))
+        }
+        // The text may hold a secret, so it is not quoted.
+        _ => Err("a property is KEY=VALUE".to_owned()),
+    }
+}
+
+/// A time as `10s`, `500ms` or `2m`.
+pub(super) fn duration(text: &str) -> Result<Duration, String> {
+    let digits = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let number: u64 = number
+        .parse()
+        .map_err(|_| format!("\"{text}\" is not a time: use 500ms, 10s or 2m"))?;
+    let millis = match unit {
+        "ms" => 1,
+        "s" => 1000,
+        "m" => 60_000,
+        _ => return Err(format!("\"{text}\" has no unit: use ms, s or m")),
+    };
+    let millis = number
+        .checked_mul(millis)
+        .ok_or_else(|| format!("\"{text}\" is too long"))?;
+    Ok(Duration::from_millis(millis))
+}
+
+/// A number of bytes as `65536`, `64KiB` or `32MiB`.
+pub(super) fn bytes(text: &str) -> Result<usize, String> {
+    let digits = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let number: usize = number
+        .parse()
+        .map_err(|_| format!("\"{text}\" is not a size: use 65536, 64KiB or 32MiB"))?;
+    let scale = match unit {
+        "" => 1,
+        "KiB" => 1 << 10,
+        "MiB" => 1 << 20,
+        "GiB" => 1 << 30,
+        _ => {
+            return Err(format!(
+                "\"{text}\" has an unknown unit: use KiB, MiB or GiB"
+            ));
+        }
+    };
+    number
+        .checked_mul(scale)
+        .ok_or_else(|| format!("\"{text}\" is too large"))
+}

@@ -1,0 +1,293 @@
+//! `postbox relay`.
+
+use std::net::SocketAddr;
+use std::num::NonZeroUsize;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::{Args, ValueEnum};
+use postbox::envelope::{Format, Route};
+use postbox::health::Health;
+use postbox::http::{self, Endpoints};
+use postbox::metrics::Metrics;
+use postbox::relay::{Relay, RelaySettings};
+use postbox::{Error, ErrorKind};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::{oneshot, watch};
+use tracing::{info, warn};
+
+use super::arguments::{ContractArguments, DatabaseArguments, KafkaArguments, bytes, duration};
+
+/// Carries committed events to Kafka until it is told to stop.
+///
+/// It waits for Postgres and Kafka for as long as it takes, also at the start, and ends only on
+/// errors that waiting does not mend. A second relay on the same slot stands by. SIGTERM and SIGINT
+/// drain: it reads on to the end of the transaction, delivers, confirms, and exits with 0; nothing is
+/// repeated then. A second signal ends it at once.
+#[derive(Debug, Args)]
+pub(super) struct RelayCommand {
+    /// How events are read.
+    #[arg(long, env = "POSTBOX_MODE", default_value = "wal", value_name = "MODE")]
+    mode: Mode,
+
+    #[command(flatten)]
+    database: DatabaseArguments,
+
+    #[command(flatten)]
+    contract: ContractArguments,
+
+    #[command(flatten)]
+    kafka: KafkaArguments,
+
+    #[command(flatten)]
+    records: RecordArguments,
+
+    #[command(flatten)]
+    tuning: TuningArguments,
+
+    /// Where /metrics, /healthz and /readyz are served; none turns them off.
+    ///
+    /// /readyz is green while events flow or there are none, and says in its body why it is not.
+    #[arg(
+        long,
+        env = "POSTBOX_HTTP",
+        default_value = "127.0.0.1:9464",
+        value_name = "ADDRESS"
+    )]
+    http: Http,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Mode {
+    /// From a logical replication slot, in commit order.
+    Wal,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Records")]
+struct RecordArguments {
+    /// What a record's value is: envelope (a JSON object around the payload), raw (the payload), or
+    /// versioned ({"schema_version","payload"}).
+    #[arg(
+        long,
+        env = "POSTBOX_FORMAT",
+        default_value = "envelope",
+        value_name = "FORMAT"
+    )]
+    format: Format,
+
+    /// The topic of an event whose row names none; {aggregate_type} and {event_type} stand for the
+    /// event's.
+    #[arg(
+        long,
+        env = "POSTBOX_ROUTE",
+        default_value = "{aggregate_type}",
+        value_name = "TEMPLATE"
+    )]
+    route: Route,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Limits")]
+struct TuningArguments {
+    /// The most events sent and not yet acknowledged. A crash may repeat as many.
+    #[arg(
+        long,
+        env = "POSTBOX_IN_FLIGHT_MAX",
+        default_value = "10000",
+        value_name = "EVENTS"
+    )]
+    in_flight_max: NonZeroUsize,
+
+    /// The most bytes sent and not yet acknowledged; KiB, MiB or GiB. One larger event passes alone.
+    #[arg(long, env = "POSTBOX_IN_FLIGHT_BYTES_MAX", default_value = "32MiB", value_parser = bytes, value_name = "SIZE")]
+    in_flight_bytes_max: usize,
+
+    /// How often progress is told to Postgres; 10ms to 10s. A crash repeats what was delivered since.
+    #[arg(long, env = "POSTBOX_STATUS_INTERVAL", default_value = "50ms", value_parser = duration, value_name = "TIME")]
+    status_interval: Duration,
+
+    /// How often the publication is checked and, after events, a fence for recovery is written; 1s to
+    /// 10m.
+    #[arg(long, env = "POSTBOX_HEARTBEAT_INTERVAL", default_value = "10s", value_parser = duration, value_name = "TIME")]
+    heartbeat_interval: Duration,
+
+    /// After how long without a sign of life Postgres and the relay give each other up; 1s to 10m.
+    #[arg(long, env = "POSTBOX_WAL_SENDER_TIMEOUT", default_value = "8s", value_parser = duration, value_name = "TIME")]
+    wal_sender_timeout: Duration,
+
+    /// How long a stop may take to drain. If it is not enough, the exit code is 9 and events repeat.
+    #[arg(long, env = "POSTBOX_SHUTDOWN_TIMEOUT", default_value = "30s", value_parser = duration, value_name = "TIME")]
+    shutdown_timeout: Duration,
+}
+
+impl TuningArguments {
+    fn check(&self) -> postbox::Result<()> {
+        let second = Duration::from_secs(1);
+        let intervals = [
+            (
+                "status-interval",
+                self.status_interval,
+                second / 100..=second * 10,
+            ),
+            (
+                "heartbeat-interval",
+                self.heartbeat_interval,
+                second..=second * 600,
+            ),
+            (
+                "wal-sender-timeout",
+                self.wal_sender_timeout,
+                second..=second * 600,
+            ),
+        ];
+        for (flag, value, allowed) in intervals {
+            if !allowed.contains(&value) {
+                let (least, most) = allowed.into_inner();
+                let message = format!("--{flag} {value:?} is out of range: {least:?} to {most:?}");
+                return Err(Error::new(ErrorKind::Settings, message));
+            }
+        }
+        if self.in_flight_bytes_max == 0 {
+            let message = "--in-flight-bytes-max 0 lets no event pass: use at least 1";
+            return Err(Error::new(ErrorKind::Settings, message));
+        }
+        if self.status_interval * 2 > self.wal_sender_timeout {
+            let message = format!(
+                "--status-interval {:?} fights --wal-sender-timeout {:?}: it must be less than half of it",
+                self.status_interval, self.wal_sender_timeout
+            );
+            return Err(Error::new(ErrorKind::Settings, message));
+        }
+        Ok(())
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Http {
+    Off,
+    At(SocketAddr),
+}
+
+impl FromStr for Http {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "none" => Ok(Self::Off),
+            _ => text
+                .parse()
+                .map(Self::At)
+                .map_err(|_| "use ADDRESS:PORT, such as 127.0.0.1:9464, or none".to_owned()),
+        }
+    }
+}
+
+impl RelayCommand {
+    pub(super) fn run(&self) -> anyhow::Result<()> {
+        let Mode::Wal = self.mode;
+        self.tuning.check()?;
+        let settings = RelaySettings {
+            contract: self.contract.resolve()?,
+            kafka: self.kafka.resolve()?,
+            database: self.database.resolve()?,
+            format: self.records.format,
+            route: self.records.route.clone(),
+            in_flight_max: self.tuning.in_flight_max.get(),
+            in_flight_bytes_max: self.tuning.in_flight_bytes_max,
+            status_interval: self.tuning.status_interval,
+            heartbeat_interval: self.tuning.heartbeat_interval,
+            wal_sender_timeout: self.tuning.wal_sender_timeout,
+            shutdown_timeout: self.tuning.shutdown_timeout,
+        };
+        runtime()?.block_on(self.supervise(settings))
+    }
+
+    /// Serves http and waits for signals, while the relay has a thread and a
+    /// runtime of its own.
+    async fn supervise(&self, settings: RelaySettings) -> anyhow::Result<()> {
+        let endpoints = Endpoints {
+            metrics: Arc::new(Metrics::default()),
+            health: Arc::new(Health::default()),
+        };
+        let mut signals = Signals::new().context("listen for signals")?;
+        if let Http::At(address) = self.http {
+            let listener = listen(address).await?;
+            info!(address = %listener.local_addr()?, "serving http");
+            tokio::spawn(http::serve(listener, endpoints.clone()));
+        }
+        let relay = Relay::new(settings, endpoints.metrics, endpoints.health);
+        let (stop, stopped) = watch::channel(false);
+        let mut result = spawn(relay, stopped)?;
+        loop {
+            tokio::select! {
+                result = &mut result => {
+                    let result = result.context("the relay's thread panicked")?;
+                    return Ok(result?);
+                }
+                name = signals.next() => {
+                    if *stop.borrow() {
+                        let message = "stopped by a second signal: events in flight will be sent again";
+                        return Err(Error::new(ErrorKind::NotDrained, message).into());
+                    }
+                    info!(signal = name, "stopping: drain and confirm");
+                    stop.send_replace(true);
+                }
+            }
+        }
+    }
+}
+
+fn spawn(
+    relay: Relay,
+    stopped: watch::Receiver<bool>,
+) -> anyhow::Result<oneshot::Receiver<postbox::Result<()>>> {
+    let runtime = runtime()?;
+    let (sender, result) = oneshot::channel();
+    std::thread::Builder::new()
+        .name("relay".to_owned())
+        .spawn(move || {
+            let result = runtime.block_on(relay.run(stopped));
+            if sender.send(result).is_err() {
+                warn!("nobody waits for the relay's result");
+            }
+        })?;
+    Ok(result)
+}
+
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    let mut builder = tokio::runtime::Builder::new_current_thread();
+    builder.enable_all().build().context("start a runtime")
+}
+
+async fn listen(address: SocketAddr) -> postbox::Result<TcpListener> {
+    TcpListener::bind(address).await.map_err(|error| {
+        let message =
+            format!("--http {address}: cannot listen there; use another address, or none");
+        Error::new(ErrorKind::Settings, message).caused_by(error)
+    })
+}
+
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        }
+    }
+}

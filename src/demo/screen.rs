@@ -1,0 +1,160 @@
+//! What the demo prints: a live line in a terminal, plain lines elsewhere.
+
+use std::io::{IsTerminal, Write};
+use std::time::{Duration, Instant};
+
+use super::FRAME;
+use super::audience::Audience;
+use super::child::RelayProcess;
+use crate::error::Result;
+use crate::oracle::{Verdict, Writers};
+
+pub(super) struct Screen {
+    is_terminal: bool,
+    started: Instant,
+    /// When the last line was printed that is not a terminal's live line.
+    printed: Instant,
+    last: (Instant, usize),
+}
+
+/// How often a line is printed where none can be drawn over.
+const PLAIN_INTERVAL: Duration = Duration::from_secs(2);
+
+impl Screen {
+    pub(super) fn new() -> Self {
+        let now = Instant::now();
+        Self {
+            is_terminal: std::io::stdout().is_terminal(),
+            started: now,
+            printed: now,
+            last: (now, 0),
+        }
+    }
+
+    pub(super) fn title(&self, text: &str) {
+        println!("{}\n", self.styled("1", text));
+    }
+
+    /// Something is ready.
+    pub(super) fn step(&self, text: &str) {
+        println!("  {}  {text}", self.styled("2", &self.clock()));
+    }
+
+    /// Something happened.
+    pub(super) fn event(&self, text: &str) {
+        let clear = if self.is_terminal { "\r\x1b[K" } else { "" };
+        println!(
+            "{clear}  {}  {}",
+            self.styled("2", &self.clock()),
+            self.styled("33", text)
+        );
+    }
+
+    /// Draws the live line until `end`.
+    pub(super) async fn follow(
+        &mut self,
+        writers: &Writers,
+        audience: &Audience,
+        relay: &mut RelayProcess,
+        end: Instant,
+    ) -> Result<()> {
+        while Instant::now() < end {
+            tokio::time::sleep(FRAME).await;
+            relay.check()?;
+            self.draw(writers, audience);
+        }
+        Ok(())
+    }
+
+    /// The same while there is no relay.
+    pub(super) async fn follow_without(
+        &mut self,
+        writers: &Writers,
+        audience: &Audience,
+        end: Instant,
+    ) {
+        while Instant::now() < end {
+            tokio::time::sleep(FRAME).await;
+            self.draw(writers, audience);
+        }
+    }
+
+    fn draw(&mut self, writers: &Writers, audience: &Audience) {
+        if !self.is_terminal && self.printed.elapsed() < PLAIN_INTERVAL {
+            return;
+        }
+        self.printed = Instant::now();
+        let records = audience.records();
+        let (since, before) = std::mem::replace(&mut self.last, (self.printed, records));
+        let rate = (records - before) as f64 / (self.printed - since).as_secs_f64().max(0.001);
+        let line = format!(
+            "  {}  committed {:>7}   published {records:>7}   {rate:>6.0}/s   {}",
+            self.styled("2", &self.clock()),
+            writers.committed(),
+            latency(audience.latencies()),
+        );
+        if self.is_terminal {
+            print!("\r\x1b[K{line}");
+            // A live line that is not drawn is no harm.
+            let _ = std::io::stdout().flush();
+        } else {
+            println!("{line}");
+        }
+    }
+
+    pub(super) fn verdict(&self, verdict: &Verdict, duplicates_max: usize) {
+        let rows = [
+            ("committed", verdict.committed, None),
+            ("records in Kafka", verdict.records, None),
+            ("lost", verdict.lost.len(), Some(0)),
+            ("out of order", verdict.inversions.len(), Some(0)),
+            ("never committed", verdict.ghosts.len(), Some(0)),
+            ("under a wrong key", verdict.misplaced.len(), Some(0)),
+            (
+                "repeated by the kill",
+                verdict.duplicates,
+                Some(duplicates_max),
+            ),
+        ];
+        println!("\n  {}", self.styled("1", "The oracle's verdict"));
+        for (name, found, limit) in rows {
+            let judged = match limit {
+                None => String::new(),
+                Some(limit) if found > limit => self.styled("1;31", &format!("✗ at most {limit}")),
+                Some(0) => self.styled("32", "✓"),
+                Some(limit) => self.styled("32", &format!("✓ at most {limit}")),
+            };
+            println!("  {}", format!("{name:<22}{found:>9}  {judged}").trim_end());
+        }
+        let (style, word) = match verdict.is_clean(duplicates_max) {
+            true => ("1;32", "nothing lost, in order"),
+            false => ("1;31", "a defect"),
+        };
+        println!(
+            "\n  {} after {:.0} s",
+            self.styled(style, word),
+            self.started.elapsed().as_secs_f32()
+        );
+    }
+
+    fn clock(&self) -> String {
+        format!("{:5.1} s", self.started.elapsed().as_secs_f32())
+    }
+
+    fn styled(&self, style: &str, text: &str) -> String {
+        match self.is_terminal {
+            true => format!("\x1b[{style}m{text}\x1b[0m"),
+            false => text.to_owned(),
+        }
+    }
+}
+
+/// From the insert to the consumer: half of the events were faster than p50.
+fn latency(mut latencies: Vec<Duration>) -> String {
+    if latencies.is_empty() {
+        return "nothing arrived".to_owned();
+    }
+    latencies.sort_unstable();
+    let at = |percent: usize| latencies[(latencies.len() - 1) * percent / 100].as_millis();
+    format!("p50 {} ms, p99 {} ms", at(50), at(99))
+}

@@ -1,0 +1,277 @@
+//! Applications that write events, and what they committed.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use postgres_protocol::escape::escape_identifier;
+use tokio::task::JoinSet;
+use tokio_postgres::types::ToSql;
+use tokio_postgres::{Client, Statement, Transaction};
+use uuid::Uuid;
+
+use super::Ledger;
+use crate::database::{self, Database};
+use crate::error::{Error, ErrorKind, Result};
+
+/// What the writers do.
+#[derive(Debug, Clone)]
+pub struct Load {
+    /// The outbox's schema.
+    pub schema: String,
+    /// The aggregate type of all events, and so by default their topic.
+    pub aggregate_type: String,
+    /// How many sessions write at once.
+    pub writers: usize,
+    /// How many keys they share.
+    pub keys: u64,
+    /// The most events in one transaction.
+    pub events_max: u64,
+    /// How many transactions of a hundred are rolled back.
+    pub rollback_percent: u64,
+    /// How many events of a hundred are rolled back to a savepoint.
+    pub savepoint_percent: u64,
+    /// The most events a second, over all writers.
+    pub events_per_second: f64,
+    /// What the choices are drawn from: the same seed, the same choices.
+    pub seed: u64,
+}
+
+impl Load {
+    /// A mixed load into one topic.
+    pub fn new(schema: &str, aggregate_type: &str) -> Self {
+        Self {
+            schema: schema.to_owned(),
+            aggregate_type: aggregate_type.to_owned(),
+            writers: 4,
+            keys: 50,
+            events_max: 10,
+            rollback_percent: 10,
+            savepoint_percent: 10,
+            events_per_second: f64::INFINITY,
+            seed: 1,
+        }
+    }
+}
+
+/// Sessions that write until they are stopped.
+pub struct Writers {
+    tasks: JoinSet<Result<()>>,
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    database: Database,
+    load: Load,
+    committed: AtomicU64,
+    rolled_back: AtomicU64,
+    stop: AtomicBool,
+    started: Instant,
+}
+
+/// Creates the ledger and the keys' versions, in a schema beside the outbox'.
+///
+/// # Errors
+/// If the database refuses.
+pub async fn prepare(client: &Client, schema: &str) -> Result<()> {
+    let oracle = oracle_schema(schema);
+    let sql = format!(
+        "CREATE SCHEMA {oracle};
+         CREATE TABLE {oracle}.key (key text PRIMARY KEY, version bigint NOT NULL);
+         CREATE TABLE {oracle}.ledger (id uuid NOT NULL, key text NOT NULL, version bigint NOT NULL)"
+    );
+    let created = client.batch_execute(&sql).await;
+    created.map_err(|error| database::sort("create the oracle's tables", error))
+}
+
+/// What was committed so far to this schema's outbox.
+///
+/// # Errors
+/// If the database refuses.
+pub async fn ledger(client: &Client, schema: &str) -> Result<Ledger> {
+    let oracle = oracle_schema(schema);
+    let rows = client
+        .query(
+            &format!("SELECT id, key, version FROM {oracle}.ledger"),
+            &[],
+        )
+        .await
+        .map_err(|error| database::sort("read the oracle's ledger", error))?;
+    let entries = rows.iter();
+    Ok(entries
+        .map(|row| (row.get::<_, Uuid>(0), (row.get(1), row.get(2))))
+        .collect())
+}
+
+impl Writers {
+    /// Starts to write. [`prepare`] comes first.
+    pub fn start(database: &Database, load: Load) -> Self {
+        let shared = Arc::new(Shared {
+            database: database.clone(),
+            load,
+            committed: AtomicU64::new(0),
+            rolled_back: AtomicU64::new(0),
+            stop: AtomicBool::new(false),
+            started: Instant::now(),
+        });
+        let mut tasks = JoinSet::new();
+        for writer in 0..shared.load.writers {
+            tasks.spawn(write(Arc::clone(&shared), writer as u64));
+        }
+        Self { tasks, shared }
+    }
+
+    /// How many events were committed, as far as the writers saw.
+    pub fn committed(&self) -> u64 {
+        self.shared.committed.load(Ordering::Relaxed)
+    }
+
+    /// How many events were written and rolled back.
+    pub fn rolled_back(&self) -> u64 {
+        self.shared.rolled_back.load(Ordering::Relaxed)
+    }
+
+    /// Ends the transactions that are open, and then the sessions.
+    ///
+    /// # Errors
+    /// If a writer failed for a reason that waiting will not mend.
+    pub async fn stop(mut self) -> Result<()> {
+        self.shared.stop.store(true, Ordering::Relaxed);
+        while let Some(writer) = self.tasks.join_next().await {
+            writer.map_err(|error| {
+                Error::new(ErrorKind::Unexpected, "a writer panicked").caused_by(error)
+            })??;
+        }
+        Ok(())
+    }
+}
+
+/// One session after another, until told to stop.
+async fn write(shared: Arc<Shared>, writer: u64) -> Result<()> {
+    let mut choices = Choices(shared.load.seed.wrapping_mul(1000) + writer);
+    while !shared.stop.load(Ordering::Relaxed) {
+        match session(&shared, &mut choices).await {
+            // Deadlocks and servers that go away are part of the harm.
+            Err(error) if error.kind().is_transient() => {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            done => return done,
+        }
+    }
+    Ok(())
+}
+
+async fn session(shared: &Shared, choices: &mut Choices) -> Result<()> {
+    let mut session = shared.database.connect("postbox oracle").await?;
+    let insert = session.client.prepare(&insert(&shared.load.schema)).await;
+    let insert = insert.map_err(|error| database::sort("prepare to write", error))?;
+    while !shared.stop.load(Ordering::Relaxed) {
+        let written = transaction(shared, &mut session.client, &insert, choices).await;
+        written.map_err(|error| database::sort("write events", error))?;
+        shared.keep_rate().await;
+    }
+    Ok(())
+}
+
+async fn transaction(
+    shared: &Shared,
+    client: &mut Client,
+    insert: &Statement,
+    choices: &mut Choices,
+) -> Result<(), tokio_postgres::Error> {
+    let load = &shared.load;
+    // In order, so that two transactions do not wait for each other.
+    let mut keys: Vec<u64> = (0..1 + choices.below(load.events_max))
+        .map(|_| choices.below(load.keys))
+        .collect();
+    keys.sort_unstable();
+    let mut transaction = client.transaction().await?;
+    let mut kept = 0;
+    for key in &keys {
+        if choices.percent(load.savepoint_percent) {
+            let savepoint = transaction.savepoint("undone").await?;
+            shared.insert(&savepoint, insert, *key).await?;
+            savepoint.rollback().await?;
+        } else {
+            shared.insert(&transaction, insert, *key).await?;
+            kept += 1;
+        }
+    }
+    let undone = keys.len() as u64 - kept;
+    if choices.percent(load.rollback_percent) {
+        transaction.rollback().await?;
+        shared
+            .rolled_back
+            .fetch_add(kept + undone, Ordering::Relaxed);
+    } else {
+        transaction.commit().await?;
+        shared.committed.fetch_add(kept, Ordering::Relaxed);
+        shared.rolled_back.fetch_add(undone, Ordering::Relaxed);
+    }
+    Ok(())
+}
+
+impl Shared {
+    async fn insert(
+        &self,
+        transaction: &Transaction<'_>,
+        insert: &Statement,
+        key: u64,
+    ) -> Result<(), tokio_postgres::Error> {
+        let key = format!("{}-{key}", self.load.aggregate_type);
+        let parameters: [&(dyn ToSql + Sync); 2] = [&key, &self.load.aggregate_type];
+        transaction.execute(insert, &parameters).await.map(drop)
+    }
+
+    async fn keep_rate(&self) {
+        let due = self.committed.load(Ordering::Relaxed) as f64 / self.load.events_per_second;
+        let ahead = due - self.started.elapsed().as_secs_f64();
+        if ahead > 0.0 {
+            tokio::time::sleep(Duration::from_secs_f64(ahead)).await;
+        }
+    }
+}
+
+/// One event: the key's version is locked and raised first, so that versions
+/// rise in commit order.
+fn insert(schema: &str) -> String {
+    let outbox = format!("{}.outbox", escape_identifier(schema));
+    let oracle = oracle_schema(schema);
+    format!(
+        "WITH raised AS (
+             INSERT INTO {oracle}.key AS k VALUES ($1, 1)
+             ON CONFLICT (key) DO UPDATE SET version = k.version + 1 RETURNING version
+         ), event AS (
+             INSERT INTO {outbox} (aggregate_type, aggregate_id, event_type, payload)
+             SELECT $2, $1, 'order_changed', json_build_object('version', version, 'status', 'paid') FROM raised
+             RETURNING id
+         )
+         INSERT INTO {oracle}.ledger SELECT event.id, $1, raised.version FROM event, raised"
+    )
+}
+
+fn oracle_schema(schema: &str) -> String {
+    escape_identifier(&format!("{schema}_oracle"))
+}
+
+/// SplitMix64 (Steele, Lea, Flood: "Fast Splittable Pseudorandom Number
+/// Generators"): small, and the same on every machine.
+struct Choices(u64);
+
+impl Choices {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = self.0;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ (mixed >> 31)
+    }
+
+    fn below(&mut self, limit: u64) -> u64 {
+        self.next() % limit.max(1)
+    }
+
+    fn percent(&mut self, percent: u64) -> bool {
+        self.below(100) < percent
+    }
+}

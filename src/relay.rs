@@ -1,0 +1,166 @@
+//! The loop that carries events from the slot to Kafka, and starts again.
+//!
+//! Everything that can break breaks one way: the attempt ends, its stream and
+//! its producer go, and the next one starts where the slot was last confirmed.
+//! So a restart after a failed delivery, a lost connection, a takeover and a
+//! `kill -9` are the same path, and what is repeated is bounded by the same
+//! window: what was in flight, and what was delivered since the last
+//! confirmation. A repetition never breaks the order of a key: each producer
+//! sends in order and stops at its first failure, and the next begins at or
+//! before the first event that is missing.
+//!
+//! The relay is the only place that knows both LSNs and records.
+
+mod attempt;
+mod heartbeat;
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use backon::{BackoffBuilder, ExponentialBuilder};
+use tokio::sync::watch;
+use tracing::{info, warn};
+
+use crate::contract::Contract;
+use crate::database::Database;
+use crate::envelope::{Format, Route};
+use crate::error::{Error, ErrorKind, Result};
+use crate::health::Health;
+use crate::metrics::Metrics;
+use crate::publisher::KafkaSettings;
+use crate::source::Place;
+use attempt::Attempt;
+
+/// What a relay needs to know.
+#[derive(Debug, Clone)]
+pub struct RelaySettings {
+    /// The database.
+    pub database: Database,
+    /// The names of schema, slot and publication.
+    pub contract: Contract,
+    /// The brokers.
+    pub kafka: KafkaSettings,
+    /// What a value looks like.
+    pub format: Format,
+    /// Where an event goes whose row does not say.
+    pub route: Route,
+    /// How many events may be sent and not yet acknowledged: what a crash may
+    /// repeat.
+    pub in_flight_max: usize,
+    /// How many bytes of them. One larger event still passes, alone.
+    pub in_flight_bytes_max: usize,
+    /// How often a new position is told to Postgres.
+    pub status_interval: Duration,
+    /// How often the publication is checked and a fence is written.
+    pub heartbeat_interval: Duration,
+    /// After how long without a sign of life the other side counts as dead.
+    pub wal_sender_timeout: Duration,
+    /// How long a stop may take to drain what is in flight.
+    pub shutdown_timeout: Duration,
+}
+
+/// Carries events until it is told to stop.
+pub struct Relay {
+    settings: RelaySettings,
+    metrics: Arc<Metrics>,
+    health: Arc<Health>,
+    /// Rows that were in a refused batch: they are sent again alone, so that the
+    /// one that is at fault can be told from its neighbours.
+    suspects: BTreeSet<Place>,
+}
+
+/// How an attempt ended that did not fail.
+enum Stopped {
+    /// Everything that was read is delivered and confirmed.
+    Drained,
+    /// It had not begun to read.
+    Idle,
+}
+
+impl Relay {
+    /// A relay that reports to `metrics` and `health`.
+    pub fn new(settings: RelaySettings, metrics: Arc<Metrics>, health: Arc<Health>) -> Self {
+        Self {
+            settings,
+            metrics,
+            health,
+            suspects: BTreeSet::new(),
+        }
+    }
+
+    /// Runs until `shutdown` becomes true or something fails that waiting will
+    /// not mend. It pauses its thread while busy, so that the server can send in
+    /// bursts: run it on a runtime of its own.
+    ///
+    /// # Errors
+    /// Any definite error; `NotDrained` if a stop left events to be repeated.
+    pub async fn run(mut self, mut shutdown: watch::Receiver<bool>) -> Result<()> {
+        let mut backoff = backoff();
+        let mut interrupted = false;
+        loop {
+            let started = Instant::now();
+            let error = match Attempt::run(&mut self, &mut shutdown).await {
+                Ok(Stopped::Idle) if interrupted => return Err(interrupted_stop()),
+                Ok(_) => return Ok(()),
+                Err(error) => error,
+            };
+            self.health.stream(Err(error.chain()));
+            if !error.kind().is_transient() {
+                return Err(error);
+            }
+            interrupted |= self.metrics.in_flight_events.get() > 0;
+            let reason = error.kind().label();
+            self.metrics.reconnects.with_label_values(&[reason]).inc();
+            // An attempt that worked for a while is not part of a series.
+            if started.elapsed() > BACKOFF_MAX * 2 {
+                backoff = self::backoff();
+            }
+            let pause = match error.kind() {
+                // The other relay may end at any moment; asking is cheap.
+                ErrorKind::SlotInUse => STANDBY_INTERVAL,
+                _ => backoff.next().unwrap_or(BACKOFF_MAX),
+            };
+            log_retry(&error, pause);
+            tokio::select! {
+                _ = shutdown.wait_for(|stop| *stop) => {
+                    return if interrupted { Err(interrupted_stop()) } else { Ok(()) };
+                }
+                () = tokio::time::sleep(pause) => {}
+            }
+        }
+    }
+}
+
+/// The longest pause between attempts.
+const BACKOFF_MAX: Duration = Duration::from_secs(10);
+
+/// How often a relay that stands by asks for the slot.
+const STANDBY_INTERVAL: Duration = Duration::from_millis(500);
+
+/// Pauses from 0.1 s to [`BACKOFF_MAX`], each up to twice as long at random, so
+/// that many relays do not come back at once; for ever.
+fn backoff() -> impl Iterator<Item = Duration> {
+    ExponentialBuilder::default()
+        .with_min_delay(Duration::from_millis(100))
+        .with_max_delay(BACKOFF_MAX)
+        .with_jitter()
+        .without_max_times()
+        .build()
+}
+
+fn log_retry(error: &Error, pause: Duration) {
+    let seconds = pause.as_secs_f32();
+    if error.kind() == ErrorKind::SlotInUse {
+        info!("standing by: {}", error.chain());
+    } else {
+        warn!("trying again in {seconds:.1} s: {}", error.chain());
+    }
+}
+
+fn interrupted_stop() -> Error {
+    Error::new(
+        ErrorKind::NotDrained,
+        "stopped while disconnected: events that were in flight will be sent again",
+    )
+}
