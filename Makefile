@@ -1,0 +1,24 @@
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint
+
+help: ## Show this list.
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: ## Start throw-away servers, harm them while events flow, and judge the result. ARGS go to `postbox demo`.
+	@dev/bootstrap
+	@cargo build --release --locked --features demo
+	@cargo run --release --locked --quiet --features demo -- demo $(ARGS)
+
+# Servers named in the environment need no download.
+test: ## Run all tests, on real Postgres and Kafka.
+	@dev/bootstrap
+	@test -n "$$DATABASE_URL" -a -n "$$KAFKA_BROKERS" || dev/fetch
+	cargo test --locked
+	cargo test --locked --no-default-features --lib
+
+lint: ## Check format, lints and docs.
+	@dev/bootstrap build
+	cargo fmt --check
+	cargo clippy --all-targets --all-features --locked -- -D warnings
+	cargo clippy --all-targets --no-default-features --locked -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --all-features --locked
