@@ -86,16 +86,23 @@ impl Reader {
         Ok(records)
     }
 
-    /// The records up to the end that the topic has now.
+    /// The records up to the end that the topic has now. A broker that comes back
+    /// is waited for.
     ///
     /// # Errors
-    /// If the brokers do not answer, or a record has no id.
+    /// If the brokers do not answer for long, or a record has no id.
     pub fn read_to_end(&self) -> Result<Vec<Seen>> {
         let mut records = Vec::new();
-        while !self.is_at_end()? {
+        let mut answered = Instant::now();
+        loop {
+            match self.is_at_end() {
+                Ok(true) => return Ok(records),
+                Ok(false) => answered = Instant::now(),
+                Err(error) if answered.elapsed() > TIMEOUT * 3 => return Err(error),
+                Err(_) => {}
+            }
             records.extend(self.read_for(Duration::from_millis(100))?);
         }
-        Ok(records)
     }
 
     fn is_at_end(&self) -> Result<bool> {

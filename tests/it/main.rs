@@ -1,0 +1,12 @@
+//! All tests that need real servers, in one program.
+//!
+//! Each test has its own database, slot and topic on servers that all share, or
+//! its own servers if it harms them. The servers are throw-away ones, unless
+//! DATABASE_URL and KAFKA_BROKERS name others.
+
+mod support;
+
+mod faults;
+mod poison;
+mod records;
+mod stream;

@@ -1,0 +1,233 @@
+//! Events that can never go out, batches that a broker refuses, and what must
+//! stop a relay.
+
+use std::time::Duration;
+
+use rdkafka::ClientConfig;
+use rdkafka::admin::{
+    AdminClient, AdminOptions, AlterConfig, NewTopic, ResourceSpecifier, TopicReplication,
+};
+use rdkafka::client::DefaultClientContext;
+
+use crate::support::{Fixture, Relay, wait_until};
+
+fn admin(fixture: &Fixture) -> AdminClient<DefaultClientContext> {
+    ClientConfig::new()
+        .set("bootstrap.servers", &fixture.brokers)
+        .create()
+        .unwrap()
+}
+
+async fn create_topic(fixture: &Fixture, message_bytes_max: &str) {
+    let topic = NewTopic::new(&fixture.topic, 1, TopicReplication::Fixed(1))
+        .set("max.message.bytes", message_bytes_max);
+    let created = admin(fixture)
+        .create_topics(&[topic], &AdminOptions::new())
+        .await;
+    created.unwrap().remove(0).unwrap();
+}
+
+/// The relay ends with exit code 8, names the event, and has confirmed nothing
+/// of it.
+async fn assert_stopped_by(mut relay: Relay, fixture: &Fixture, id: &str, why: &str) {
+    assert_eq!(relay.exit_code().await, 8, "{}", relay.log());
+    let log = relay.log();
+    assert!(
+        log.contains(&format!("event with seq ")) && log.contains(id),
+        "{log}"
+    );
+    assert!(log.contains("commit LSN ") && log.contains(why), "{log}");
+    let end = fixture.wal_end().await;
+    assert!(fixture.confirmed().await < end);
+}
+
+async fn insert_returning_id(fixture: &Fixture, key: &str, payload: &str) -> String {
+    let sql = "INSERT INTO postbox.outbox (aggregate_type, aggregate_id, event_type, payload) \
+               VALUES ($1, $2, 'changed', $3::text::json) RETURNING id::text";
+    let row = fixture
+        .client
+        .query_one(sql, &[&fixture.topic, &key, &payload])
+        .await;
+    row.unwrap().get(0)
+}
+
+fn incompressible(bytes: usize) -> String {
+    let mut state = 1u64;
+    let letters = (0..bytes).map(|_| {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1);
+        char::from(
+            b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_"
+                [(state >> 58) as usize],
+        )
+    });
+    format!("\"{}\"", letters.collect::<String>())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_row_that_is_too_large_stops_the_relay_and_is_named() {
+    let fixture = Fixture::new().await;
+    let relay = Relay::streaming(&fixture, &[]).await;
+    for _ in 0..20 {
+        fixture.insert("a", "{}").await;
+    }
+    fixture.wait_for_confirmation().await;
+    let id = insert_returning_id(&fixture, "a", &incompressible(3_000_000)).await;
+    for _ in 0..20 {
+        fixture.insert("a", "{}").await;
+    }
+    assert_stopped_by(relay, &fixture, &id, "too large").await;
+    // What stands behind it in its key has not overtaken it.
+    assert_eq!(fixture.records().await.len(), 20);
+    // The next relay stops at the same event.
+    let again = Relay::start(&fixture, &[]);
+    assert_stopped_by(again, &fixture, &id, "too large").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_topic_name_that_kafka_does_not_allow_stops_the_relay() {
+    let fixture = Fixture::new().await;
+    let relay = Relay::streaming(&fixture, &[]).await;
+    let sql = "INSERT INTO postbox.outbox (aggregate_type, aggregate_id, event_type, topic) \
+               VALUES ('a', 'b', 'c', 'no spaces') RETURNING id::text";
+    let id: String = fixture.client.query_one(sql, &[]).await.unwrap().get(0);
+    assert_stopped_by(relay, &fixture, &id, "\"no spaces\" is not a topic name").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_topic_that_nobody_creates_stops_the_relay() {
+    let fixture = Fixture::with_servers(&[], &["auto.create.topics.enable=false"]).await;
+    let relay = Relay::streaming(&fixture, &[]).await;
+    let id = insert_returning_id(&fixture, "a", "{}").await;
+    assert_stopped_by(relay, &fixture, &id, "create it").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_row_that_is_not_an_event_stops_the_relay() {
+    let fixture = Fixture::new().await;
+    let relay = Relay::streaming(&fixture, &[]).await;
+    let alter = "ALTER TABLE postbox.outbox RENAME COLUMN event_type TO kind";
+    fixture.client.batch_execute(alter).await.unwrap();
+    let sql = "INSERT INTO postbox.outbox (aggregate_type, aggregate_id, kind) VALUES ('a', 'b', 'c') RETURNING id::text";
+    let id: String = fixture.client.query_one(sql, &[]).await.unwrap().get(0);
+    assert_stopped_by(relay, &fixture, &id, "no column \"event_type\"").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_payload_that_is_not_json_stops_the_relay() {
+    let fixture = Fixture::new().await;
+    let relay = Relay::streaming(&fixture, &[]).await;
+    let alter = "ALTER TABLE postbox.outbox ALTER COLUMN payload TYPE text";
+    fixture.client.batch_execute(alter).await.unwrap();
+    let sql = "INSERT INTO postbox.outbox (aggregate_type, aggregate_id, event_type, payload) \
+               VALUES ('a', 'b', 'c', 'not json') RETURNING id::text";
+    let id: String = fixture.client.query_one(sql, &[]).await.unwrap().get(0);
+    assert_stopped_by(relay, &fixture, &id, "is not JSON").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn small_rows_pass_into_a_topic_with_a_small_limit() {
+    let fixture = Fixture::new().await;
+    create_topic(&fixture, "2000").await;
+    let relay = Relay::streaming(&fixture, &["-X", "compression.codec=none"]).await;
+    let writers = fixture.writers(fixture.load());
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    writers.stop().await.unwrap();
+    fixture.wait_for_confirmation().await;
+    assert!(!relay.get("/metrics").1.contains("delivery_failures_total{"));
+    relay.drain().await;
+    let verdict = fixture.verdict().await;
+    assert!(verdict.is_clean(0), "{verdict}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_refused_batch_is_not_a_refused_row() {
+    let fixture = Fixture::new().await;
+    create_topic(&fixture, "1000000").await;
+    let relay = Relay::streaming(&fixture, &["-X", "compression.codec=none"]).await;
+    fixture.insert("a", "{}").await;
+    fixture.wait_for_confirmation().await;
+    // The relay has read the old limit and now makes batches that are refused.
+    let lower =
+        AlterConfig::new(ResourceSpecifier::Topic(&fixture.topic)).set("max.message.bytes", "2000");
+    let altered = admin(&fixture)
+        .alter_configs(&[lower], &AdminOptions::new())
+        .await;
+    altered.unwrap().remove(0).unwrap();
+    let writers = fixture.writers(fixture.load());
+    wait_until("a batch is refused", || async {
+        relay.get("/metrics").1.contains("delivery_failures_total{")
+    })
+    .await;
+    writers.stop().await.unwrap();
+    fixture.wait_for_confirmation().await;
+    relay.drain().await;
+    let one = "INSERT INTO postbox_oracle.ledger SELECT id, aggregate_id, 0 FROM postbox.outbox WHERE aggregate_id = 'a'";
+    fixture.client.batch_execute(one).await.unwrap();
+    let verdict = fixture.verdict().await;
+    assert!(verdict.is_clean(crate::support::WINDOW), "{verdict}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_publication_made_again_stops_the_relay() {
+    let fixture = Fixture::new().await;
+    let mut relay = Relay::streaming(&fixture, &["--heartbeat-interval", "1s"]).await;
+    let again = "BEGIN; DROP PUBLICATION postbox; \
+                 CREATE PUBLICATION postbox FOR TABLE postbox.outbox WITH (publish = 'insert', publish_via_partition_root = true); COMMIT";
+    fixture.client.batch_execute(again).await.unwrap();
+    assert_eq!(relay.exit_code().await, 5, "{}", relay.log());
+    assert!(
+        relay
+            .log()
+            .contains("publication \"postbox\" is not what it was"),
+        "{}",
+        relay.log()
+    );
+    let mut next = Relay::start(&fixture, &[]);
+    assert_eq!(next.exit_code().await, 5, "{}", next.log());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_publication_that_is_gone_stops_the_relay() {
+    let fixture = Fixture::new().await;
+    let mut relay = Relay::streaming(&fixture, &["--heartbeat-interval", "1s"]).await;
+    fixture
+        .client
+        .batch_execute("DROP PUBLICATION postbox")
+        .await
+        .unwrap();
+    assert_eq!(relay.exit_code().await, 5, "{}", relay.log());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slot_that_is_gone_stops_the_relay_and_is_not_made_again() {
+    let fixture = Fixture::new().await;
+    let slot = &fixture.contract.slot;
+    fixture
+        .client
+        .execute("SELECT pg_drop_replication_slot($1)", &[slot])
+        .await
+        .unwrap();
+    let mut relay = Relay::start(&fixture, &[]);
+    assert_eq!(relay.exit_code().await, 4, "{}", relay.log());
+    assert!(
+        relay
+            .log()
+            .contains(&format!("replication slot \"{slot}\" is gone")),
+        "{}",
+        relay.log()
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_that_was_never_set_up_says_what_to_run() {
+    let fixture = Fixture::empty().await;
+    let mut relay = Relay::start(&fixture, &[]);
+    assert_eq!(relay.exit_code().await, 4, "{}", relay.log());
+    assert!(
+        relay.log().contains("run `postbox setup`"),
+        "{}",
+        relay.log()
+    );
+}

@@ -1,0 +1,155 @@
+//! The stream from slot to topic, without harm.
+
+use std::time::Duration;
+
+use postbox::oracle::Load;
+use tokio_postgres::types::PgLsn;
+
+use crate::support::{Fixture, Relay, wait_until};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn steady_load_arrives_complete_in_order_and_once() {
+    let fixture = Fixture::new().await;
+    let relay = Relay::streaming(&fixture, &[]).await;
+    let writers = fixture.writers(Load {
+        rollback_percent: 20,
+        savepoint_percent: 20,
+        ..fixture.load()
+    });
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    assert!(writers.rolled_back() > 0);
+    writers.stop().await.unwrap();
+    fixture.wait_for_confirmation().await;
+    relay.drain().await;
+    let verdict = fixture.verdict().await;
+    assert!(verdict.committed > 500 && verdict.is_clean(0), "{verdict}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_idle_slot_moves_on_while_other_tables_write() {
+    let fixture = Fixture::new().await;
+    let relay = Relay::streaming(&fixture, &[]).await;
+    let before = fixture.confirmed().await;
+    let other = "CREATE TABLE other (x text); INSERT INTO other SELECT repeat('x', 1000) FROM generate_series(1, 5000)";
+    fixture.client.batch_execute(other).await.unwrap();
+    let after = fixture.wal_end().await;
+    wait_until("the slot passes the other table's WAL", || async {
+        fixture.confirmed().await >= after
+    })
+    .await;
+    assert!(u64::from(after) - u64::from(before) > 5_000_000);
+    relay.drain().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_million_rows_in_one_transaction_pass_in_bounded_memory() {
+    let fixture = Fixture::new().await;
+    let relay = Relay::streaming(&fixture, &[]).await;
+    // Keys and versions as the writers make them, for the oracle.
+    let sql = format!(
+        "WITH event AS (
+             INSERT INTO postbox.outbox (aggregate_type, aggregate_id, event_type, payload)
+             SELECT '{}', 'k' || n % 100, 'changed', json_build_object('version', n) FROM generate_series(1, 1000000) AS n
+             RETURNING id, aggregate_id, payload
+         ) INSERT INTO postbox_oracle.ledger SELECT id, aggregate_id, (payload ->> 'version')::bigint FROM event",
+        fixture.topic
+    );
+    let committed = async {
+        fixture.client.batch_execute(&sql).await.unwrap();
+        fixture.wal_end().await
+    };
+    let mut peak = 0;
+    let mut committed = std::pin::pin!(committed);
+    let end: PgLsn = loop {
+        tokio::select! {
+            end = &mut committed => break end,
+            () = tokio::time::sleep(Duration::from_millis(100)) => peak = peak.max(relay.memory()),
+        }
+    };
+    wait_until("the transaction is confirmed", || {
+        peak = peak.max(relay.memory());
+        async { fixture.confirmed().await >= end }
+    })
+    .await;
+    relay.drain().await;
+    let verdict = fixture.verdict().await;
+    assert!(
+        verdict.records == 1_000_000 && verdict.is_clean(0),
+        "{verdict}"
+    );
+    // Far less than the transaction's 500 MB. A debug build with 10,000 events in
+    // flight has 60 MB.
+    assert!(peak < 150 << 20, "{} MiB", peak >> 20);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_of_900_kb_pass_in_bounded_memory() {
+    let fixture = Fixture::new().await;
+    let relay = Relay::streaming(&fixture, &[]).await;
+    let sql = format!(
+        "INSERT INTO postbox.outbox (aggregate_type, aggregate_id, event_type, payload)
+         SELECT '{}', 'k' || n % 10, 'changed', json_build_object('filler', repeat('x', 900000)) FROM generate_series(1, 300) AS n",
+        fixture.topic
+    );
+    fixture.client.batch_execute(&sql).await.unwrap();
+    let end = fixture.wal_end().await;
+    let mut peak = 0;
+    wait_until("all are confirmed", || {
+        peak = peak.max(relay.memory());
+        async { fixture.confirmed().await >= end }
+    })
+    .await;
+    relay.drain().await;
+    assert_eq!(fixture.records().await.len(), 300);
+    // 32 MiB in flight, 64 rows on their way to it, and both once more on their
+    // way through buffers.
+    assert!(peak < 300 << 20, "{} MiB", peak >> 20);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_second_relay_stands_by_and_takes_over() {
+    let fixture = Fixture::new().await;
+    let first = Relay::streaming(&fixture, &[]).await;
+    let mut second = Relay::start(&fixture, &[]);
+    second.wait_for_log("standing by").await;
+    let writers = fixture.writers(fixture.load());
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    first.drain().await;
+    second.wait_for_log("streaming").await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    writers.stop().await.unwrap();
+    fixture.wait_for_confirmation().await;
+    second.drain().await;
+    let verdict = fixture.verdict().await;
+    assert!(verdict.is_clean(0), "{verdict}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn heartbeats_store_a_fence_once_everything_before_it_is_delivered() {
+    let fixture = Fixture::new().await;
+    let snapshot = "SELECT snapshot::text FROM postbox.checkpoint";
+    let before: String = fixture
+        .client
+        .query_one(snapshot, &[])
+        .await
+        .unwrap()
+        .get(0);
+    let relay = Relay::streaming(&fixture, &["--heartbeat-interval", "1s"]).await;
+    fixture.insert("a", "{}").await;
+    wait_until("the checkpoint has a new snapshot", || async {
+        let now: String = fixture
+            .client
+            .query_one(snapshot, &[])
+            .await
+            .unwrap()
+            .get(0);
+        now != before
+    })
+    .await;
+    // Rows that the fence sees are delivered: there is one.
+    let sql = "SELECT count(*) FROM postbox.outbox, postbox.checkpoint \
+               WHERE pg_visible_in_snapshot(xid, snapshot)";
+    let seen: i64 = fixture.client.query_one(sql, &[]).await.unwrap().get(0);
+    assert_eq!((seen, fixture.records().await.len()), (1, 1));
+    relay.drain().await;
+}

@@ -1,0 +1,258 @@
+//! A database, a slot and a topic for one test.
+
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use postbox::contract::Contract;
+use postbox::database::Database;
+use postbox::oracle::{self, Ledger, Load, Reader, Seen, Verdict, Writers};
+use postbox::publisher::KafkaSettings;
+use postbox::servers::Server;
+use postbox::setup::{self, SetupOptions};
+use tokio_postgres::Client;
+use tokio_postgres::types::PgLsn;
+
+use super::{PATIENCE, wait_until};
+
+/// Where the servers are.
+#[derive(Debug, Clone)]
+struct Addresses {
+    /// Of the database that new ones are made from.
+    database_url: String,
+    brokers: String,
+}
+
+pub(crate) struct Fixture {
+    pub(crate) database: Database,
+    pub(crate) database_url: String,
+    pub(crate) brokers: String,
+    pub(crate) contract: Contract,
+    /// The aggregate type of the test's events, and so their topic.
+    pub(crate) topic: String,
+    pub(crate) client: Client,
+    /// The test's own servers, if it harms them.
+    pub(crate) postgres: Option<Server>,
+    pub(crate) kafka: Option<Server>,
+    admin_url: String,
+    name: String,
+}
+
+impl Fixture {
+    /// On the servers that all tests share, set up.
+    pub(crate) async fn new() -> Self {
+        let fixture = Self::on(shared(), None, None).await;
+        fixture.set_up().await;
+        fixture
+    }
+
+    /// On the servers that all tests share, an empty database.
+    pub(crate) async fn empty() -> Self {
+        Self::on(shared(), None, None).await
+    }
+
+    /// On servers of its own with these settings, set up.
+    pub(crate) async fn with_servers(postgres: &[&str], kafka: &[&str]) -> Self {
+        let postgres = Server::postgres(postgres).unwrap();
+        let kafka = Server::kafka(kafka).unwrap();
+        let addresses = Addresses {
+            database_url: socket_url(&postgres),
+            brokers: kafka.fact("brokers").to_owned(),
+        };
+        let fixture = Self::on(&addresses, Some(postgres), Some(kafka)).await;
+        fixture.set_up().await;
+        fixture
+    }
+
+    async fn on(addresses: &Addresses, postgres: Option<Server>, kafka: Option<Server>) -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("it_{}_{number}", std::process::id());
+        let admin = connect(&addresses.database_url).await;
+        let create = format!("CREATE DATABASE {name}");
+        admin.batch_execute(&create).await.unwrap();
+        let database_url = with_database(&addresses.database_url, &name);
+        Self {
+            database: resolve(&database_url),
+            client: connect(&database_url).await,
+            database_url,
+            brokers: addresses.brokers.clone(),
+            contract: Contract::new("postbox", &name, "postbox").unwrap(),
+            topic: format!("it-{}-{number}", std::process::id()),
+            postgres,
+            kafka,
+            admin_url: addresses.database_url.clone(),
+            name,
+        }
+    }
+
+    /// `postbox setup`, and the oracle's tables.
+    pub(crate) async fn set_up(&self) {
+        setup::setup(&self.database, &self.contract, &SetupOptions::default())
+            .await
+            .unwrap();
+        oracle::prepare(&self.client, &self.contract.schema)
+            .await
+            .unwrap();
+    }
+
+    /// Connects again, after the server was stopped.
+    pub(crate) async fn reconnect(&mut self) {
+        self.client = connect(&self.database_url).await;
+    }
+
+    pub(crate) fn kafka_settings(&self) -> KafkaSettings {
+        KafkaSettings {
+            brokers: self.brokers.clone(),
+            properties: Vec::new(),
+        }
+    }
+
+    pub(crate) fn load(&self) -> Load {
+        Load::new(&self.contract.schema, &self.topic)
+    }
+
+    pub(crate) fn writers(&self, load: Load) -> Writers {
+        Writers::start(&self.database, load)
+    }
+
+    pub(crate) async fn ledger(&self) -> Ledger {
+        oracle::ledger(&self.client, &self.contract.schema)
+            .await
+            .unwrap()
+    }
+
+    /// Inserts one event with this payload.
+    pub(crate) async fn insert(&self, key: &str, payload: &str) {
+        let sql = "INSERT INTO postbox.outbox (aggregate_type, aggregate_id, event_type, payload) \
+                   VALUES ($1, $2, 'changed', $3::text::json)";
+        let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 3] =
+            [&self.topic, &key, &payload];
+        self.client.execute(sql, &parameters).await.unwrap();
+    }
+
+    /// The slot's confirmed position.
+    pub(crate) async fn confirmed(&self) -> PgLsn {
+        let sql = "SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = $1";
+        let row = self.client.query_one(sql, &[&self.contract.slot]).await;
+        row.unwrap().get(0)
+    }
+
+    /// Where the WAL ends now.
+    pub(crate) async fn wal_end(&self) -> PgLsn {
+        let sql = "SELECT pg_current_wal_insert_lsn()";
+        self.client.query_one(sql, &[]).await.unwrap().get(0)
+    }
+
+    /// Waits until the slot has confirmed everything up to now.
+    pub(crate) async fn wait_for_confirmation(&self) {
+        let end = self.wal_end().await;
+        let what = format!("the slot confirms {end}");
+        wait_until(&what, || async move { self.confirmed().await >= end }).await;
+    }
+
+    /// All records of the test's topic.
+    pub(crate) async fn records(&self) -> Vec<Seen> {
+        let (kafka, topic) = (self.kafka_settings(), self.topic.clone());
+        let read = tokio::task::spawn_blocking(move || {
+            let reader = Reader::open(&kafka, &topic, Instant::now() + PATIENCE)?;
+            reader.read_to_end()
+        });
+        read.await.unwrap().unwrap()
+    }
+
+    /// What the oracle finds in the topic.
+    pub(crate) async fn verdict(&self) -> Verdict {
+        oracle::judge(&self.ledger().await, &self.records().await)
+    }
+}
+
+impl Drop for Fixture {
+    /// Slots are few and keep WAL, so they go with the test; a server that is
+    /// the test's own goes as a whole.
+    fn drop(&mut self) {
+        if self.postgres.is_some() {
+            return;
+        }
+        let (url, name) = (self.admin_url.clone(), self.name.clone());
+        // A runtime cannot wait inside another.
+        let cleaner = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Runtime::new().expect("a runtime starts");
+            runtime.block_on(async {
+                let admin = connect(&url).await;
+                let end_readers = format!(
+                    "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = '{name}'"
+                );
+                let drop_slot = format!(
+                    "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = '{name}'"
+                );
+                let drop_database = format!("DROP DATABASE IF EXISTS {name} WITH (FORCE)");
+                let _ = admin.batch_execute(&end_readers).await;
+                for _ in 0..100 {
+                    if admin.batch_execute(&drop_slot).await.is_ok() {
+                        break;
+                    }
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+                let _ = admin.batch_execute(&drop_database).await;
+            });
+        });
+        let _ = cleaner.join();
+    }
+}
+
+/// The servers that all tests share. They end with the process.
+fn shared() -> &'static Addresses {
+    static SERVERS: OnceLock<(Addresses, Option<Server>, Option<Server>)> = OnceLock::new();
+    let (addresses, ..) = SERVERS.get_or_init(|| {
+        let postgres = match std::env::var("DATABASE_URL") {
+            Ok(_) => None,
+            Err(_) => Some(Server::postgres(&[]).unwrap()),
+        };
+        let kafka = match std::env::var("KAFKA_BROKERS") {
+            Ok(_) => None,
+            Err(_) => Some(Server::kafka(&[]).unwrap()),
+        };
+        let addresses = Addresses {
+            database_url: match &postgres {
+                Some(server) => socket_url(server),
+                None => std::env::var("DATABASE_URL").unwrap(),
+            },
+            brokers: match &kafka {
+                Some(server) => server.fact("brokers").to_owned(),
+                None => std::env::var("KAFKA_BROKERS").unwrap(),
+            },
+        };
+        (addresses, postgres, kafka)
+    });
+    addresses
+}
+
+fn socket_url(postgres: &Server) -> String {
+    let (folder, port) = (postgres.fact("socket_dir"), postgres.fact("port"));
+    format!("postgresql://postgres@/postgres?host={folder}&port={port}")
+}
+
+/// The same server, another database.
+fn with_database(url: &str, name: &str) -> String {
+    let (address, parameters) = url.split_once('?').unwrap_or((url, ""));
+    let scheme_end = address.find("://").map_or(0, |at| at + 3);
+    let path = address[scheme_end..].find('/').map(|at| at + scheme_end);
+    let server = path.map_or(address, |path| &address[..path]);
+    format!("{server}/{name}?{parameters}")
+}
+
+fn resolve(url: &str) -> Database {
+    Database::resolve(Some(url), &|name| std::env::var(name).ok()).unwrap()
+}
+
+async fn connect(url: &str) -> Client {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match resolve(url).connect("postbox test").await {
+            Ok(session) => return session.client,
+            Err(error) => assert!(Instant::now() < deadline, "{}", error.chain()),
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}

@@ -1,0 +1,28 @@
+//! What tests stand on: servers, a database of their own, and relays.
+
+mod fixture;
+mod relay;
+
+use std::time::{Duration, Instant};
+
+pub(crate) use fixture::Fixture;
+pub(crate) use relay::Relay;
+
+/// What one crash may repeat: what the relay lets be in flight, and what was
+/// delivered since its last status message.
+pub(crate) const WINDOW: usize = 10_000 + 5_000;
+
+/// How long anything may take that is expected to happen.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Waits until `condition` is true, or fails saying `what` was waited for.
+pub(crate) async fn wait_until<F: Future<Output = bool>>(
+    what: &str,
+    mut condition: impl FnMut() -> F,
+) {
+    let deadline = Instant::now() + PATIENCE;
+    while !condition().await {
+        assert!(Instant::now() < deadline, "waited in vain: {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}

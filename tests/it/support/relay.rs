@@ -1,0 +1,158 @@
+//! `postbox relay` as a process, as its users run it.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use super::{Fixture, PATIENCE};
+
+pub(crate) struct Relay {
+    child: Child,
+    log: Arc<Mutex<Vec<String>>>,
+}
+
+impl Relay {
+    /// Starts a relay with these flags, and waits until it streams.
+    pub(crate) async fn streaming(fixture: &Fixture, flags: &[&str]) -> Self {
+        let mut relay = Self::start(fixture, flags);
+        relay.wait_for_log("streaming").await;
+        relay
+    }
+
+    /// Starts a relay with these flags.
+    pub(crate) fn start(fixture: &Fixture, flags: &[&str]) -> Self {
+        let contract = &fixture.contract;
+        let mut child = Command::new(env!("CARGO_BIN_EXE_postbox"))
+            .args(["relay", "--http", "127.0.0.1:0", "--slot", &contract.slot])
+            .args(flags)
+            .env("POSTBOX_DATABASE_URL", &fixture.database_url)
+            .env("POSTBOX_BROKERS", &fixture.brokers)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let stderr = child.stderr.take().unwrap();
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let lines = Arc::clone(&log);
+        std::thread::spawn(move || {
+            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+                lines.lock().unwrap().push(line);
+            }
+        });
+        Self { child, log }
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Everything it has logged.
+    pub(crate) fn log(&self) -> String {
+        self.log.lock().unwrap().join("\n")
+    }
+
+    /// Waits for a line that contains `text`.
+    pub(crate) async fn wait_for_log(&mut self, text: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        while !self.log().contains(text) {
+            assert!(
+                Instant::now() < deadline && self.is_running(),
+                "no \"{text}\" in the log:\n{}",
+                self.log()
+            );
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    pub(crate) fn is_running(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
+    }
+
+    /// Sends a signal by name, such as `TERM` or `STOP`.
+    pub(crate) fn signal(&self, name: &str) {
+        let pid = self.pid().to_string();
+        let sent = Command::new("kill")
+            .args([&format!("-{name}"), &pid])
+            .status();
+        assert!(sent.unwrap().success(), "kill -{name} {pid}");
+    }
+
+    /// SIGKILL.
+    pub(crate) fn kill(mut self) {
+        assert!(self.is_running(), "ended by itself:\n{}", self.log());
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// SIGTERM; the exit code.
+    pub(crate) async fn stop(mut self) -> i32 {
+        assert!(self.is_running(), "ended by itself:\n{}", self.log());
+        self.signal("TERM");
+        self.exit_code().await
+    }
+
+    /// SIGTERM, which must drain and confirm.
+    pub(crate) async fn drain(self) {
+        let log = Arc::clone(&self.log);
+        assert_eq!(self.stop().await, 0, "{}", log.lock().unwrap().join("\n"));
+    }
+
+    /// Waits until it ends.
+    pub(crate) async fn exit_code(&mut self) -> i32 {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                // The reader of its log is a moment behind.
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                return status.code().unwrap_or(-1);
+            }
+            assert!(Instant::now() < deadline, "does not end:\n{}", self.log());
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    /// The status and the body that a path answers.
+    pub(crate) fn get(&self, path: &str) -> (u16, String) {
+        let log = self.log();
+        let address = log.split("address=").nth(1).expect("http is served");
+        let address = address.split_whitespace().next().unwrap();
+        let mut stream = TcpStream::connect(address).unwrap();
+        write!(stream, "GET {path} HTTP/1.0\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        let status = head.split_whitespace().nth(1).unwrap().parse().unwrap();
+        (status, body.to_owned())
+    }
+
+    /// The value of a metric, by its name with labels.
+    pub(crate) fn metric(&self, name: &str) -> f64 {
+        let (_, text) = self.get("/metrics");
+        let line = text
+            .lines()
+            .find(|line| line.starts_with(&format!("{name} ")));
+        let line = line.unwrap_or_else(|| panic!("no {name} in:\n{text}"));
+        line.rsplit(' ').next().unwrap().parse().unwrap()
+    }
+
+    /// The memory it has now, in bytes.
+    pub(crate) fn memory(&self) -> u64 {
+        let pid = self.pid().to_string();
+        let output = Command::new("ps").args(["-o", "rss=", "-p", &pid]).output();
+        let kibibytes = String::from_utf8(output.unwrap().stdout).unwrap();
+        kibibytes.trim().parse::<u64>().unwrap() * 1024
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!("--- the relay's log ---\n{}", self.log());
+        }
+    }
+}
