@@ -264,10 +264,9 @@ async fn create_publication(
         report.add(object, State::AlreadyThere);
         return Ok(false);
     }
-    client
-        .batch_execute(&contract.sql(PUBLICATION))
-        .await
-        .map_err(|error| sort(format!("create {object}"), error))?;
+    if let Err(error) = client.batch_execute(&contract.sql(PUBLICATION)).await {
+        return Err(grants::sort_create(client, format!("create {object}"), error).await);
+    }
     report.add(object, State::Created);
     Ok(true)
 }

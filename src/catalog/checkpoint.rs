@@ -7,7 +7,7 @@ use tokio_postgres::types::{PgLsn, Type};
 use tracing::warn;
 
 use super::slot::AFTER_LOSS;
-use super::{System, publication_identity};
+use super::{System, check_publication, publication_identity};
 use crate::contract::Contract;
 use crate::database::sort;
 use crate::error::{Error, ErrorKind, Result};
@@ -115,8 +115,8 @@ pub async fn store_timeline(client: &Client, contract: &Contract, timeline: i32)
     update(client, contract, &sql, &parameters).await
 }
 
-/// Refuses a publication that is not the one the slot was set up with. Stores
-/// the present one's identity where the checkpoint has none.
+/// Refuses a publication that is not the one the slot was set up with, or is not
+/// right. Stores the present one's identity where the checkpoint has none.
 pub(crate) async fn reconcile_publication(
     client: &Client,
     contract: &Contract,
@@ -132,18 +132,26 @@ pub(crate) async fn reconcile_publication(
         ));
     }
     let present = publication_identity(client, contract).await?;
-    if present.is_some() && present == checkpoint.publication_identity {
-        return Ok(checkpoint);
-    }
-    match (present, &checkpoint.publication_identity) {
-        (Some(present), None) => {
+    let Some(present) = present else {
+        return Err(publication_changed(contract, "is gone"));
+    };
+    match &checkpoint.publication_identity {
+        Some(stored) if *stored == present => {
+            check_publication(client, contract).await?;
+            Ok(checkpoint)
+        }
+        Some(_) => {
+            let what = "is not what it was when the slot was set up";
+            Err(publication_changed(contract, what))
+        }
+        None => {
+            check_publication(client, contract).await?;
             store_publication_identity(client, contract, &present).await?;
             Ok(Checkpoint {
                 publication_identity: Some(present),
                 ..checkpoint
             })
         }
-        (present, _) => Err(publication_changed(contract, present.is_some())),
     }
 }
 
@@ -163,12 +171,7 @@ async fn store_publication_identity(
     update(client, contract, &sql, &parameters).await
 }
 
-fn publication_changed(contract: &Contract, exists: bool) -> Error {
-    let what = if exists {
-        "is not what it was when the slot was set up"
-    } else {
-        "is gone"
-    };
+fn publication_changed(contract: &Contract, what: &str) -> Error {
     Error::new(
         ErrorKind::Publication,
         format!(

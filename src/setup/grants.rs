@@ -147,6 +147,27 @@ pub(super) async fn current_role(client: &Client) -> Result<String> {
     Ok(row.get(0))
 }
 
+/// Sorts an error of a statement that needs CREATE on the database.
+pub(super) async fn sort_create(
+    client: &Client,
+    doing: String,
+    error: tokio_postgres::Error,
+) -> Error {
+    if error.code() != Some(&SqlState::INSUFFICIENT_PRIVILEGE) {
+        return sort(doing, error);
+    }
+    // Quoted by the server; whatever goes wrong here, the first error is the one to tell.
+    let names = "SELECT quote_ident(current_database()), quote_ident(current_user)";
+    match client.query_one(names, &[]).await {
+        Ok(row) => {
+            let (database, role): (String, String) = (row.get(0), row.get(1));
+            let mend = format!("{doing}: GRANT CREATE ON DATABASE {database} TO {role}");
+            Error::new(ErrorKind::Rights, mend).caused_by(error)
+        }
+        Err(_) => sort(doing, error),
+    }
+}
+
 /// The answer to a question about a role.
 async fn ask(client: &Client, sql: &str, role: &str) -> Result<bool> {
     let rows = client

@@ -2,6 +2,7 @@
 
 use tokio_postgres::Client;
 
+use super::grants::sort_create;
 use super::{Report, State};
 use crate::catalog::{SCHEMA_VERSION, schema_version};
 use crate::contract::Contract;
@@ -83,10 +84,9 @@ async fn create_schema(client: &Client, contract: &Contract, report: &mut Report
         report.add(object, State::AlreadyThere);
         return Ok(());
     }
-    client
-        .batch_execute(&contract.sql(SCHEMA))
-        .await
-        .map_err(|error| sort(format!("create {object}"), error))?;
+    if let Err(error) = client.batch_execute(&contract.sql(SCHEMA)).await {
+        return Err(sort_create(client, format!("create {object}"), error).await);
+    }
     report.add(object, State::Created);
     Ok(())
 }

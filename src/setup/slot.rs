@@ -54,7 +54,6 @@ pub(super) async fn check(
     let slot = slot.ok_or_else(|| checkpoint.slot_is_gone(contract))?;
     slot.check(&contract.slot)?;
     catalog::reconcile_publication(client, contract, checkpoint).await?;
-    catalog::check_publication(client, contract).await?;
     let publication = format!("publication \"{}\"", contract.publication);
     report.add(publication, State::AlreadyThere);
     report.add(object(contract), State::AlreadyThere);
@@ -79,7 +78,14 @@ pub(super) async fn create(
         let start = take_over(client, contract, slot, publication_is_new, backfill_none).await?;
         note_intention(client, contract).await?;
         finish(client, contract, &system, &start).await?;
-        report.add_with_note(object(contract), State::TakenOver, start.note());
+        let rows = start.rows_before;
+        let note =
+            format!("rows in the outbox: {rows}; those before its position stay unpublished");
+        report.add_with_note(
+            object(contract),
+            State::TakenOver,
+            (rows > 0).then_some(note),
+        );
         return Ok(());
     }
     note_intention(client, contract).await?;
@@ -93,7 +99,9 @@ pub(super) async fn create(
         return Err(rows_before_the_slot(contract, start.rows_before));
     }
     finish(client, contract, &system, &start).await?;
-    report.add_with_note(object(contract), State::Created, start.note());
+    let rows = start.rows_before;
+    let note = format!("rows in the outbox before it: {rows}; they stay unpublished");
+    report.add_with_note(object(contract), State::Created, (rows > 0).then_some(note));
     Ok(())
 }
 
@@ -101,15 +109,9 @@ pub(super) async fn create(
 struct Start {
     lsn: PgLsn,
     snapshot: String,
+    /// Of a slot that someone else made: rows that may be before it.
     rows_before: i64,
     publication_identity: Option<String>,
-}
-
-impl Start {
-    fn note(&self) -> Option<String> {
-        let rows = self.rows_before;
-        (rows > 0).then(|| format!("rows in the outbox before it: {rows}, left unpublished"))
-    }
 }
 
 async fn identify_system(replication: &mut ReplicationClient) -> Result<System> {
