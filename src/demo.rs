@@ -182,7 +182,8 @@ impl Stage {
         // Names that we made: no quotes needed.
         let name = &self.contract.slot;
         let sql = format!(
-            "SELECT pg_drop_replication_slot('{name}');
+            "SET client_min_messages = warning;
+             SELECT pg_drop_replication_slot('{name}');
              DROP PUBLICATION {name};
              DROP SCHEMA {name}_oracle CASCADE;
              DROP SCHEMA {name} CASCADE;"

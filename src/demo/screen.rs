@@ -156,5 +156,5 @@ fn latency(mut latencies: Vec<Duration>) -> String {
     }
     latencies.sort_unstable();
     let at = |percent: usize| latencies[(latencies.len() - 1) * percent / 100].as_millis();
-    format!("p50 {} ms, p99 {} ms", at(50), at(99))
+    format!("insert to consumer: p50 {} ms, p99 {} ms", at(50), at(99))
 }

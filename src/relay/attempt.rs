@@ -116,9 +116,11 @@ impl<'r> Attempt<'r> {
         let publisher = Publisher::new(settings.kafka.clone())?;
         let answer = publisher.probe(PROBE_TIMEOUT).await;
         publisher.take_reports(&mut Vec::new())?;
-        let link = answer.as_ref().map(|()| ()).map_err(Error::chain);
-        relay.health.brokers(link);
+        if let Err(error) = &answer {
+            relay.health.brokers(Err(error.chain()));
+        }
         answer?;
+        relay.health.brokers(Ok(()));
 
         let stream = Stream::open(
             &settings.database,
