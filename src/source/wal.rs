@@ -197,8 +197,8 @@ impl Stream {
         }
     }
 
-    /// Ends the stream. What was confirmed before [`confirmation_sent`]
-    /// (Self::confirmation_sent) returned is not lost.
+    /// Ends the stream. Only what [`confirmation_sent`](Self::confirmation_sent)
+    /// has waited for is sure to have reached the server.
     pub async fn close(mut self) {
         // The client forgets a confirmation that it has not yet sent, and closes.
         let _ = tokio::time::timeout(Duration::from_secs(1), self.client.shutdown()).await;

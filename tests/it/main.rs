@@ -4,6 +4,9 @@
 //! its own servers if it harms them. The servers are throw-away ones, unless
 //! DATABASE_URL and KAFKA_BROKERS name others.
 
+// A test fails by panicking.
+#![allow(clippy::unwrap_used)]
+
 mod support;
 
 mod faults;
