@@ -82,6 +82,14 @@ impl Publisher {
         self.topics.get(name).copied()
     }
 
+    /// The name of a topic that was resolved.
+    pub fn topic_name(&self, number: usize) -> Option<&str> {
+        let mut topics = self.topics.iter();
+        topics
+            .find(|(_, found)| **found == number)
+            .map(|(name, _)| name.as_str())
+    }
+
     /// Asks the brokers about a topic, apart from this publisher so that it can
     /// go on meanwhile.
     pub fn resolve(&self, name: &str) -> impl Future<Output = Result<Topic>> + Send + use<> {

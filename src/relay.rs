@@ -13,6 +13,7 @@
 
 mod attempt;
 mod heartbeat;
+mod window;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;

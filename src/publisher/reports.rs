@@ -145,10 +145,14 @@ impl ClientContext for Context {
                 let message = format!("the brokers refuse our identity: {reason}");
                 self.reports.refuse(Error::new(ErrorKind::Rights, message));
             }
-            // Called twice for each event, and again for each attempt.
-            Some(RDKafkaErrorCode::AllBrokersDown | RDKafkaErrorCode::BrokerTransportFailure) => {
-                debug!(%error, reason, "brokers are away");
-            }
+            // Called twice for each event, and again for each attempt. What follows
+            // from it is logged once, where it is handled.
+            Some(
+                RDKafkaErrorCode::AllBrokersDown
+                | RDKafkaErrorCode::BrokerTransportFailure
+                | RDKafkaErrorCode::GaplessGuarantee
+                | RDKafkaErrorCode::Fatal,
+            ) => debug!(%error, reason, "librdkafka reports an error"),
             _ => warn!(%error, reason, "librdkafka reports an error"),
         }
     }

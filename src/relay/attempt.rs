@@ -1,75 +1,47 @@
 //! One attempt: from opening the slot until something breaks or the relay is
 //! told to stop.
 
-use std::collections::VecDeque;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
-use rdkafka::error::RDKafkaErrorCode;
 use tokio::sync::watch;
-use tokio::task::JoinSet;
+use tokio::task::{JoinError, JoinSet};
+use tokio::time::Instant;
 use tokio_postgres::types::PgLsn;
-use tracing::{info, warn};
+use tracing::info;
 
 use super::heartbeat::Heartbeat;
-use super::{Relay, Stopped};
-use crate::ack::AckQueue;
+use super::window::{Stop, Window};
+use super::{Relay, RelaySettings, Stopped};
 use crate::catalog;
+use crate::database::Session;
 use crate::envelope::Encoder;
 use crate::error::{Error, ErrorKind, Result};
-use crate::metrics::TopicMetrics;
-use crate::publisher::{Publisher, Report, SendError, Topic, Verdict, verdict};
+use crate::publisher::{Publisher, Topic};
 use crate::source::wal::{Stream, WalSettings};
-use crate::source::{Item, Place, Position, Row, Source};
-use crate::timestamp::Timestamp;
+use crate::source::{Item, Row, Source};
 
 pub(super) struct Attempt<'r> {
     relay: &'r mut Relay,
     heartbeat: Heartbeat,
     stream: Stream,
     encoder: Encoder,
-    publisher: Publisher,
-    queue: AckQueue<Sent, PgLsn>,
-    /// Fences that were read and not yet reached.
-    fences: VecDeque<Position>,
-    topics: Vec<TopicMetrics>,
-    reports: Vec<Report>,
+    window: Window,
     /// A row that waits: for its topic, for smaller batches, or to be sent alone.
     held: Option<Row>,
     /// The topic of the held row, before records for it may pass.
     found: Option<Topic>,
-    /// A row that is being sent alone.
-    alone: Option<(u64, Row)>,
     resolving: JoinSet<Result<Topic>>,
     probing: JoinSet<Result<()>>,
-    heard_from_brokers: Instant,
-    failed: Option<Failed>,
     stopping: bool,
-}
-
-/// What is remembered of an event in flight.
-struct Sent {
-    place: Place,
-    topic: usize,
-    size: usize,
-    committed_at: Timestamp,
-    sent_at: Instant,
-}
-
-/// A delivery failed: nothing more is sent, and what is in flight is waited for,
-/// as the reports name the rows that were refused.
-struct Failed {
-    error: Error,
-    reports: usize,
-    since: Instant,
 }
 
 /// Rows taken in one go before anything else is looked at.
 const BURST: usize = 256;
 
-/// The server sends each row by itself, and each wakes us. While rows come
-/// faster than this many a turn, the thread sleeps for [`PAUSE`] and lets them
-/// gather: 500,000 rows over a Unix socket cost the relay 2.9 µs each instead of
-/// 4.2, and the walsender does not slow down. Alone, an event never waits.
+/// The server sends each row by itself, and each wakes us. After a turn with this
+/// many rows, the thread sleeps for [`PAUSE`] and lets them gather: in a prototype
+/// that drained 500,000 rows over a Unix socket, an event then cost the relay
+/// 2.9 µs instead of 4.2. Alone, an event never waits.
 const BUSY: usize = 32;
 const PAUSE: Duration = Duration::from_micros(300);
 
@@ -81,11 +53,8 @@ const TICK: Duration = Duration::from_secs(1);
 const PROBE_INTERVAL: Duration = Duration::from_secs(4);
 const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long the reports of a failed producer are waited for. It purges at once.
-const FAILED_REPORTS_MAX: Duration = Duration::from_secs(5);
-
-/// How long a server that is going away is made to wait while what is in flight
-/// is confirmed.
+/// How long a server that is going away, or the end of a relay that met an event
+/// it cannot send, waits until what is in flight is confirmed.
 const PARTING_MAX: Duration = Duration::from_secs(2);
 
 impl<'r> Attempt<'r> {
@@ -99,9 +68,12 @@ impl<'r> Attempt<'r> {
             attempt = Self::connect(relay) => attempt?,
         };
         let result = attempt.carry(shutdown).await;
+        if let Err(error) = &result {
+            attempt.part(error.kind()).await;
+        }
         attempt.update_gauges();
         attempt.stream.close().await;
-        attempt.publisher.close().await;
+        attempt.relay.suspects = attempt.window.close().await;
         result.map(|()| Stopped::Drained)
     }
 
@@ -111,60 +83,34 @@ impl<'r> Attempt<'r> {
         let name = format!("postbox {} control", settings.contract.slot);
         let session = settings.database.connect(&name).await?;
         let checkpoint = catalog::check(&session.client, &settings.contract, None).await?;
-
-        // The slot is only taken by a relay that can deliver.
-        let publisher = Publisher::new(settings.kafka.clone())?;
-        let answer = publisher.probe(PROBE_TIMEOUT).await;
-        publisher.take_reports(&mut Vec::new())?;
-        if let Err(error) = &answer {
-            relay.health.brokers(Err(error.chain()));
-        }
-        answer?;
-        relay.health.brokers(Ok(()));
-
-        let stream = Stream::open(
-            &settings.database,
-            WalSettings {
-                slot: settings.contract.slot.clone(),
-                source: Source {
-                    schema: settings.contract.schema.clone(),
-                    table: "outbox".to_owned(),
-                    publication: settings.contract.publication.clone(),
-                },
-                status_interval: settings.status_interval,
-                wal_sender_timeout: settings.wal_sender_timeout,
-            },
-        )
-        .await?;
+        let publisher = reach_brokers(relay).await?;
+        let stream = open_stream(&settings, &session).await?;
         info!(
             slot = settings.contract.slot,
             database = settings.database.display(),
             "streaming"
         );
         relay.health.stream(Ok(()));
-        let heartbeat = Heartbeat::start(
-            session,
-            settings.contract,
-            checkpoint,
-            settings.heartbeat_interval,
-            relay.metrics.clone(),
-        );
         Ok(Self {
-            heartbeat,
+            heartbeat: Heartbeat::start(
+                session,
+                settings.contract,
+                checkpoint,
+                settings.heartbeat_interval,
+                relay.metrics.clone(),
+            ),
             stream,
             encoder: Encoder::new(settings.format, settings.route),
-            publisher,
-            queue: AckQueue::default(),
-            fences: VecDeque::new(),
-            topics: Vec::new(),
-            reports: Vec::new(),
+            window: Window::new(
+                publisher,
+                std::mem::take(&mut relay.suspects),
+                relay.metrics.clone(),
+                relay.health.clone(),
+            ),
             held: None,
             found: None,
-            alone: None,
             resolving: JoinSet::new(),
             probing: JoinSet::new(),
-            heard_from_brokers: Instant::now(),
-            failed: None,
             stopping: false,
             relay,
         })
@@ -181,31 +127,28 @@ impl<'r> Attempt<'r> {
             }
             self.release_held().await?;
             let read = self.read_burst()?;
-            busy += read;
-            if read == 0 && busy >= BUSY {
-                busy = 0;
+            if read > 0 {
+                busy += read;
+            } else if std::mem::take(&mut busy) >= BUSY {
                 std::thread::sleep(PAUSE);
                 tokio::task::yield_now().await;
                 continue;
-            }
-            if read == 0 {
-                busy = 0;
             }
             let may_read = self.may_read();
             tokio::select! {
                 biased;
                 _ = shutdown.wait_for(|stop| *stop), if !self.stopping => {
                     self.stopping = true;
-                    deadline = Some(tokio::time::Instant::now() + self.relay.settings.shutdown_timeout);
+                    deadline = Some(Instant::now() + self.relay.settings.shutdown_timeout);
                 }
-                error = self.heartbeat.failed() => return Err(self.part(error).await),
-                () = sleep_until(deadline), if deadline.is_some() => return Err(self.not_drained()),
+                error = self.heartbeat.failed() => return Err(error),
+                () = sleep_until(deadline) => return Err(self.not_drained()),
                 _ = tick.tick() => self.look_around()?,
-                Some(topic) = self.resolving.join_next() => self.resolved(joined(topic)?)?,
+                Some(topic) = self.resolving.join_next() => self.resolved(joined(topic))?,
                 Some(alive) = self.probing.join_next() => self.probed(joined(alive)),
                 () = tokio::task::yield_now(), if read > 0 => {}
-                () = self.publisher.reported() => {}
-                item = self.stream.next(), if may_read => { busy = 1; self.take(item?)? }
+                () = self.window.publisher.reported() => {}
+                item = self.stream.next(), if may_read => self.take(item?)?,
             }
         }
     }
@@ -226,10 +169,9 @@ impl<'r> Attempt<'r> {
     fn may_read(&self) -> bool {
         let settings = &self.relay.settings;
         self.held.is_none()
-            && self.alone.is_none()
-            && self.failed.is_none()
-            && self.queue.in_flight() < settings.in_flight_max
-            && self.queue.in_flight_bytes() < settings.in_flight_bytes_max
+            && self
+                .window
+                .has_room(settings.in_flight_max, settings.in_flight_bytes_max)
             // A stop reads on to the end of the transaction: only that can be
             // confirmed.
             && (!self.stopping || self.stream.in_transaction())
@@ -239,10 +181,7 @@ impl<'r> Attempt<'r> {
         match item {
             Item::Row(row) => self.offer(row),
             Item::Position(position) => {
-                self.queue.push_position(position.lsn);
-                if position.fence.is_some() {
-                    self.fences.push_back(position);
-                }
+                self.window.push_position(position);
                 Ok(())
             }
         }
@@ -252,44 +191,43 @@ impl<'r> Attempt<'r> {
     fn offer(&mut self, row: Row) -> Result<()> {
         let event = match self.stream.event(&row) {
             Ok(event) => event,
-            Err(why) => return Err(self.poison(&row, why)),
+            Err(why) => return Err(poison(&self.stream, &row, why)),
         };
         let record = match self.encoder.encode(&event) {
             Ok(record) => record,
             Err(why) => return Err(poison(&self.stream, &row, why)),
         };
-        let Some(topic) = self.publisher.topic(record.topic) else {
-            let resolve = self.publisher.resolve(record.topic);
-            self.resolving.spawn(resolve);
+        let Some(topic) = self.window.publisher.topic(record.topic) else {
+            self.resolving
+                .spawn(self.window.publisher.resolve(record.topic));
             self.held = Some(row);
             return Ok(());
         };
-        let suspect = self.relay.suspects.contains(&row.place);
-        if suspect && self.queue.in_flight() > 0 {
+        if self.window.is_suspect(&row) && !self.window.is_settled() {
             self.held = Some(row);
             return Ok(());
-        }
-        let size = record.size();
-        let sent = Sent {
-            place: row.place,
-            topic,
-            size,
-            committed_at: row.committed_at,
-            sent_at: Instant::now(),
-        };
-        let sequence = self.queue.push_event(sent, size);
-        match self.publisher.send(&record, sequence) {
-            Ok(()) => {}
-            Err(SendError::Row(code)) => {
-                return Err(poison(&self.stream, &row, refusal(record.topic, code)));
-            }
-            Err(SendError::Producer(error)) => return Err(error),
-        }
-        if suspect {
-            self.alone = Some((sequence, row));
         }
         self.heartbeat.had_traffic();
-        Ok(())
+        let sent = self.window.send(&row, &record, topic);
+        sent.map_err(|stop| self.stopped(stop))
+    }
+
+    /// Sends the held row if what it waits for has come.
+    async fn release_held(&mut self) -> Result<()> {
+        if self.window.has_failed() || !self.resolving.is_empty() {
+            return Ok(());
+        }
+        if let Some(topic) = &self.found {
+            if !self.window.publisher.fits(topic) && !self.window.is_settled() {
+                return Ok(());
+            }
+            self.window.admit(topic).await?;
+            self.found = None;
+        }
+        match self.held.take() {
+            Some(row) => self.offer(row),
+            None => Ok(()),
+        }
     }
 
     /// The brokers have said what they know of the held row's topic.
@@ -300,181 +238,81 @@ impl<'r> Attempt<'r> {
                 Ok(())
             }
             (Err(error), Some(row)) if error.kind() == ErrorKind::Event => {
-                Err(self.poison(row, error))
+                Err(poison(&self.stream, row, error))
             }
             (Err(error), _) => Err(error),
         }
     }
 
-    /// Sends the held row if what it waits for has come.
-    async fn release_held(&mut self) -> Result<()> {
-        let in_flight = self.queue.in_flight() > 0;
-        if self.failed.is_some() || !self.resolving.is_empty() {
-            return Ok(());
-        }
-        if let Some(topic) = &self.found {
-            if !self.publisher.fits(topic) {
-                // A producer has one size of batches, and is replaced when
-                // nothing is in flight.
-                if in_flight {
-                    return Ok(());
-                }
-                self.publisher.shrink(topic).await?;
-            }
-            if self.publisher.admit(topic) == self.topics.len() {
-                self.topics.push(self.relay.metrics.topic(&topic.name));
-            }
-            self.found = None;
-        }
-        match self.held.take() {
-            Some(row) => self.offer(row),
-            None => Ok(()),
-        }
-    }
-
-    /// Turns reports into progress. The only place where a position is confirmed.
+    /// Turns delivery reports into progress: the only place where a position is
+    /// confirmed.
     fn settle(&mut self) -> Result<()> {
-        self.publisher.take_reports(&mut self.reports)?;
-        if !self.reports.is_empty() {
-            self.heard_from_brokers = Instant::now();
-            let now = Timestamp::from_unix_micros(unix_micros());
-            let mut reports = std::mem::take(&mut self.reports);
-            for report in reports.drain(..) {
-                match report.error {
-                    None => self.delivered(report.sequence, now),
-                    Some(code) => self.refused(report.sequence, code)?,
-                }
-            }
-            self.reports = reports;
-            self.relay.health.brokers(Ok(()));
-            self.relay.health.moved();
-        }
-        if let Some(lsn) = self.queue.confirmable() {
+        let progress = self.window.settle().map_err(|stop| self.stopped(stop))?;
+        if let Some(lsn) = progress.confirm {
             self.stream.confirm(lsn);
-            self.relay.health.moved();
-            self.reach_fences(lsn);
         }
-        match self.failed.take_if(|failed| {
-            failed.reports == self.queue.in_flight() || failed.since.elapsed() > FAILED_REPORTS_MAX
-        }) {
-            Some(failed) => Err(failed.error),
-            None => Ok(()),
-        }
-    }
-
-    fn delivered(&mut self, sequence: u64, now: Timestamp) {
-        let sent = self.queue.delivered(sequence);
-        let topic = &self.topics[sent.topic];
-        topic.events.inc();
-        topic.bytes.inc_by(sent.size as u64);
-        let metrics = &self.relay.metrics;
-        metrics
-            .publish_seconds
-            .observe(sent.sent_at.elapsed().as_secs_f64());
-        // Two hosts' clocks may differ.
-        let micros = (now.unix_micros() - sent.committed_at.unix_micros()).max(0);
-        metrics
-            .commit_to_delivery_seconds
-            .observe(micros as f64 / 1e6);
-        if self
-            .alone
-            .take_if(|(alone, _)| *alone == sequence)
-            .is_some()
-        {
-            self.relay.suspects.remove(&sent.place);
-        }
-    }
-
-    fn refused(&mut self, sequence: u64, code: RDKafkaErrorCode) -> Result<()> {
-        let failures = &self.relay.metrics.failures;
-        failures.with_label_values(&[&format!("{code:?}")]).inc();
-        let about = verdict(code);
-        if about != Verdict::Retry {
-            if let Some((_, row)) = self.alone.take_if(|(alone, _)| *alone == sequence) {
-                return Err(self.poison(&row, code));
-            }
-            let suspect = self.queue.get(sequence).map(|sent| sent.place);
-            self.relay.suspects.extend(suspect);
-        }
-        let failed = self.failed.get_or_insert_with(|| Failed {
-            error: Error::new(ErrorKind::BrokerAway, "a delivery failed").caused_by(code),
-            reports: 0,
-            since: Instant::now(),
-        });
-        failed.reports += 1;
-        Ok(())
-    }
-
-    fn reach_fences(&mut self, lsn: PgLsn) {
-        let mut reached = None;
-        while self.fences.front().is_some_and(|fence| fence.lsn <= lsn) {
-            reached = self.fences.pop_front();
-        }
-        if let Some(fence) = reached {
+        if let Some(fence) = progress.fence {
             self.heartbeat.reached(fence);
         }
+        Ok(())
     }
 
     fn look_around(&mut self) -> Result<()> {
         let may_read = self.may_read();
         self.stream.check_alive(may_read)?;
         self.update_gauges();
-        self.relay
-            .health
-            .has_work(!self.queue.is_empty() || self.held.is_some());
-        if self.heard_from_brokers.elapsed() > PROBE_INTERVAL && self.probing.is_empty() {
-            self.probing.spawn(self.publisher.probe(PROBE_TIMEOUT));
+        let has_work = self.window.has_work() || self.held.is_some();
+        self.relay.health.has_work(has_work);
+        if self.window.heard.elapsed() > PROBE_INTERVAL && self.probing.is_empty() {
+            self.probing
+                .spawn(self.window.publisher.probe(PROBE_TIMEOUT));
         }
         Ok(())
     }
 
-    fn probed(&mut self, alive: Result<Result<()>>) {
-        let link = alive.and_then(|alive| alive);
-        if link.is_ok() {
-            self.heard_from_brokers = Instant::now();
+    fn probed(&mut self, alive: Result<()>) {
+        if alive.is_ok() {
+            self.window.heard = std::time::Instant::now();
         }
-        self.relay
-            .health
-            .brokers(link.map_err(|error| error.chain()));
+        let link = alive.map_err(|error| error.chain());
+        self.relay.health.brokers(link);
     }
 
     fn update_gauges(&self) {
         let metrics = &self.relay.metrics;
-        metrics.in_flight_events.set(self.queue.in_flight() as i64);
-        metrics
-            .in_flight_bytes
-            .set(self.queue.in_flight_bytes() as i64);
-        metrics
-            .received_lsn
-            .set(u64::from(self.stream.received()) as i64);
-        metrics
-            .confirmed_lsn
-            .set(u64::from(self.stream.confirmed()) as i64);
+        let bytes = |lsn: PgLsn| i64::try_from(u64::from(lsn)).unwrap_or(i64::MAX);
+        metrics.received_lsn.set(bytes(self.stream.received()));
+        metrics.confirmed_lsn.set(bytes(self.stream.confirmed()));
+        self.window.update_gauges();
     }
 
-    /// Postgres ended our session: it is going away, and waits for the slot to
-    /// confirm everything. Confirm what can be, but do not hold it up.
-    async fn part(&mut self, error: Error) -> Error {
-        if error.kind().is_transient() {
-            let settled = async {
-                while self.queue.in_flight() > 0 {
-                    self.publisher.reported().await;
-                    self.settle()?;
-                }
-                self.stream.confirmation_sent().await;
-                Ok::<_, Error>(())
-            };
-            let _ = tokio::time::timeout(PARTING_MAX, settled).await;
+    /// The attempt is over. What is in flight is still delivered and confirmed if
+    /// that takes a moment only, so that it is not repeated: a Postgres that stops
+    /// waits for it, and a relay that is started again and again because of one
+    /// event must not send those before it each time. But a server that stops is
+    /// not held up, and nothing is confirmed past a publication that changed.
+    async fn part(&mut self, kind: ErrorKind) {
+        if !matches!(kind, ErrorKind::DatabaseAway | ErrorKind::Event) {
+            return;
         }
-        error
+        let settled = async {
+            while !self.window.is_settled() {
+                self.window.publisher.reported().await;
+                self.settle()?;
+            }
+            self.stream.confirmation_sent().await;
+            Ok::<_, Error>(())
+        };
+        // If it takes longer, or fails: then they are repeated.
+        let _ = tokio::time::timeout(PARTING_MAX, settled).await;
     }
 
     fn is_drained(&self) -> bool {
-        self.queue.in_flight() == 0 && self.held.is_none() && !self.stream.in_transaction()
+        self.window.is_settled() && self.held.is_none() && !self.stream.in_transaction()
     }
 
     /// Everything is delivered: see to it that Postgres knows.
-    async fn finish(&mut self, deadline: Option<tokio::time::Instant>) -> Result<()> {
+    async fn finish(&mut self, deadline: Option<Instant>) -> Result<()> {
         let confirmed = self.stream.confirmed();
         if u64::from(confirmed) == 0 {
             return Ok(());
@@ -489,7 +327,10 @@ impl<'r> Attempt<'r> {
         tokio::select! {
             confirmed = sent => confirmed?,
             () = sleep_until(deadline) => {
-                let message = format!("everything was delivered, but Postgres did not take the confirmation of {confirmed} in time: the last events will be sent again");
+                let message = format!(
+                    "everything was delivered, but Postgres did not take the confirmation of {confirmed} in time: \
+                     the last events will be sent again"
+                );
                 return Err(Error::new(ErrorKind::NotDrained, message));
             }
         }
@@ -500,16 +341,51 @@ impl<'r> Attempt<'r> {
     fn not_drained(&self) -> Error {
         let seconds = self.relay.settings.shutdown_timeout.as_secs_f32();
         let what = match self.stream.in_transaction() {
-            true => "a transaction was still being read: all its events",
-            false => "events were still in flight: they",
+            true => "a transaction was still being read, and all its events",
+            false => "events were still in flight, and",
         };
         let message = format!("not drained within {seconds} s: {what} will be sent again");
-        warn!(in_flight = self.queue.in_flight(), "{message}");
         Error::new(ErrorKind::NotDrained, message)
     }
 
-    fn poison(&self, row: &Row, why: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
-        poison(&self.stream, row, why)
+    fn stopped(&self, stop: Stop) -> Error {
+        match stop {
+            Stop::Row(row, why) => poison(&self.stream, &row, why),
+            Stop::Attempt(error) => error,
+        }
+    }
+}
+
+/// A producer whose brokers answer: the slot is only taken by a relay that can
+/// deliver.
+async fn reach_brokers(relay: &Relay) -> Result<Publisher> {
+    let publisher = Publisher::new(relay.settings.kafka.clone())?;
+    let answer = publisher.probe(PROBE_TIMEOUT).await;
+    publisher.take_reports(&mut Vec::new())?;
+    if let Err(error) = answer {
+        relay.health.brokers(Err(error.chain()));
+        return Err(error);
+    }
+    relay.health.brokers(Ok(()));
+    Ok(publisher)
+}
+
+/// The stream, unless the ordinary session ends first: the server is then going
+/// away, or is not the one that was checked.
+async fn open_stream(settings: &RelaySettings, session: &Session) -> Result<Stream> {
+    let wal = WalSettings {
+        slot: settings.contract.slot.clone(),
+        source: Source {
+            schema: settings.contract.schema.clone(),
+            table: "outbox".to_owned(),
+            publication: settings.contract.publication.clone(),
+        },
+        status_interval: settings.status_interval,
+        wal_sender_timeout: settings.wal_sender_timeout,
+    };
+    tokio::select! {
+        stream = Stream::open(&settings.database, wal) => stream,
+        error = session.ended() => Err(error),
     }
 }
 
@@ -523,22 +399,13 @@ fn poison(
     Error::new(ErrorKind::Event, message).caused_by(why)
 }
 
-fn refusal(topic: &str, code: RDKafkaErrorCode) -> String {
-    format!("topic \"{topic}\": {code}")
+fn joined<T>(task: Result<Result<T>, JoinError>) -> Result<T> {
+    task.map_err(|error| Error::new(ErrorKind::Unexpected, "a task ended").caused_by(error))?
 }
 
-fn joined<T>(task: std::result::Result<T, tokio::task::JoinError>) -> Result<T> {
-    task.map_err(|error| Error::new(ErrorKind::Unexpected, "a task ended").caused_by(error))
-}
-
-async fn sleep_until(deadline: Option<tokio::time::Instant>) {
+async fn sleep_until(deadline: Option<Instant>) {
     match deadline {
         Some(deadline) => tokio::time::sleep_until(deadline).await,
         None => std::future::pending().await,
     }
-}
-
-fn unix_micros() -> i64 {
-    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH);
-    since_epoch.map_or(0, |since| since.as_micros() as i64)
 }

@@ -189,10 +189,13 @@ impl Stream {
         Ok(())
     }
 
-    /// Waits until the last confirmation was written to the server. Cancel-safe.
+    /// Waits until the last confirmation was written to the server, if that is
+    /// still possible. Cancel-safe.
     pub async fn confirmation_sent(&self) {
         let metrics = self.client.metrics();
-        while metrics.last_applied_lsn().as_u64() < self.confirmed.into() {
+        while self.client.is_running()
+            && metrics.last_applied_lsn().as_u64() < self.confirmed.into()
+        {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     }

@@ -83,6 +83,22 @@ async fn a_row_that_is_too_large_stops_the_relay_and_is_named() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_that_is_started_again_and_again_at_one_event_repeats_nothing() {
+    let fixture = Fixture::new().await;
+    for _ in 0..20 {
+        fixture.insert("a", "{}").await;
+    }
+    let poison = "INSERT INTO postbox.outbox (aggregate_type, aggregate_id, event_type, topic) \
+                  VALUES ('a', 'b', 'c', 'no spaces')";
+    fixture.client.batch_execute(poison).await.unwrap();
+    for _ in 0..3 {
+        let mut relay = Relay::start(&fixture, &[]);
+        assert_eq!(relay.exit_code().await, 8, "{}", relay.log());
+    }
+    assert_eq!(fixture.records().await.len(), 20);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_topic_name_that_kafka_does_not_allow_stops_the_relay() {
     let fixture = Fixture::new().await;
     let relay = Relay::streaming(&fixture, &[]).await;
