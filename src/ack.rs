@@ -27,15 +27,36 @@ pub struct AckQueue<E, P> {
     entries: VecDeque<Entry<E, P>>,
     /// The sequence number of the first entry.
     head: u64,
-    in_flight: usize,
-    in_flight_bytes: usize,
+    in_flight: Weight,
+    held: Weight,
+}
+
+/// A number of events, and their bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Weight {
+    /// How many.
+    pub events: usize,
+    /// How large together.
+    pub bytes: usize,
 }
 
 #[derive(Debug)]
 enum Entry<E, P> {
     InFlight { event: E, bytes: usize },
-    Delivered,
+    Delivered { bytes: usize },
     Position(P),
+}
+
+impl Weight {
+    fn add(&mut self, bytes: usize) {
+        self.events += 1;
+        self.bytes += bytes;
+    }
+
+    fn remove(&mut self, bytes: usize) {
+        self.events -= 1;
+        self.bytes -= bytes;
+    }
 }
 
 impl<E, P> Default for AckQueue<E, P> {
@@ -43,8 +64,8 @@ impl<E, P> Default for AckQueue<E, P> {
         Self {
             entries: VecDeque::new(),
             head: 0,
-            in_flight: 0,
-            in_flight_bytes: 0,
+            in_flight: Weight::default(),
+            held: Weight::default(),
         }
     }
 }
@@ -55,8 +76,8 @@ impl<E, P> AckQueue<E, P> {
     pub fn push_event(&mut self, event: E, bytes: usize) -> u64 {
         let sequence = self.head + self.entries.len() as u64;
         self.entries.push_back(Entry::InFlight { event, bytes });
-        self.in_flight += 1;
-        self.in_flight_bytes += bytes;
+        self.in_flight.add(bytes);
+        self.held.add(bytes);
         sequence
     }
 
@@ -80,14 +101,15 @@ impl<E, P> AckQueue<E, P> {
     pub fn delivered(&mut self, sequence: u64) -> E {
         let entry = sequence
             .checked_sub(self.head)
-            .and_then(|index| self.entries.get_mut(usize::try_from(index).ok()?))
-            .map(|entry| std::mem::replace(entry, Entry::Delivered));
-        let Some(Entry::InFlight { event, bytes }) = entry else {
+            .and_then(|index| self.entries.get_mut(usize::try_from(index).ok()?));
+        let Some(entry @ &mut Entry::InFlight { bytes, .. }) = entry else {
             panic!("delivery report {sequence} names no event in flight");
         };
-        self.in_flight -= 1;
-        self.in_flight_bytes -= bytes;
-        event
+        self.in_flight.remove(bytes);
+        match std::mem::replace(entry, Entry::Delivered { bytes }) {
+            Entry::InFlight { event, .. } => event,
+            _ => unreachable!("it was just seen in flight"),
+        }
     }
 
     /// Removes what is delivered from the head and returns the newest position
@@ -98,12 +120,19 @@ impl<E, P> AckQueue<E, P> {
             if matches!(entry, Entry::InFlight { .. }) {
                 break;
             }
-            if let Some(Entry::Position(position)) = self.entries.pop_front() {
-                reached = Some(position);
+            match self.entries.pop_front() {
+                Some(Entry::Position(position)) => reached = Some(position),
+                Some(Entry::Delivered { bytes }) => self.held.remove(bytes),
+                _ => unreachable!("the head was just seen"),
             }
             self.head += 1;
         }
         reached
+    }
+
+    /// How many entries have left: it rises with progress, and only with it.
+    pub fn head(&self) -> u64 {
+        self.head
     }
 
     /// The event in flight with this sequence number.
@@ -115,20 +144,16 @@ impl<E, P> AckQueue<E, P> {
         }
     }
 
-    /// The number of events not yet delivered.
-    pub fn in_flight(&self) -> usize {
+    /// The events not yet delivered.
+    pub fn in_flight(&self) -> Weight {
         self.in_flight
     }
 
-    /// The bytes of the events not yet delivered.
-    pub fn in_flight_bytes(&self) -> usize {
-        self.in_flight_bytes
-    }
-
-    /// The number of entries held: events in flight, delivered events behind
-    /// them, and positions.
-    pub fn len(&self) -> usize {
-        self.entries.len()
+    /// The events not yet delivered, and those behind the first of them: what
+    /// memory holds, and what a crash would repeat. One event that is stuck keeps
+    /// all that follow it.
+    pub fn held(&self) -> Weight {
+        self.held
     }
 
     /// Whether everything was delivered and every position handed out.
@@ -162,9 +187,25 @@ mod tests {
         for position in 0..1_000_000 {
             queue.push_position(position);
         }
-        assert_eq!(queue.len(), 2);
+        assert_eq!(queue.entries.len(), 2);
         queue.delivered(event);
         assert_eq!(queue.confirmable(), Some(999_999));
+    }
+
+    #[test]
+    fn one_stuck_event_holds_all_that_were_delivered_behind_it() {
+        let mut queue = AckQueue::<_, ()>::default();
+        let stuck = queue.push_event("stuck", 10);
+        for _ in 0..100 {
+            let event = queue.push_event("delivered", 10);
+            queue.delivered(event);
+        }
+        queue.confirmable();
+        assert_eq!(queue.in_flight().events, 1);
+        assert_eq!((queue.held().events, queue.held().bytes), (101, 1010));
+        queue.delivered(stuck);
+        queue.confirmable();
+        assert_eq!(queue.held(), Weight::default());
     }
 
     #[test]
@@ -233,9 +274,9 @@ mod tests {
                     }
                 }
                 let open = model.iter().filter_map(|e| e.ok()).filter(|e| !e.0);
-                prop_assert_eq!(queue.in_flight(), open.clone().count());
-                prop_assert_eq!(queue.in_flight_bytes(), open.map(|e| e.1).sum::<usize>());
-                prop_assert!(queue.len() <= model.len());
+                prop_assert_eq!(queue.in_flight().events, open.clone().count());
+                prop_assert_eq!(queue.in_flight().bytes, open.map(|e| e.1).sum::<usize>());
+                prop_assert!(queue.held().events <= model.len());
             }
         }
     }
