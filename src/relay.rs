@@ -6,8 +6,8 @@
 //! `kill -9` are the same path, and what is repeated is bounded by the same
 //! window: what was in flight, and what was delivered since the last
 //! confirmation. A repetition never breaks the order of a key: each producer
-//! sends in order and stops at its first failure, and the next begins at or
-//! before the first event that is missing.
+//! sends in order and stops at its first failure, and the next begins at or before
+//! the first event that is missing.
 //!
 //! The relay is the only place that knows both LSNs and records.
 
@@ -17,7 +17,7 @@ mod window;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use backon::{BackoffBuilder, ExponentialBuilder};
 use tokio::sync::watch;
@@ -29,7 +29,7 @@ use crate::envelope::{Format, Route};
 use crate::error::{Error, ErrorKind, Result};
 use crate::health::Health;
 use crate::metrics::Metrics;
-use crate::publisher::KafkaSettings;
+use crate::publisher::{BATCH_BYTES, KafkaSettings};
 use crate::source::Place;
 use attempt::Attempt;
 
@@ -69,14 +69,13 @@ pub struct Relay {
     /// Rows that were in a refused batch: they are sent again alone, so that the
     /// one that is at fault can be told from its neighbours.
     suspects: BTreeSet<Place>,
-}
-
-/// How an attempt ended that did not fail.
-enum Stopped {
-    /// Everything that was read is delivered and confirmed.
-    Drained,
-    /// It had not begun to read.
-    Idle,
+    /// The largest batch. A refused batch halves it, as the topic's limit may be
+    /// smaller and not ours to ask for; it does not grow again.
+    batch_bytes: usize,
+    /// Whether the last attempt that read anything left it unconfirmed.
+    left_unconfirmed: bool,
+    /// Whether the last attempt delivered anything.
+    delivered: bool,
 }
 
 impl Relay {
@@ -87,6 +86,9 @@ impl Relay {
             metrics,
             health,
             suspects: BTreeSet::new(),
+            batch_bytes: BATCH_BYTES,
+            left_unconfirmed: false,
+            delivered: false,
         }
     }
 
@@ -98,23 +100,20 @@ impl Relay {
     /// Any definite error; `NotDrained` if a stop left events to be repeated.
     pub async fn run(mut self, mut shutdown: watch::Receiver<bool>) -> Result<()> {
         let mut backoff = backoff();
-        let mut interrupted = false;
         loop {
-            let started = Instant::now();
+            self.delivered = false;
             let error = match Attempt::run(&mut self, &mut shutdown).await {
-                Ok(Stopped::Idle) if interrupted => return Err(interrupted_stop()),
-                Ok(_) => return Ok(()),
+                Ok(()) => return self.end(),
                 Err(error) => error,
             };
             self.health.stream(Err(error.chain()));
             if !error.kind().is_transient() {
                 return Err(error);
             }
-            interrupted |= self.metrics.in_flight_events.get() > 0;
             let reason = error.kind().label();
             self.metrics.reconnects.with_label_values(&[reason]).inc();
-            // An attempt that worked for a while is not part of a series.
-            if started.elapsed() > BACKOFF_MAX * 2 {
+            // An attempt that worked is not part of a series.
+            if self.delivered {
                 backoff = self::backoff();
             }
             let pause = match error.kind() {
@@ -124,12 +123,21 @@ impl Relay {
             };
             log_retry(&error, pause);
             tokio::select! {
-                _ = shutdown.wait_for(|stop| *stop) => {
-                    return if interrupted { Err(interrupted_stop()) } else { Ok(()) };
-                }
+                _ = shutdown.wait_for(|stop| *stop) => return self.end(),
                 () = tokio::time::sleep(pause) => {}
             }
         }
+    }
+
+    /// A stop that was asked for.
+    fn end(&self) -> Result<()> {
+        if !self.left_unconfirmed {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::NotDrained,
+            "stopped while disconnected: events that were in flight will be sent again",
+        ))
     }
 }
 
@@ -157,11 +165,4 @@ fn log_retry(error: &Error, pause: Duration) {
     } else {
         warn!("trying again in {seconds:.1} s: {}", error.chain());
     }
-}
-
-fn interrupted_stop() -> Error {
-    Error::new(
-        ErrorKind::NotDrained,
-        "stopped while disconnected: events that were in flight will be sent again",
-    )
 }

@@ -105,6 +105,10 @@ impl Reports {
     }
 }
 
+/// What librdkafka says when a broker answered SaslAuthenticate with an error
+/// (`rd_kafka_handle_SaslAuthenticate` in `rdkafka_request.c`).
+const SASL_REFUSED: &str = "SASL authentication error: ";
+
 /// Receives what librdkafka calls back.
 pub(super) struct Context {
     reports: Arc<Reports>,
@@ -141,7 +145,11 @@ impl ClientContext for Context {
 
     fn error(&self, error: KafkaError, reason: &str) {
         match error.rdkafka_error_code() {
-            Some(RDKafkaErrorCode::Authentication | RDKafkaErrorCode::SaslAuthenticationFailed) => {
+            // Only the broker's own answer to our credentials is definite. The same
+            // code is raised when a broker goes away during the handshake.
+            Some(RDKafkaErrorCode::Authentication | RDKafkaErrorCode::SaslAuthenticationFailed)
+                if reason.contains(SASL_REFUSED) =>
+            {
                 let message = format!("the brokers refuse our identity: {reason}");
                 self.reports.refuse(Error::new(ErrorKind::Rights, message));
             }

@@ -38,7 +38,7 @@ const FIXED: &[(&[&str], &str, &str)] = &[
         "0",
         "an event waits for the broker for as long as it takes",
     ),
-    // Java's default, so that a key is in the same partition whoever wrote it.
+    // We choose the partition ourselves, as Java's producers do.
     (
         &["partitioner"],
         "murmur2_random",
@@ -55,12 +55,6 @@ const FIXED: &[(&[&str], &str, &str)] = &[
         &["queue.buffering.max.kbytes"],
         "2097151",
         "what is in flight is bounded by --in-flight-bytes-max",
-    ),
-    // The broker decides, by the size after compression.
-    (
-        &["message.max.bytes"],
-        "1000000000",
-        "the topic's max.message.bytes is the limit",
     ),
 ];
 
@@ -90,11 +84,15 @@ const DEFAULTS: &[(&[&str], &str)] = &[
     // came back.
     (&["reconnect.backoff.max.ms"], "2000"),
     (&["client.id"], "postbox"),
+    // The broker decides by the topic's limit, after compression. But it hangs up
+    // on a request above its socket.request.max.bytes, 100 MiB by default, for
+    // ever: so what could only be such a request is refused here.
+    (&["message.max.bytes"], "100000000"),
 ];
 
 /// The largest batch, in bytes before compression; a topic with a smaller
 /// `max.message.bytes` lowers it.
-pub(super) const BATCH_BYTES: usize = 1_000_000;
+pub const BATCH_BYTES: usize = 1_000_000;
 
 impl KafkaSettings {
     /// Checks every property without talking to a broker.
@@ -193,19 +191,11 @@ pub(super) fn invalid(error: KafkaError) -> Error {
         return settings(format!("-X {name}: librdkafka does not accept this value"));
     }
     // The text of an unknown property names it; that of a bad value quotes both.
-    settings(format!("-X {name}: {}", reason.to_lowercase_first()))
-}
-
-trait LowercaseFirst {
-    fn to_lowercase_first(&self) -> String;
-}
-
-impl LowercaseFirst for String {
-    fn to_lowercase_first(&self) -> String {
-        let mut chars = self.chars();
-        let first = chars.next().map(|first| first.to_ascii_lowercase());
-        first.into_iter().chain(chars).collect()
+    let mut reason = reason;
+    if let Some(first) = reason.get_mut(..1) {
+        first.make_ascii_lowercase();
     }
+    settings(format!("-X {name}: {reason}"))
 }
 
 fn settings(message: String) -> Error {

@@ -18,6 +18,8 @@ use crate::error::{Error, ErrorKind, Result};
 pub struct Topic {
     /// Its name.
     pub name: String,
+    /// How many partitions it has.
+    pub partitions: u32,
     /// Its `max.message.bytes`, the largest batch after compression; `None` if
     /// we may not ask.
     pub message_bytes_max: Option<usize>,
@@ -44,10 +46,11 @@ pub(super) async fn resolve(
     name: String,
 ) -> Result<Topic> {
     let asked = tokio::time::Instant::now();
-    loop {
+    let partitions = loop {
         let code = match metadata(&producer, Some(name.clone()), REQUEST_TIMEOUT).await? {
-            None => break,
-            Some(code) => code,
+            Ok(0) => RDKafkaErrorCode::LeaderNotAvailable,
+            Ok(partitions) => break partitions,
+            Err(code) => code,
         };
         let patient = asked.elapsed() < UNKNOWN_MAX;
         match (verdict(code), code) {
@@ -56,7 +59,6 @@ pub(super) async fn resolve(
                 let message = format!("topic \"{name}\": {}", advice(code));
                 return Err(Error::new(ErrorKind::Event, message));
             }
-            (_, RDKafkaErrorCode::LeaderNotAvailable) => {}
             _ if patient => {}
             _ => {
                 let message = format!("read metadata of topic \"{name}\"");
@@ -64,11 +66,15 @@ pub(super) async fn resolve(
             }
         }
         tokio::time::sleep(PAUSE).await;
-    }
+    };
     let message_bytes_max = message_bytes_max(&settings, &name).await;
-    debug!(topic = name, message_bytes_max, "topic resolved");
+    debug!(
+        topic = name,
+        partitions, message_bytes_max, "topic resolved"
+    );
     Ok(Topic {
         name,
+        partitions,
         message_bytes_max,
     })
 }
@@ -83,32 +89,31 @@ pub(super) async fn probe(
     metadata(&producer, known_topic, timeout).await.map(drop)
 }
 
-/// `Some` error of the topic, or `None` if all is well with it.
+/// How many partitions the topic has, or what is wrong with it.
 async fn metadata(
     producer: &ThreadedProducer<Context>,
     topic: Option<String>,
     timeout: Duration,
-) -> Result<Option<RDKafkaErrorCode>> {
+) -> Result<Result<u32, RDKafkaErrorCode>> {
     let producer = producer.clone();
     // librdkafka's call blocks.
     let answer = tokio::task::spawn_blocking(move || {
         let metadata = producer
             .client()
             .fetch_metadata(topic.as_deref(), timeout)?;
-        let topics = metadata.topics();
-        let error = topics
-            .first()
-            .filter(|_| topic.is_some())
-            .and_then(|topic| topic.error());
-        Ok::<_, KafkaError>(
-            error.filter(|error| *error != RDKafkaRespErr::RD_KAFKA_RESP_ERR_NO_ERROR),
-        )
+        let found = metadata.topics().first().filter(|_| topic.is_some());
+        let error = found.and_then(|found| found.error());
+        let error = error.filter(|error| *error != RDKafkaRespErr::RD_KAFKA_RESP_ERR_NO_ERROR);
+        let partitions = found.map_or(0, |found| found.partitions().len());
+        Ok::<_, KafkaError>(match error {
+            Some(error) => Err(RDKafkaErrorCode::from(error)),
+            None => Ok(u32::try_from(partitions).unwrap_or(u32::MAX)),
+        })
     });
     match answer.await {
-        Ok(Ok(error)) => Ok(error.map(RDKafkaErrorCode::from)),
-        Ok(Err(error)) => {
-            Err(Error::new(ErrorKind::BrokerAway, "no broker answers").caused_by(error))
-        }
+        Ok(answer) => answer.map_err(|error| {
+            Error::new(ErrorKind::BrokerAway, "no broker answers").caused_by(error)
+        }),
         Err(error) => Err(Error::new(ErrorKind::Unexpected, "ask for metadata").caused_by(error)),
     }
 }
@@ -121,16 +126,11 @@ async fn message_bytes_max(settings: &KafkaSettings, name: &str) -> Option<usize
     let answer = admin
         .describe_configs(&[ResourceSpecifier::Topic(name)], &options)
         .await;
-    let value = answer
-        .ok()?
-        .pop()?
-        .ok()?
-        .get("max.message.bytes")?
-        .value
-        .clone();
-    // Closing a client waits for its threads.
-    let _ = tokio::task::spawn_blocking(move || drop(admin)).await;
-    value?.parse().ok()
+    // Closing a client waits for its threads: not on ours.
+    tokio::task::spawn_blocking(move || drop(admin));
+    let config = answer.ok()?.pop()?.ok()?;
+    let value = config.get("max.message.bytes")?.value.as_ref()?;
+    value.parse().ok()
 }
 
 fn advice(code: RDKafkaErrorCode) -> String {

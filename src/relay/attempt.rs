@@ -11,7 +11,7 @@ use tracing::info;
 
 use super::heartbeat::Heartbeat;
 use super::window::{Stop, Window};
-use super::{Relay, RelaySettings, Stopped};
+use super::{Relay, RelaySettings};
 use crate::catalog;
 use crate::database::Session;
 use crate::envelope::Encoder;
@@ -26,10 +26,11 @@ pub(super) struct Attempt<'r> {
     stream: Stream,
     encoder: Encoder,
     window: Window,
-    /// A row that waits: for its topic, for smaller batches, or to be sent alone.
+    /// A row that waits: for its topic, for smaller batches, for the first record of
+    /// its partition, or to be sent alone.
     held: Option<Row>,
     /// The topic of the held row, before records for it may pass.
-    found: Option<Topic>,
+    resolved_topic: Option<Topic>,
     resolving: JoinSet<Result<Topic>>,
     probing: JoinSet<Result<()>>,
     stopping: bool,
@@ -53,28 +54,45 @@ const TICK: Duration = Duration::from_secs(1);
 const PROBE_INTERVAL: Duration = Duration::from_secs(4);
 const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// How small a refused batch makes the next ones.
+const BATCH_BYTES_MIN: usize = 16_384;
+
+/// How long the last confirmation may take to leave.
+const CONFIRMATION_MAX: Duration = Duration::from_millis(500);
+
 /// How long a server that is going away, or the end of a relay that met an event
 /// it cannot send, waits until what is in flight is confirmed.
 const PARTING_MAX: Duration = Duration::from_secs(2);
 
 impl<'r> Attempt<'r> {
-    /// Carries events until something breaks or `shutdown` becomes true.
+    /// Carries events until something breaks, or `shutdown` becomes true and
+    /// everything that was read is delivered and confirmed.
     pub(super) async fn run(
         relay: &'r mut Relay,
         shutdown: &mut watch::Receiver<bool>,
-    ) -> Result<Stopped> {
+    ) -> Result<()> {
         let mut attempt = tokio::select! {
-            _ = shutdown.wait_for(|stop| *stop) => return Ok(Stopped::Idle),
+            _ = shutdown.wait_for(|stop| *stop) => return Ok(()),
             attempt = Self::connect(relay) => attempt?,
         };
         let result = attempt.carry(shutdown).await;
         if let Err(error) = &result {
-            attempt.part(error.kind()).await;
+            attempt.take_leave(error.kind()).await;
         }
         attempt.update_gauges();
+        let relay = attempt.relay;
+        relay.left_unconfirmed = result.is_err()
+            && (attempt.stopping
+                || attempt.window.has_work()
+                || attempt.stream.in_transaction()
+                || !attempt.stream.is_confirmation_sent());
+        relay.delivered = attempt.window.has_delivered;
         attempt.stream.close().await;
-        attempt.relay.suspects = attempt.window.close().await;
-        result.map(|()| Stopped::Drained)
+        relay.suspects = attempt.window.close().await;
+        if relay.suspects.len() > 1 {
+            relay.batch_bytes = (relay.batch_bytes / 2).max(BATCH_BYTES_MIN);
+        }
+        result
     }
 
     async fn connect(relay: &'r mut Relay) -> Result<Self> {
@@ -84,7 +102,8 @@ impl<'r> Attempt<'r> {
         let session = settings.database.connect(&name).await?;
         let checkpoint = catalog::check(&session.client, &settings.contract, None).await?;
         let publisher = reach_brokers(relay).await?;
-        let stream = open_stream(&settings, &session).await?;
+        let nonce = uuid::Uuid::new_v4().to_string();
+        let stream = open_stream(&settings, &session, &nonce).await?;
         info!(
             slot = settings.contract.slot,
             database = settings.database.display(),
@@ -97,6 +116,7 @@ impl<'r> Attempt<'r> {
                 settings.contract,
                 checkpoint,
                 settings.heartbeat_interval,
+                nonce,
                 relay.metrics.clone(),
             ),
             stream,
@@ -108,7 +128,7 @@ impl<'r> Attempt<'r> {
                 relay.health.clone(),
             ),
             held: None,
-            found: None,
+            resolved_topic: None,
             resolving: JoinSet::new(),
             probing: JoinSet::new(),
             stopping: false,
@@ -143,7 +163,7 @@ impl<'r> Attempt<'r> {
                 }
                 error = self.heartbeat.failed() => return Err(error),
                 () = sleep_until(deadline) => return Err(self.not_drained()),
-                _ = tick.tick() => self.look_around()?,
+                _ = tick.tick() => self.look_after()?,
                 Some(topic) = self.resolving.join_next() => self.resolved(joined(topic))?,
                 Some(alive) = self.probing.join_next() => self.probed(joined(alive)),
                 () = tokio::task::yield_now(), if read > 0 => {}
@@ -197,18 +217,18 @@ impl<'r> Attempt<'r> {
             Ok(record) => record,
             Err(why) => return Err(poison(&self.stream, &row, why)),
         };
-        let Some(topic) = self.window.publisher.topic(record.topic) else {
+        let Some(destination) = self.window.publisher.destination(&record) else {
             self.resolving
                 .spawn(self.window.publisher.resolve(record.topic));
             self.held = Some(row);
             return Ok(());
         };
-        if self.window.is_suspect(&row) && !self.window.is_settled() {
+        if self.window.must_wait(&row, destination) {
             self.held = Some(row);
             return Ok(());
         }
         self.heartbeat.had_traffic();
-        let sent = self.window.send(&row, &record, topic);
+        let sent = self.window.send(&row, &record, destination);
         sent.map_err(|stop| self.stopped(stop))
     }
 
@@ -217,12 +237,12 @@ impl<'r> Attempt<'r> {
         if self.window.has_failed() || !self.resolving.is_empty() {
             return Ok(());
         }
-        if let Some(topic) = &self.found {
+        if let Some(topic) = &self.resolved_topic {
             if !self.window.publisher.fits(topic) && !self.window.is_settled() {
                 return Ok(());
             }
             self.window.admit(topic).await?;
-            self.found = None;
+            self.resolved_topic = None;
         }
         match self.held.take() {
             Some(row) => self.offer(row),
@@ -234,7 +254,7 @@ impl<'r> Attempt<'r> {
     fn resolved(&mut self, topic: Result<Topic>) -> Result<()> {
         match (topic, &self.held) {
             (Ok(topic), _) => {
-                self.found = Some(topic);
+                self.resolved_topic = Some(topic);
                 Ok(())
             }
             (Err(error), Some(row)) if error.kind() == ErrorKind::Event => {
@@ -257,7 +277,7 @@ impl<'r> Attempt<'r> {
         Ok(())
     }
 
-    fn look_around(&mut self) -> Result<()> {
+    fn look_after(&mut self) -> Result<()> {
         let may_read = self.may_read();
         self.stream.check_alive(may_read)?;
         self.update_gauges();
@@ -290,21 +310,22 @@ impl<'r> Attempt<'r> {
     /// that takes a moment only, so that it is not repeated: a Postgres that stops
     /// waits for it, and a relay that is started again and again because of one
     /// event must not send those before it each time. But a server that stops is
-    /// not held up, and nothing is confirmed past a publication that changed.
-    async fn part(&mut self, kind: ErrorKind) {
-        if !matches!(kind, ErrorKind::DatabaseAway | ErrorKind::Event) {
-            return;
+    /// not held up.
+    async fn take_leave(&mut self, kind: ErrorKind) {
+        if matches!(kind, ErrorKind::DatabaseAway | ErrorKind::Event) {
+            let settled = async {
+                while !self.window.is_settled() {
+                    self.window.publisher.reported().await;
+                    self.settle()?;
+                }
+                Ok::<_, Error>(())
+            };
+            // If it takes longer, or fails: then they are repeated.
+            let _ = tokio::time::timeout(PARTING_MAX, settled).await;
         }
-        let settled = async {
-            while !self.window.is_settled() {
-                self.window.publisher.reported().await;
-                self.settle()?;
-            }
-            self.stream.confirmation_sent().await;
-            Ok::<_, Error>(())
-        };
-        // If it takes longer, or fails: then they are repeated.
-        let _ = tokio::time::timeout(PARTING_MAX, settled).await;
+        // What was confirmed last may not have left yet.
+        let sent = self.stream.confirmation_sent();
+        let _ = tokio::time::timeout(CONFIRMATION_MAX, sent).await;
     }
 
     fn is_drained(&self) -> bool {
@@ -359,7 +380,7 @@ impl<'r> Attempt<'r> {
 /// A producer whose brokers answer: the slot is only taken by a relay that can
 /// deliver.
 async fn reach_brokers(relay: &Relay) -> Result<Publisher> {
-    let publisher = Publisher::new(relay.settings.kafka.clone())?;
+    let publisher = Publisher::new(relay.settings.kafka.clone(), relay.batch_bytes)?;
     let answer = publisher.probe(PROBE_TIMEOUT).await;
     publisher.take_reports(&mut Vec::new())?;
     if let Err(error) = answer {
@@ -372,13 +393,14 @@ async fn reach_brokers(relay: &Relay) -> Result<Publisher> {
 
 /// The stream, unless the ordinary session ends first: the server is then going
 /// away, or is not the one that was checked.
-async fn open_stream(settings: &RelaySettings, session: &Session) -> Result<Stream> {
+async fn open_stream(settings: &RelaySettings, session: &Session, nonce: &str) -> Result<Stream> {
     let wal = WalSettings {
         slot: settings.contract.slot.clone(),
         source: Source {
             schema: settings.contract.schema.clone(),
             table: "outbox".to_owned(),
             publication: settings.contract.publication.clone(),
+            nonce: nonce.to_owned(),
         },
         status_interval: settings.status_interval,
         wal_sender_timeout: settings.wal_sender_timeout,

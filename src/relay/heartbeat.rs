@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tokio_postgres::types::PgLsn;
+use tokio_postgres::types::{PgLsn, ToSql};
 use tracing::debug;
 
 use crate::catalog::{self, Checkpoint};
@@ -36,6 +36,7 @@ struct Task {
     session: Arc<Session>,
     contract: Contract,
     checkpoint: Checkpoint,
+    nonce: String,
     metrics: Arc<Metrics>,
     traffic: Arc<AtomicBool>,
     fence: watch::Receiver<Option<Position>>,
@@ -48,6 +49,7 @@ impl Heartbeat {
         contract: Contract,
         checkpoint: Checkpoint,
         interval: Duration,
+        nonce: String,
         metrics: Arc<Metrics>,
     ) -> Self {
         let session = Arc::new(session);
@@ -57,6 +59,7 @@ impl Heartbeat {
             session: Arc::clone(&session),
             contract,
             checkpoint,
+            nonce,
             metrics,
             traffic: Arc::clone(&traffic),
             fence: fences,
@@ -106,29 +109,48 @@ impl Task {
     async fn run(mut self, interval: Duration) -> Error {
         let mut beat = tokio::time::interval(interval);
         let mut slot = tokio::time::interval(SLOT_INTERVAL);
+        // A session that waits for a lock, or for a synchronous standby, compares
+        // nothing: then it is as good as gone.
+        let patience = interval.max(SLOT_INTERVAL);
         loop {
+            let session = Arc::clone(&self.session);
             let result = tokio::select! {
-                error = self.session.ended() => Err(error),
-                _ = beat.tick() => self.beat().await,
-                _ = slot.tick() => self.look_at_slot().await,
-                Ok(()) = self.fence.changed() => self.store_fence().await,
+                error = session.ended() => return error,
+                _ = beat.tick() => tokio::time::timeout(patience, self.beat()).await,
+                _ = slot.tick() => tokio::time::timeout(patience, self.look_at_slot()).await,
+                Ok(()) = self.fence.changed() => tokio::time::timeout(patience, self.store_fence()).await,
             };
-            if let Err(error) = result {
-                return error;
+            match result {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => return error,
+                Err(_) => {
+                    let message = format!(
+                        "the heartbeat's session does not answer within {} s",
+                        patience.as_secs()
+                    );
+                    return Error::new(ErrorKind::DatabaseAway, message);
+                }
             }
         }
     }
 
     async fn beat(&self) -> Result<()> {
         let client = &self.session.client;
-        catalog::reconcile_publication(client, &self.contract, self.checkpoint.clone()).await?;
+        self.compare_publication().await?;
         if self.traffic.swap(false, Ordering::Relaxed) {
             // Transactional, so that it stands behind every commit that its
             // snapshot sees.
-            let sql = "SELECT pg_logical_emit_message(true, $1, pg_current_snapshot()::text)";
-            let written = client.execute(sql, &[&HEARTBEAT_PREFIX]).await;
+            let sql = "SELECT pg_logical_emit_message(true, $1, $2 || ' ' || pg_current_snapshot()::text)";
+            let parameters: [&(dyn ToSql + Sync); 2] = [&HEARTBEAT_PREFIX, &self.nonce];
+            let written = client.execute(sql, &parameters).await;
             written.map_err(|error| database::sort("write a heartbeat", error))?;
         }
+        Ok(())
+    }
+
+    async fn compare_publication(&self) -> Result<()> {
+        let (client, checkpoint) = (&self.session.client, self.checkpoint.clone());
+        catalog::reconcile_publication(client, &self.contract, checkpoint).await?;
         Ok(())
     }
 
@@ -152,6 +174,9 @@ impl Task {
             return Ok(());
         };
         debug!(%lsn, snapshot, "fence reached");
+        // Between the last beat and the fence it may have changed and hidden rows
+        // that the fence sees: then the older fence stays.
+        self.compare_publication().await?;
         catalog::store_heartbeat(&self.session.client, &self.contract, lsn, &snapshot).await
     }
 }

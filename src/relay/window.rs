@@ -1,7 +1,7 @@
 //! What was read and is not confirmed yet: sent, on its way, or behind something
 //! that is.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -13,7 +13,7 @@ use crate::envelope::Record;
 use crate::error::{Error, ErrorKind, Result};
 use crate::health::Health;
 use crate::metrics::{Metrics, TopicMetrics};
-use crate::publisher::{Publisher, Report, SendError, Topic, Verdict, verdict};
+use crate::publisher::{Destination, Publisher, Report, SendError, Topic, Verdict, verdict};
 use crate::source::{Place, Position, Row};
 use crate::timestamp::Timestamp;
 
@@ -24,6 +24,7 @@ pub(super) struct Window {
     /// Fences that were read and not yet reached.
     fences: VecDeque<Position>,
     topics: Vec<TopicMetrics>,
+    partitions: HashMap<Destination, Partition>,
     reports: Vec<Report>,
     /// Rows that were in a refused batch: they are sent again alone, so that the
     /// one that is at fault can be told from its neighbours.
@@ -33,14 +34,31 @@ pub(super) struct Window {
     failed: Option<Failed>,
     /// When the brokers last reported anything.
     pub(super) heard: Instant,
+    /// Whether anything was delivered at all.
+    pub(super) has_delivered: bool,
+    /// The newest position that was read.
+    newest: PgLsn,
     metrics: Arc<Metrics>,
     health: Arc<Health>,
 }
 
+/// A partition that this producer has written to.
+enum Partition {
+    /// Its first record is on its way, alone: a broker that knows nothing of a
+    /// producer would take the second without the first.
+    Opening,
+    /// It has a record of this producer since then.
+    Open(Instant),
+}
+
+/// A broker forgets a producer that was silent for a day
+/// (`producer.id.expiration.ms`): long before, its next record is a first again.
+const OPEN_MAX: Duration = Duration::from_secs(3600);
+
 /// What is remembered of an event in flight.
 struct Sent {
     place: Place,
-    topic: usize,
+    destination: Destination,
     size: usize,
     committed_at: Timestamp,
     sent_at: Instant,
@@ -78,8 +96,8 @@ impl From<Error> for Stop {
     }
 }
 
-/// How long the reports of a failed producer are waited for. It purges at once.
-const FAILED_REPORTS_MAX: Duration = Duration::from_secs(5);
+/// How long the reports of a failed producer are waited for, after it was purged.
+const FAILED_REPORTS_MAX: Duration = Duration::from_secs(1);
 
 impl Window {
     pub(super) fn new(
@@ -93,11 +111,14 @@ impl Window {
             queue: AckQueue::default(),
             fences: VecDeque::new(),
             topics: Vec::new(),
+            partitions: HashMap::new(),
             reports: Vec::new(),
             suspects,
             alone: None,
             failed: None,
             heard: Instant::now(),
+            has_delivered: false,
+            newest: PgLsn::from(0),
             metrics,
             health,
         }
@@ -111,15 +132,18 @@ impl Window {
 
     /// Whether one more event may be sent.
     pub(super) fn has_room(&self, events_max: usize, bytes_max: usize) -> bool {
+        // What is held, not only what is in flight: one partition that is stuck
+        // must neither fill our memory nor widen what a crash repeats.
+        let held = self.queue.held();
         self.alone.is_none()
             && self.failed.is_none()
-            && self.queue.in_flight() < events_max
-            && self.queue.in_flight_bytes() < bytes_max
+            && held.events < events_max
+            && held.bytes < bytes_max
     }
 
     /// Whether nothing is on its way.
     pub(super) fn is_settled(&self) -> bool {
-        self.queue.in_flight() == 0
+        self.queue.in_flight().events == 0
     }
 
     /// Whether a delivery has failed, so that nothing more may be sent.
@@ -132,8 +156,14 @@ impl Window {
         !self.queue.is_empty()
     }
 
-    /// Whether this row must be sent with nothing else on its way.
-    pub(super) fn is_suspect(&self, row: &Row) -> bool {
+    /// Whether this row cannot be sent yet: a suspect waits until nothing is on its
+    /// way, and a partition's second record for the first.
+    pub(super) fn must_wait(&self, row: &Row, destination: Destination) -> bool {
+        let opening = matches!(self.partitions.get(&destination), Some(Partition::Opening));
+        opening || (self.is_suspect(row) && !self.is_settled())
+    }
+
+    fn is_suspect(&self, row: &Row) -> bool {
         self.suspects.contains(&row.place)
     }
 
@@ -142,6 +172,8 @@ impl Window {
     pub(super) async fn admit(&mut self, topic: &Topic) -> Result<()> {
         if !self.publisher.fits(topic) {
             self.publisher.shrink(topic).await?;
+            // It is a new producer.
+            self.partitions.clear();
         }
         if self.publisher.admit(topic) == self.topics.len() {
             self.topics.push(self.metrics.topic(&topic.name));
@@ -149,25 +181,32 @@ impl Window {
         Ok(())
     }
 
-    /// Sends a row whose topic, by its number, was admitted.
+    /// Sends a row whose topic was admitted.
     pub(super) fn send(
         &mut self,
         row: &Row,
         record: &Record<'_>,
-        topic: usize,
+        destination: Destination,
     ) -> Result<(), Stop> {
+        let partition = self.partitions.entry(destination);
+        let partition = partition.or_insert(Partition::Opening);
+        if matches!(partition, Partition::Open(last) if last.elapsed() > OPEN_MAX) {
+            *partition = Partition::Opening;
+        }
         let size = record.size();
         let sent = Sent {
             place: row.place,
-            topic,
+            destination,
             size,
             committed_at: row.committed_at,
             sent_at: Instant::now(),
         };
         let sequence = self.queue.push_event(sent, size);
-        match self.publisher.send(record, sequence) {
+        match self.publisher.send(record, destination.partition, sequence) {
             Ok(()) => {}
-            Err(SendError::Row(code)) => return Err(self.refusal(row.clone(), topic, code)),
+            Err(SendError::Row(code)) => {
+                return Err(self.refusal(row.clone(), destination, code));
+            }
             Err(SendError::Producer(error)) => {
                 // Reports that are still to come say what broke the producer, and
                 // name the rows that were refused. There will be none for this row.
@@ -183,6 +222,11 @@ impl Window {
 
     /// Everything that was sent lies before this position.
     pub(super) fn push_position(&mut self, position: Position) {
+        // A keepalive may carry an older position than the commit before it.
+        if position.lsn < self.newest {
+            return;
+        }
+        self.newest = position.lsn;
         self.queue.push_position(position.lsn);
         if position.fence.is_some() {
             self.fences.push_back(position);
@@ -193,9 +237,9 @@ impl Window {
     pub(super) fn settle(&mut self) -> Result<Progress, Stop> {
         self.publisher.take_reports(&mut self.reports)?;
         if !self.reports.is_empty() {
-            self.heard = Instant::now();
             let now = Timestamp::from_unix_micros(unix_micros());
             let mut reports = std::mem::take(&mut self.reports);
+            let delivered = reports.iter().any(|report| report.error.is_none());
             for report in reports.drain(..) {
                 match report.error {
                     None => self.delivered(report.sequence, now),
@@ -203,12 +247,16 @@ impl Window {
                 }
             }
             self.reports = reports;
-            self.health.brokers(Ok(()));
-            self.health.moved();
+            if delivered {
+                self.heard = Instant::now();
+                self.has_delivered = true;
+                self.health.brokers(Ok(()));
+            }
         }
         let progress = self.progress();
         match self.failed.take_if(|failed| {
-            failed.events == self.queue.in_flight() || failed.since.elapsed() > FAILED_REPORTS_MAX
+            failed.events == self.queue.in_flight().events
+                || failed.since.elapsed() > FAILED_REPORTS_MAX
         }) {
             Some(failed) => Err(failed.error.into()),
             None => Ok(progress),
@@ -219,17 +267,21 @@ impl Window {
         let gauge = |number: usize| i64::try_from(number).unwrap_or(i64::MAX);
         self.metrics
             .in_flight_events
-            .set(gauge(self.queue.in_flight()));
+            .set(gauge(self.queue.in_flight().events));
         self.metrics
             .in_flight_bytes
-            .set(gauge(self.queue.in_flight_bytes()));
+            .set(gauge(self.queue.in_flight().bytes));
     }
 
     fn progress(&mut self) -> Progress {
-        let Some(lsn) = self.queue.confirmable() else {
+        let head = self.queue.head();
+        let reached = self.queue.confirmable();
+        if self.queue.head() > head {
+            self.health.moved();
+        }
+        let Some(lsn) = reached else {
             return Progress::default();
         };
-        self.health.moved();
         let mut fence = None;
         while self.fences.front().is_some_and(|fence| fence.lsn <= lsn) {
             fence = self.fences.pop_front();
@@ -242,7 +294,9 @@ impl Window {
 
     fn delivered(&mut self, sequence: u64, now: Timestamp) {
         let sent = self.queue.delivered(sequence);
-        let topic = &self.topics[sent.topic];
+        let open = Partition::Open(sent.sent_at);
+        self.partitions.insert(sent.destination, open);
+        let topic = &self.topics[sent.destination.topic];
         topic.events.inc();
         topic.bytes.inc_by(sent.size as u64);
         let seconds = sent.sent_at.elapsed().as_secs_f64();
@@ -268,7 +322,7 @@ impl Window {
             && let Some(sent) = self.queue.get(sequence)
         {
             if let Some((_, row)) = self.alone.take_if(|(alone, _)| *alone == sequence) {
-                return Err(self.refusal(row, sent.topic, code));
+                return Err(self.refusal(row, sent.destination, code));
             }
             self.suspects.insert(sent.place);
         }
@@ -278,16 +332,24 @@ impl Window {
 
     /// One of the events in flight will not be delivered by this producer.
     fn fail(&mut self, error: Error) {
-        let failed = self.failed.get_or_insert_with(|| Failed {
-            error,
-            events: 0,
-            since: Instant::now(),
+        let failed = self.failed.get_or_insert_with(|| {
+            // Of what was pipelined behind a refused batch, librdkafka reports
+            // nothing by itself.
+            self.publisher.purge();
+            Failed {
+                error,
+                events: 0,
+                since: Instant::now(),
+            }
         });
         failed.events += 1;
     }
 
-    fn refusal(&self, row: Row, topic: usize, code: RDKafkaErrorCode) -> Stop {
-        let topic = self.publisher.topic_name(topic).unwrap_or_default();
+    fn refusal(&self, row: Row, destination: Destination, code: RDKafkaErrorCode) -> Stop {
+        let topic = self
+            .publisher
+            .topic_name(destination.topic)
+            .unwrap_or_default();
         Stop::Row(row, format!("topic \"{topic}\": {code}"))
     }
 }

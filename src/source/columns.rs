@@ -9,6 +9,8 @@ use crate::timestamp::{Timestamp, TimestampError};
 pub(super) struct Columns {
     fields: Vec<Option<Field>>,
     payload: PayloadType,
+    /// A column that every event needs and this table does not have.
+    missing: Option<&'static str>,
 }
 
 /// Why a row cannot be read as an event.
@@ -128,12 +130,17 @@ impl Columns {
             .columns
             .iter()
             .find(|column| column.name == "payload");
+        let fields: Vec<_> = relation
+            .columns
+            .iter()
+            .map(|column| Field::of(&column.name))
+            .collect();
+        let missing = Field::ALL
+            .into_iter()
+            .find(|(_, field)| field.is_required() && !fields.contains(&Some(*field)));
         Self {
-            fields: relation
-                .columns
-                .iter()
-                .map(|column| Field::of(&column.name))
-                .collect(),
+            fields,
+            missing: missing.map(|(name, _)| name),
             payload: match payload.map(|column| column.type_oid) {
                 Some(type_oid::JSON | type_oid::JSONB) => PayloadType::Json,
                 Some(type_oid::BYTEA) => PayloadType::Bytea,
@@ -149,10 +156,8 @@ impl Columns {
         row: &Tuple<'a>,
         committed_at: Timestamp,
     ) -> Result<Event<'a>, Unreadable> {
-        for (name, field) in Field::ALL {
-            if field.is_required() && !self.fields.contains(&Some(field)) {
-                return Err(Unreadable::Missing(name));
-            }
+        if let Some(name) = self.missing {
+            return Err(Unreadable::Missing(name));
         }
         let fields = self.values(row)?;
         Ok(Event {

@@ -46,6 +46,9 @@ pub struct Source {
     pub table: String,
     /// The publication.
     pub publication: String,
+    /// What the relay's own logical messages begin with. Any role may write
+    /// messages with our prefix, and another relay does.
+    pub nonce: String,
 }
 
 /// Follows the messages of one stream.
@@ -99,7 +102,7 @@ impl Messages {
             } => {
                 if let Some(transaction) = &mut self.transaction
                     && prefix == HEARTBEAT_PREFIX
-                    && let Some(fence) = snapshot(&content)
+                    && let Some(fence) = fence(&content, &self.source.nonce)
                 {
                     transaction.fence = Some(fence.to_owned());
                 }
@@ -217,17 +220,10 @@ fn insert(row: &Row) -> Result<pgoutput::Insert<'_>, Unreadable> {
     }
 }
 
-/// The text of a `pg_snapshot`, `xmin:xmax:xip,…`, if it is one: any role may
-/// write logical messages with our prefix.
-fn snapshot(content: &[u8]) -> Option<&str> {
+/// The `pg_snapshot` of a heartbeat that this relay wrote: `nonce snapshot`.
+fn fence<'a>(content: &'a [u8], nonce: &str) -> Option<&'a str> {
     let text = std::str::from_utf8(content).ok()?;
-    let mut parts = text.splitn(3, ':');
-    let numbers = [parts.next()?, parts.next()?];
-    let running = parts.next()?;
-    let is_number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-    let valid = numbers.into_iter().all(is_number)
-        && (running.is_empty() || running.split(',').all(is_number));
-    valid.then_some(text)
+    text.strip_prefix(nonce)?.strip_prefix(' ')
 }
 
 fn protocol(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
@@ -247,6 +243,7 @@ mod tests {
             schema: "postbox".to_owned(),
             table: "outbox".to_owned(),
             publication: "postbox".to_owned(),
+            nonce: "secret".to_owned(),
         });
         assert!(
             messages
@@ -386,20 +383,16 @@ mod tests {
     }
 
     #[test]
-    fn a_fence_is_a_snapshot_and_nothing_else() {
-        for text in ["10:20:", "10:20:12", "10:20:12,15"] {
-            assert_eq!(snapshot(text.as_bytes()), Some(text));
-        }
-        for text in [
+    fn a_fence_is_what_this_relay_wrote() {
+        assert_eq!(fence(b"secret 10:20:12", "secret"), Some("10:20:12"));
+        for forged in [
+            "10:20:12",
+            " 10:20:12",
+            "other 10:20:12",
+            "secret10:20:12",
             "",
-            "10",
-            "10:20",
-            "a:20:",
-            "10:20:12,",
-            "10:20:12;drop",
-            ":20:",
         ] {
-            assert_eq!(snapshot(text.as_bytes()), None, "{text}");
+            assert_eq!(fence(forged.as_bytes(), "secret"), None, "{forged}");
         }
     }
 }

@@ -192,19 +192,24 @@ impl Stream {
     /// Waits until the last confirmation was written to the server, if that is
     /// still possible. Cancel-safe.
     pub async fn confirmation_sent(&self) {
-        let metrics = self.client.metrics();
-        while self.client.is_running()
-            && metrics.last_applied_lsn().as_u64() < self.confirmed.into()
-        {
+        while self.client.is_running() && !self.is_confirmation_sent() {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
+    }
+
+    /// Whether the last confirmation was written to the server.
+    pub fn is_confirmation_sent(&self) -> bool {
+        self.client.metrics().last_applied_lsn().as_u64() >= self.confirmed.into()
     }
 
     /// Ends the stream. Only what [`confirmation_sent`](Self::confirmation_sent)
     /// has waited for is sure to have reached the server.
     pub async fn close(mut self) {
         // The client forgets a confirmation that it has not yet sent, and closes.
-        let _ = tokio::time::timeout(Duration::from_secs(1), self.client.shutdown()).await;
+        let closed = tokio::time::timeout(Duration::from_secs(1), self.client.shutdown()).await;
+        if closed.is_err() {
+            self.client.abort();
+        }
     }
 
     fn context(&self) -> String {

@@ -17,7 +17,7 @@ async fn sigkill_in_a_loop_loses_nothing() {
     let fixture = Fixture::new().await;
     let writers = fixture.writers(fixture.load());
     for round in 0..8 {
-        let relay = Relay::streaming(&fixture, &[]).await;
+        let relay = Relay::streaming(&fixture, &["--in-flight-max", "500"]).await;
         tokio::time::sleep(Duration::from_millis(300 + round * 100)).await;
         relay.kill();
     }
@@ -26,7 +26,11 @@ async fn sigkill_in_a_loop_loses_nothing() {
     fixture.wait_for_confirmation().await;
     relay.drain().await;
     let verdict = fixture.verdict().await;
-    assert!(verdict.is_clean(8 * WINDOW), "{verdict}");
+    // A slow machine may stretch a status interval.
+    assert!(
+        verdict.committed > 500 && verdict.is_clean(8 * 2000),
+        "{verdict}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -43,7 +47,7 @@ async fn sigterm_in_a_loop_repeats_nothing() {
     fixture.wait_for_confirmation().await;
     relay.drain().await;
     let verdict = fixture.verdict().await;
-    assert!(verdict.is_clean(0), "{verdict}");
+    assert!(verdict.committed > 500 && verdict.is_clean(0), "{verdict}");
 }
 
 /// Puts 500,000 rows into the outbox with one COPY, whose rows share WAL
@@ -307,4 +311,75 @@ async fn broker_and_relay_killed_together_lose_nothing() {
     relay.drain().await;
     let verdict = fixture.verdict().await;
     assert!(verdict.is_clean(2 * WINDOW), "{verdict}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_frozen_walsender_is_given_up_and_a_stop_then_tells_the_truth() {
+    let fixture = Fixture::new().await;
+    let many = format!(
+        "INSERT INTO postbox.outbox (aggregate_type, aggregate_id, event_type, payload) \
+         SELECT '{}', 'a', 'changed', json_build_object('n', n) FROM generate_series(1, 300000) AS n",
+        fixture.topic
+    );
+    fixture.client.batch_execute(&many).await.unwrap();
+    let mut relay = Relay::streaming(&fixture, &["--wal-sender-timeout", "2s"]).await;
+    let metric = format!(
+        "postbox_events_published_total{{topic=\"{}\"}}",
+        fixture.topic
+    );
+    wait_until("a part is delivered", || async {
+        relay.get("/metrics").1.contains(&metric)
+    })
+    .await;
+    let sql = "SELECT active_pid FROM pg_replication_slots WHERE slot_name = $1";
+    let pid: i32 = fixture
+        .client
+        .query_one(sql, &[&fixture.contract.slot])
+        .await
+        .unwrap()
+        .get(0);
+    let signal = |name: &str| {
+        let sent = std::process::Command::new("kill")
+            .args([name, &pid.to_string()])
+            .status();
+        assert!(sent.unwrap().success());
+    };
+    signal("-STOP");
+    relay.wait_for_log("trying again").await;
+    relay.signal("TERM");
+    let code = relay.exit_code().await;
+    signal("-CONT");
+    // A part of the transaction was delivered, and will be again.
+    assert_eq!(code, 9, "{}", relay.log());
+    let relay = Relay::streaming(&fixture, &[]).await;
+    fixture.wait_for_confirmation().await;
+    relay.drain().await;
+    assert!(fixture.records().await.len() > 300_000);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stop_while_disconnected_with_nothing_left_to_confirm_is_orderly() {
+    let mut fixture = Fixture::with_servers(&[], &[]).await;
+    let mut relay = Relay::streaming(&fixture, &[]).await;
+    let writers = fixture.writers(fixture.load());
+    let terminate =
+        "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE active";
+    for _ in 0..3 {
+        tokio::time::sleep(Duration::from_millis(600)).await;
+        fixture.client.execute(terminate, &[]).await.unwrap();
+    }
+    writers.stop().await.unwrap();
+    fixture.wait_for_confirmation().await;
+    fixture
+        .postgres
+        .as_mut()
+        .unwrap()
+        .command("stop fast")
+        .unwrap();
+    wait_until("the relay has noticed", || async {
+        relay.get("/readyz").0 == 503
+    })
+    .await;
+    relay.signal("TERM");
+    assert_eq!(relay.exit_code().await, 0, "{}", relay.log());
 }

@@ -77,9 +77,58 @@ async fn a_row_that_is_too_large_stops_the_relay_and_is_named() {
     assert_stopped_by(relay, &fixture, &id, "too large").await;
     // What stands behind it in its key has not overtaken it.
     assert_eq!(fixture.records().await.len(), 20);
-    // The next relay stops at the same event.
+    // The next relay stops at the same event, now the first of its producer.
     let again = Relay::start(&fixture, &[]);
     assert_stopped_by(again, &fixture, &id, "too large").await;
+    assert_eq!(fixture.records().await.len(), 20);
+}
+
+/// A broker that knows nothing of a producer yet accepts its second batch without
+/// the first.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_overtakes_the_first_row_of_a_producer() {
+    let fixture = Fixture::new().await;
+    create_topic(&fixture, "1000000").await;
+    fixture.client.batch_execute("BEGIN").await.unwrap();
+    let id = insert_returning_id(&fixture, "a", &incompressible(3_000_000)).await;
+    let many = format!(
+        "INSERT INTO postbox.outbox (aggregate_type, aggregate_id, event_type, payload) \
+         SELECT '{}', 'a', 'changed', json_build_object('n', n) FROM generate_series(1, 9000) AS n; COMMIT",
+        fixture.topic
+    );
+    fixture.client.batch_execute(&many).await.unwrap();
+    let relay = Relay::start(&fixture, &[]);
+    assert_stopped_by(relay, &fixture, &id, "too large").await;
+    assert_eq!(fixture.records().await.len(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_refused_delivery_repeats_only_what_was_in_flight() {
+    let fixture = Fixture::new().await;
+    create_topic(&fixture, "1000000").await;
+    let many = format!(
+        "INSERT INTO postbox.outbox (aggregate_type, aggregate_id, event_type, payload) \
+         SELECT '{}', 'a', 'changed', json_build_object('n', n) FROM generate_series(1, 20000) AS n",
+        fixture.topic
+    );
+    fixture.client.batch_execute(&many).await.unwrap();
+    let id = insert_returning_id(&fixture, "b", &incompressible(3_000_000)).await;
+    fixture.client.batch_execute(&many).await.unwrap();
+    let relay = Relay::start(&fixture, &["--in-flight-max", "500"]);
+    assert_stopped_by(relay, &fixture, &id, "too large").await;
+    let records = fixture.records().await.len();
+    assert!((20_000..=21_000).contains(&records), "{records}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_row_that_no_broker_would_read_stops_the_relay() {
+    let fixture = Fixture::new().await;
+    let relay = Relay::streaming(&fixture, &[]).await;
+    let sql = "INSERT INTO postbox.outbox (aggregate_type, aggregate_id, event_type, payload) \
+               SELECT $1, 'a', 'changed', to_json(repeat('0123456789', 12000000)) RETURNING id::text";
+    let row = fixture.client.query_one(sql, &[&fixture.topic]).await;
+    let id: String = row.unwrap().get(0);
+    assert_stopped_by(relay, &fixture, &id, "too large").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -243,4 +292,29 @@ async fn a_relay_that_was_never_set_up_says_what_to_run() {
         "{}",
         relay.log()
     );
+}
+
+/// A session that waits for a lock compares nothing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_publication_made_again_is_noticed_though_the_checkpoint_is_locked() {
+    let mut fixture = Fixture::new().await;
+    let mut relay = Relay::streaming(&fixture, &["--heartbeat-interval", "1s"]).await;
+    let lock = "BEGIN; SELECT * FROM postbox.checkpoint FOR UPDATE";
+    fixture.client.batch_execute(lock).await.unwrap();
+    let locked = std::mem::replace(
+        &mut fixture.client,
+        fixture
+            .database
+            .connect("postbox test")
+            .await
+            .unwrap()
+            .client,
+    );
+    fixture.insert("a", "{}").await;
+    relay.wait_for_log("does not answer").await;
+    let again = "BEGIN; DROP PUBLICATION postbox; \
+                 CREATE PUBLICATION postbox FOR TABLE postbox.outbox WITH (publish = 'insert', publish_via_partition_root = true); COMMIT";
+    fixture.client.batch_execute(again).await.unwrap();
+    assert_eq!(relay.exit_code().await, 5, "{}", relay.log());
+    drop(locked);
 }

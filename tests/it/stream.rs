@@ -153,3 +153,29 @@ async fn heartbeats_store_a_fence_once_everything_before_it_is_delivered() {
     assert_eq!((seen, fixture.records().await.len()), (1, 1));
     relay.drain().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_fence_that_somebody_else_writes_is_not_stored() {
+    let fixture = Fixture::new().await;
+    let snapshot = "SELECT snapshot::text FROM postbox.checkpoint";
+    let before: String = fixture
+        .client
+        .query_one(snapshot, &[])
+        .await
+        .unwrap()
+        .get(0);
+    let relay = Relay::streaming(&fixture, &["--heartbeat-interval", "1s"]).await;
+    let forge = "SELECT pg_logical_emit_message(true, 'postbox', '1:18446744073709551000:'); \
+                 SELECT pg_logical_emit_message(true, 'postbox', '20:10:')";
+    fixture.client.batch_execute(forge).await.unwrap();
+    fixture.wait_for_confirmation().await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let now: String = fixture
+        .client
+        .query_one(snapshot, &[])
+        .await
+        .unwrap()
+        .get(0);
+    assert_eq!(now, before);
+    relay.drain().await;
+}
