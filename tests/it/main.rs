@@ -12,4 +12,5 @@ mod support;
 mod faults;
 mod poison;
 mod records;
+mod setup;
 mod stream;

@@ -13,7 +13,7 @@ use postbox::setup::{self, SetupOptions};
 use tokio_postgres::Client;
 use tokio_postgres::types::PgLsn;
 
-use super::{PATIENCE, wait_until};
+use super::{Output, PATIENCE, postbox, run, wait_until};
 
 /// Where the servers are.
 #[derive(Debug, Clone)]
@@ -49,6 +49,16 @@ impl Fixture {
     /// On the servers that all tests share, an empty database.
     pub(crate) async fn empty() -> Self {
         Self::on(shared(), None, None).await
+    }
+
+    /// On a Postgres of its own with these settings, an empty database.
+    pub(crate) async fn with_postgres(settings: &[&str]) -> Self {
+        let postgres = Server::postgres(settings).unwrap();
+        let addresses = Addresses {
+            database_url: socket_url(&postgres),
+            brokers: shared().brokers.clone(),
+        };
+        Self::on(&addresses, Some(postgres), None).await
     }
 
     /// On servers of its own with these settings, set up.
@@ -96,6 +106,42 @@ impl Fixture {
             .unwrap();
     }
 
+    /// `postbox setup` as a process, with these flags.
+    pub(crate) fn setup(&self, flags: &[&str]) -> Output {
+        self.setup_as(&self.database_url, flags)
+    }
+
+    /// The same, by the role of this URL.
+    pub(crate) fn setup_as(&self, database_url: &str, flags: &[&str]) -> Output {
+        let mut command = postbox(&["setup"]);
+        command
+            .args(flags)
+            .env("POSTBOX_SCHEMA", &self.contract.schema)
+            .env("POSTBOX_SLOT", &self.contract.slot)
+            .env("POSTBOX_PUBLICATION", &self.contract.publication)
+            .env("POSTBOX_DATABASE_URL", database_url);
+        run(&mut command)
+    }
+
+    /// Makes a role that may log in and nothing else: its name and its URL.
+    pub(crate) async fn role(&self, name: &str) -> (String, String) {
+        let role = format!("{}_{name}", self.name);
+        let create = format!("CREATE ROLE \"{role}\" LOGIN PASSWORD 'hunter2'");
+        self.client.batch_execute(&create).await.unwrap();
+        let (scheme, rest) = self.database_url.split_once("://").unwrap();
+        let slash = rest.find('/').unwrap();
+        let server = rest[..slash].rfind('@').map_or(rest, |at| &rest[at + 1..]);
+        (role.clone(), format!("{scheme}://{role}:hunter2@{server}"))
+    }
+
+    /// Stops the test's own Postgres and starts it again.
+    pub(crate) async fn restart_postgres(&mut self) {
+        let postgres = self.postgres.as_mut().expect("a Postgres of its own");
+        postgres.command("stop fast").unwrap();
+        postgres.command("start").unwrap();
+        self.reconnect().await;
+    }
+
     /// Connects again, after the server was stopped.
     pub(crate) async fn reconnect(&mut self) {
         self.client = connect(&self.database_url).await;
@@ -124,11 +170,14 @@ impl Fixture {
 
     /// Inserts one event with this payload.
     pub(crate) async fn insert(&self, key: &str, payload: &str) {
-        let sql = "INSERT INTO postbox.outbox (aggregate_type, aggregate_id, event_type, payload) \
-                   VALUES ($1, $2, 'changed', $3::text::json)";
+        let sql = format!(
+            "INSERT INTO {} (aggregate_type, aggregate_id, event_type, payload) \
+             VALUES ($1, $2, 'changed', $3::text::json)",
+            self.contract.table("outbox")
+        );
         let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 3] =
             [&self.topic, &key, &payload];
-        self.client.execute(sql, &parameters).await.unwrap();
+        self.client.execute(&sql, &parameters).await.unwrap();
     }
 
     /// The slot's confirmed position.
@@ -168,8 +217,8 @@ impl Fixture {
 }
 
 impl Drop for Fixture {
-    /// Slots are few and keep WAL, so they go with the test; a server that is
-    /// the test's own goes as a whole.
+    /// Slots are few and keep WAL, so they go with the test, and so do roles; a
+    /// server that is the test's own goes as a whole.
     fn drop(&mut self) {
         if self.postgres.is_some() {
             return;
@@ -195,6 +244,10 @@ impl Drop for Fixture {
                     tokio::time::sleep(Duration::from_millis(50)).await;
                 }
                 let _ = admin.batch_execute(&drop_database).await;
+                let roles = format!("SELECT format('DROP ROLE %I', rolname) FROM pg_roles WHERE starts_with(rolname, '{name}_')");
+                for row in admin.query(&roles, &[]).await.unwrap_or_default() {
+                    let _ = admin.batch_execute(row.get(0)).await;
+                }
             });
         });
         let _ = cleaner.join();
@@ -246,7 +299,7 @@ fn resolve(url: &str) -> Database {
     Database::resolve(Some(url), &|name| std::env::var(name).ok()).unwrap()
 }
 
-async fn connect(url: &str) -> Client {
+pub(crate) async fn connect(url: &str) -> Client {
     let deadline = Instant::now() + PATIENCE;
     loop {
         match resolve(url).connect("postbox test").await {

@@ -1,11 +1,15 @@
 //! What tests stand on: servers, a database of their own, and relays.
 
+mod command;
 mod fixture;
+mod psql;
 mod relay;
 
 use std::time::{Duration, Instant};
 
-pub(crate) use fixture::Fixture;
+pub(crate) use command::{Output, postbox, run};
+pub(crate) use fixture::{Fixture, connect};
+pub(crate) use psql::run_script;
 pub(crate) use relay::Relay;
 
 /// What one crash may repeat: what the relay lets be in flight, and what was

@@ -6,7 +6,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use super::{Fixture, PATIENCE};
+use super::{Fixture, PATIENCE, postbox};
 
 pub(crate) struct Relay {
     child: Child,
@@ -23,12 +23,21 @@ impl Relay {
 
     /// Starts a relay with these flags.
     pub(crate) fn start(fixture: &Fixture, flags: &[&str]) -> Self {
-        let contract = &fixture.contract;
-        let mut child = Command::new(env!("CARGO_BIN_EXE_postbox"))
-            .args(["relay", "--http", "127.0.0.1:0", "--slot", &contract.slot])
+        let mut command = postbox(&["relay"]);
+        command
             .args(flags)
+            .env("POSTBOX_SCHEMA", &fixture.contract.schema)
+            .env("POSTBOX_SLOT", &fixture.contract.slot)
+            .env("POSTBOX_PUBLICATION", &fixture.contract.publication)
             .env("POSTBOX_DATABASE_URL", &fixture.database_url)
             .env("POSTBOX_BROKERS", &fixture.brokers)
+            .env("POSTBOX_HTTP", "127.0.0.1:0");
+        Self::spawn(&mut command)
+    }
+
+    /// Starts a command that does not end by itself.
+    pub(crate) fn spawn(command: &mut Command) -> Self {
+        let mut child = command
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
@@ -114,18 +123,29 @@ impl Relay {
         }
     }
 
-    /// The status and the body that a path answers.
-    pub(crate) fn get(&self, path: &str) -> (u16, String) {
+    /// Where it serves http.
+    pub(crate) fn address(&self) -> String {
         let log = self.log();
         let address = log.split("address=").nth(1).expect("http is served");
-        let address = address.split_whitespace().next().unwrap();
-        let mut stream = TcpStream::connect(address).unwrap();
-        write!(stream, "GET {path} HTTP/1.0\r\n\r\n").unwrap();
+        address.split_whitespace().next().unwrap().to_owned()
+    }
+
+    /// The status and the body that a path answers.
+    pub(crate) fn get(&self, path: &str) -> (u16, String) {
+        let (status, _, body) = self.ask(&format!("GET {path} HTTP/1.0\r\n\r\n"));
+        (status, body)
+    }
+
+    /// The status, the head and the body that a request is answered with.
+    pub(crate) fn ask(&self, request: &str) -> (u16, String, String) {
+        let mut stream = TcpStream::connect(self.address()).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.write_all(request.as_bytes()).unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).unwrap();
         let (head, body) = answer.split_once("\r\n\r\n").unwrap();
         let status = head.split_whitespace().nth(1).unwrap().parse().unwrap();
-        (status, body.to_owned())
+        (status, head.to_owned(), body.to_owned())
     }
 
     /// The value of a metric, by its name with labels.
