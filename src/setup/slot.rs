@@ -195,10 +195,37 @@ async fn look_before(
     transaction.commit().await?;
     Ok(Start {
         lsn,
-        snapshot: row.get(0),
+        snapshot: in_order(row.get(0)),
         rows_before: row.get(1),
         publication_identity: row.get(2),
     })
+}
+
+/// A snapshot as the type `pg_snapshot` takes it, which sees no more than the
+/// one given.
+///
+/// The server puts a slot's snapshot together from the WAL: while transactions
+/// come and go, `xmin` follows the oldest that runs, and `xmax` only those that
+/// commit. If the newest rolled back, `xmin` is past `xmax`, as in `7366:7365:`.
+/// To see rows that is no harm, but the type refuses it. A fence may see less than
+/// was there, and then recovery repeats; it must never see more. So the end is
+/// the smaller of the two, and what runs below it still runs.
+fn in_order(snapshot: String) -> String {
+    let parts: Vec<&str> = snapshot.split(':').collect();
+    let [xmin, xmax, running] = parts[..] else {
+        return snapshot;
+    };
+    let (Ok(xmin), Ok(xmax)) = (xmin.parse::<u64>(), xmax.parse::<u64>()) else {
+        return snapshot;
+    };
+    if xmin <= xmax {
+        return snapshot;
+    }
+    let running = running.split(',').filter_map(|xid| xid.parse().ok());
+    let running: Vec<u64> = running.filter(|xid| *xid < xmax).collect();
+    let xmin = running.iter().copied().min().unwrap_or(xmax);
+    let running: Vec<String> = running.iter().map(u64::to_string).collect();
+    format!("{xmin}:{xmax}:{}", running.join(","))
 }
 
 async fn take_over(
@@ -384,4 +411,27 @@ fn rows_beside_the_slot(contract: &Contract, rows: i64) -> Error {
 
 fn object(contract: &Contract) -> String {
     format!("replication slot \"{}\"", contract.slot)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_snapshot_in_order_stays_as_it_is() {
+        for text in ["5:5:", "5:9:", "5:9:5,7", "nonsense", "5:x:"] {
+            assert_eq!(in_order(text.to_owned()), text);
+        }
+    }
+
+    #[test]
+    fn a_snapshot_that_ends_before_it_begins_sees_what_both_its_ends_see() {
+        for (text, expected) in [
+            ("7366:7365:", "7365:7365:"),
+            ("9:5:6,7", "5:5:"),
+            ("9:5:3,4,7", "3:5:3,4"),
+        ] {
+            assert_eq!(in_order(text.to_owned()), expected);
+        }
+    }
 }

@@ -4,6 +4,7 @@ use std::process::Command;
 
 use postbox::catalog::SCHEMA_VERSION;
 use postbox::contract::Contract;
+use tokio_postgres::Client;
 
 use crate::support::{Fixture, Relay, connect, postbox, run, run_script, wait_until};
 
@@ -90,6 +91,50 @@ async fn of_two_at_once_one_makes_everything_and_the_other_finds_it_there() {
     assert_eq!(results, [all_created(&fixture), all_there(&fixture)]);
     let rows = count(&fixture, "SELECT count(*) FROM postbox.checkpoint").await;
     assert_eq!((slots(&fixture).await, rows), (1, 1));
+}
+
+/// A transaction that is open, and its id.
+async fn open_transaction(fixture: &Fixture) -> (Client, String) {
+    let client = connect(&fixture.database_url).await;
+    client.batch_execute("BEGIN").await.unwrap();
+    let sql = "SELECT pg_current_xact_id()::text";
+    let id = client.query_one(sql, &[]).await.unwrap().get(0);
+    (client, id)
+}
+
+/// Waits until the walsender that makes a slot waits for this transaction.
+async fn wait_for_waiting(fixture: &Fixture, id: &str) {
+    let sql =
+        format!("SELECT count(*) FROM pg_locks WHERE NOT granted AND transactionid = '{id}'::xid");
+    let what = format!("set-up waits for transaction {id}");
+    wait_until(&what, async || count(fixture, &sql).await > 0).await;
+}
+
+/// A server that always has a transaction open builds the slot's snapshot in two
+/// steps. One that rolls back between them moves the snapshot's `xmin` and not
+/// its `xmax`, and pg_snapshot refuses the text, such as `7366:7365:`.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn transactions_that_come_and_go_while_the_slot_is_made_do_not_stop_set_up() {
+    let fixture = Fixture::with_postgres(&["autovacuum=off"]).await;
+    let (first, first_id) = open_transaction(&fixture).await;
+    let setup = std::thread::scope(|scope| {
+        let setup = scope.spawn(|| fixture.setup(&[]));
+        let meanwhile = async {
+            wait_for_waiting(&fixture, &first_id).await;
+            let (second, second_id) = open_transaction(&fixture).await;
+            first.batch_execute("COMMIT").await.unwrap();
+            wait_for_waiting(&fixture, &second_id).await;
+            let (_third, _) = open_transaction(&fixture).await;
+            second.batch_execute("ROLLBACK").await.unwrap();
+            wait_until("set-up ends", async || setup.is_finished()).await;
+        };
+        let handle = tokio::runtime::Handle::current();
+        tokio::task::block_in_place(|| handle.block_on(meanwhile));
+        setup.join().unwrap()
+    });
+    assert_eq!(setup.results(), all_created(&fixture));
+    assert_eq!(fixture.setup(&[]).results(), all_there(&fixture));
+    assert_events_flow(&fixture, &[]).await;
 }
 
 /// The script that `postbox setup --print` prints for the fixture's names.
