@@ -9,6 +9,7 @@
 
 mod support;
 
+mod emit;
 mod faults;
 mod poison;
 mod records;
