@@ -245,7 +245,7 @@ fn refused(schema: &str, error: tokio_postgres::Error) -> Error {
         Some(code) if *code == SqlState::INSUFFICIENT_PRIVILEGE => (
             ErrorKind::Rights,
             format!(
-                "append to \"{schema}.outbox\": `postbox setup --writer-role` gives the right to"
+                "append to \"{schema}.outbox\": `postbox setup --grant-writer-to` gives the right to"
             ),
         ),
         Some(code)
