@@ -25,11 +25,11 @@ pub(super) struct DemoCommand {
     brokers: Option<String>,
 
     /// How long orders are placed.
-    #[arg(long, default_value = "20s", value_parser = duration, value_name = "TIME")]
+    #[arg(long, env = "POSTBOX_DURATION", default_value = "20s", value_parser = duration, value_name = "TIME")]
     duration: Duration,
 
     /// How many orders a second are placed.
-    #[arg(long, default_value_t = 2000, value_parser = clap::value_parser!(u32).range(1..), value_name = "ORDERS")]
+    #[arg(long, env = "POSTBOX_RATE", default_value_t = 2000, value_parser = clap::value_parser!(u32).range(1..), value_name = "ORDERS")]
     rate: u32,
 }
 
