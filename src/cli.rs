@@ -49,8 +49,9 @@ Exit codes:
 pub(crate) fn main() -> ExitCode {
     let arguments = Arguments::parse();
     if let Err(error) = arguments.logging.start() {
-        return fail(&error);
+        return fail(&error, false);
     }
+    let json = arguments.logging.are_json();
     let result = match arguments.command {
         Command::Setup(arguments) => arguments.run(),
         Command::Relay(arguments) => arguments.run(),
@@ -60,18 +61,22 @@ pub(crate) fn main() -> ExitCode {
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => fail(&error),
+        Err(error) => fail(&error, json),
     }
 }
 
-/// Prints an error once, with its causes, and finds its exit code.
-fn fail(error: &anyhow::Error) -> ExitCode {
+/// Prints an error once, with its causes, and finds its exit code. Where logs are
+/// JSON it is a line of the log, as what reads them takes nothing else.
+fn fail(error: &anyhow::Error, json: bool) -> ExitCode {
     let ours = error.downcast_ref::<Error>();
-    match ours {
-        Some(ours) => eprintln!("error: {}", ours.chain()),
-        None => eprintln!("error: {error:#}"),
+    let chain = ours.map_or_else(|| format!("{error:#}"), Error::chain);
+    let exit_code = ours.map_or(1, |ours| ours.kind().exit_code());
+    if json && tracing::enabled!(tracing::Level::ERROR) {
+        tracing::error!(exit_code, "{chain}");
+    } else {
+        eprintln!("error: {chain}");
     }
-    ExitCode::from(ours.map_or(1, |ours| ours.kind().exit_code()))
+    ExitCode::from(exit_code)
 }
 
 #[cfg(test)]

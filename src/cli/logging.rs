@@ -2,8 +2,8 @@
 
 use std::io::IsTerminal;
 
-use anyhow::Context;
 use clap::{Args, ValueEnum};
+use postbox::{Error, ErrorKind};
 use tracing_subscriber::EnvFilter;
 
 #[derive(Debug, Args)]
@@ -42,12 +42,19 @@ enum Format {
 const SILENT: &str = "librdkafka=off,rdkafka=off,pgwire_replication=off";
 
 impl LogArguments {
+    /// Whether each line is to be a JSON object.
+    pub(super) fn are_json(&self) -> bool {
+        matches!(self.log_format, Format::Json)
+    }
+
     pub(super) fn start(&self) -> anyhow::Result<()> {
         let filter = match std::env::var("RUST_LOG") {
             Ok(rules) if !rules.is_empty() => rules,
             _ => format!("{},{SILENT}", self.log_level),
         };
-        let filter = EnvFilter::try_new(&filter).with_context(|| format!("RUST_LOG={filter}"))?;
+        let filter = EnvFilter::try_new(&filter).map_err(|error| {
+            Error::new(ErrorKind::Settings, format!("RUST_LOG={filter}")).caused_by(error)
+        })?;
         let lines = tracing_subscriber::fmt()
             .with_env_filter(filter)
             .with_writer(std::io::stderr);
