@@ -1,11 +1,13 @@
 //! Arguments that several commands share.
 
+use std::num::NonZeroUsize;
 use std::time::Duration;
 
 use clap::Args;
 use postbox::contract::Contract;
 use postbox::database::Database;
 use postbox::publisher::KafkaSettings;
+use postbox::{Error, ErrorKind};
 
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Postgres")]
@@ -89,30 +91,46 @@ pub(super) struct KafkaArguments {
         env = "POSTBOX_KAFKA_PROPERTY",
         hide_env_values = true,
         value_name = "KEY=VALUE",
-        value_delimiter = '\n',
-        value_parser = property
+        value_delimiter = '\n'
     )]
-    properties: Vec<(String, String)>,
+    properties: Vec<String>,
 }
 
 impl KafkaArguments {
     pub(super) fn resolve(&self) -> postbox::Result<KafkaSettings> {
+        if self
+            .brokers
+            .split(',')
+            .all(|broker| broker.trim().is_empty())
+        {
+            let message = "--brokers names none: use host:port,host:port";
+            return Err(Error::new(ErrorKind::Settings, message));
+        }
+        // A block of text in a variable has an end of line at its end.
+        let lines = self
+            .properties
+            .iter()
+            .filter(|line| !line.trim().is_empty());
         let settings = KafkaSettings {
             brokers: self.brokers.clone(),
-            properties: self.properties.clone(),
+            properties: lines.map(|line| property(line)).collect::<Result<_, _>>()?,
         };
         settings.check()?;
         Ok(settings)
     }
 }
 
-fn property(text: &str) -> Result<(String, String), String> {
+/// Not a parser of clap's: that would quote what it refuses, and the text may
+/// hold a secret.
+fn property(text: &str) -> postbox::Result<(String, String)> {
     match text.split_once('=') {
         Some((key, value)) if !key.trim().is_empty() => {
             Ok((key.trim().to_owned(), value.to_owned()))
         }
-        // The text may hold a secret, so it is not quoted.
-        _ => Err("a property is KEY=VALUE".to_owned()),
+        _ => {
+            let message = "-X: a property is KEY=VALUE, such as -X security.protocol=SASL_SSL";
+            Err(Error::new(ErrorKind::Settings, message))
+        }
     }
 }
 
@@ -135,6 +153,25 @@ pub(super) fn duration(text: &str) -> Result<Duration, String> {
         .checked_mul(millis)
         .ok_or_else(|| format!("\"{text}\" is too long"))?;
     Ok(Duration::from_millis(millis))
+}
+
+/// A time as people write it.
+pub(super) fn in_words(time: Duration) -> String {
+    let millis = time.as_millis();
+    match millis {
+        0 => "0s".to_owned(),
+        _ if millis.is_multiple_of(60_000) => format!("{}m", millis / 60_000),
+        _ if millis.is_multiple_of(1000) => format!("{}s", millis / 1000),
+        _ => format!("{millis}ms"),
+    }
+}
+
+/// A number of events that lets at least one pass.
+pub(super) fn events(text: &str) -> Result<NonZeroUsize, String> {
+    let number: usize = text
+        .parse()
+        .map_err(|_| format!("\"{text}\" is not a number of events"))?;
+    NonZeroUsize::new(number).ok_or_else(|| "lets no event pass: use at least 1".to_owned())
 }
 
 /// A number of bytes as `65536`, `64KiB` or `32MiB`.

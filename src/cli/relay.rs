@@ -19,7 +19,9 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{oneshot, watch};
 use tracing::{info, warn};
 
-use super::arguments::{ContractArguments, DatabaseArguments, KafkaArguments, bytes, duration};
+use super::arguments::{
+    ContractArguments, DatabaseArguments, KafkaArguments, bytes, duration, events, in_words,
+};
 
 /// Carries committed events to Kafka until it is told to stop.
 ///
@@ -98,6 +100,7 @@ struct TuningArguments {
         long,
         env = "POSTBOX_IN_FLIGHT_MAX",
         default_value = "10000",
+        value_parser = events,
         value_name = "EVENTS"
     )]
     in_flight_max: NonZeroUsize,
@@ -147,7 +150,8 @@ impl TuningArguments {
         for (flag, value, allowed) in intervals {
             if !allowed.contains(&value) {
                 let (least, most) = allowed.into_inner();
-                let message = format!("--{flag} {value:?} is out of range: {least:?} to {most:?}");
+                let [value, least, most] = [value, least, most].map(in_words);
+                let message = format!("--{flag} {value} is out of range: {least} to {most}");
                 return Err(Error::new(ErrorKind::Settings, message));
             }
         }
@@ -157,8 +161,9 @@ impl TuningArguments {
         }
         if self.status_interval * 2 > self.wal_sender_timeout {
             let message = format!(
-                "--status-interval {:?} fights --wal-sender-timeout {:?}: it must be less than half of it",
-                self.status_interval, self.wal_sender_timeout
+                "--status-interval {} fights --wal-sender-timeout {}: it may be half of it at most",
+                in_words(self.status_interval),
+                in_words(self.wal_sender_timeout)
             );
             return Err(Error::new(ErrorKind::Settings, message));
         }

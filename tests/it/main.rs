@@ -9,6 +9,7 @@
 
 mod support;
 
+mod cli;
 mod emit;
 mod faults;
 mod poison;
