@@ -6,6 +6,7 @@ use prometheus::{
     IntGaugeVec, Opts, Registry, TextEncoder,
 };
 
+use crate::error::ErrorKind;
 use crate::health::Health;
 
 /// Upper bounds from 0.5 ms to 60 s: a healthy delivery takes milliseconds, and
@@ -141,6 +142,14 @@ impl Default for Metrics {
             ),
             registry,
         };
+        // A counter that begins with its first event hides it from increase().
+        for kind in [
+            ErrorKind::SlotInUse,
+            ErrorKind::DatabaseAway,
+            ErrorKind::BrokerAway,
+        ] {
+            metrics.reconnects.with_label_values(&[kind.label()]);
+        }
         let build = register(
             &metrics.registry,
             GaugeVec::new(options("build_info", "the version that runs"), &["version"]),
