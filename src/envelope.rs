@@ -91,10 +91,10 @@ pub struct Record<'a> {
 }
 
 impl Record<'_> {
-    /// The bytes of everything in it, which bounds what is in flight.
+    /// The bytes of its key, value and headers, which bound what is in flight.
     pub fn size(&self) -> usize {
         let headers = self.headers.iter().map(Header::size).sum::<usize>();
-        self.topic.len() + self.key.len() + self.value.map_or(0, <[u8]>::len) + headers
+        self.key.len() + self.value.map_or(0, <[u8]>::len) + headers
     }
 }
 
