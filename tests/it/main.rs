@@ -12,6 +12,7 @@ mod support;
 mod cli;
 mod emit;
 mod faults;
+mod http;
 mod poison;
 mod records;
 mod setup;
