@@ -10,6 +10,7 @@
 mod support;
 
 mod cli;
+mod compose;
 mod emit;
 mod faults;
 mod http;
