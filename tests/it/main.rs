@@ -12,6 +12,7 @@ mod support;
 mod cli;
 mod compose;
 mod emit;
+mod examples;
 mod faults;
 mod http;
 mod poison;
