@@ -1,15 +1,19 @@
 //! `/metrics`, `/healthz` and `/readyz`, as probes and scrapers see them.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod scrape;
+
+#[cfg(target_os = "linux")]
+use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::Duration;
 
 use crate::support::{Fixture, Relay, wait_until};
+use scrape::Scrape;
 
 /// Every metric of `src/metrics.rs`, with its type. One more comes with the first
 /// failure: `postbox_delivery_failures_total`, which `poison.rs` provokes.
-const METRICS: [(&str, &str); 17] = [
+const METRICS: &[(&str, &str)] = &[
     ("postbox_events_published_total", "counter"),
     ("postbox_bytes_published_total", "counter"),
     ("postbox_publish_seconds", "histogram"),
@@ -30,96 +34,6 @@ const METRICS: [(&str, &str); 17] = [
     #[cfg(target_os = "linux")]
     ("process_open_fds", "gauge"),
 ];
-
-/// A scrape: types by metric, and values by name with labels.
-#[derive(Debug, Default)]
-struct Scrape {
-    types: BTreeMap<String, String>,
-    helped: BTreeSet<String>,
-    samples: BTreeMap<String, f64>,
-}
-
-impl Scrape {
-    /// Reads Prometheus' text format, strictly.
-    fn parse(text: &str) -> Self {
-        let mut scrape = Self::default();
-        assert!(text.ends_with('\n'), "the last line has no end");
-        for line in text.lines() {
-            if let Some(help) = line.strip_prefix("# HELP ") {
-                let (name, help) = help.split_once(' ').unwrap();
-                assert!(
-                    !help.is_empty() && scrape.helped.insert(name.to_owned()),
-                    "{line}"
-                );
-            } else if let Some(kind) = line.strip_prefix("# TYPE ") {
-                let (name, kind) = kind.split_once(' ').unwrap();
-                assert!(["counter", "gauge", "histogram"].contains(&kind), "{line}");
-                assert!(scrape.helped.contains(name), "no help before {line}");
-                let old = scrape.types.insert(name.to_owned(), kind.to_owned());
-                assert_eq!(old, None, "{line}");
-            } else {
-                let (name, value) = line.rsplit_once(' ').unwrap();
-                scrape.check_name(name);
-                let value = value.parse().unwrap_or_else(|_| panic!("{line}"));
-                let old = scrape.samples.insert(name.to_owned(), value);
-                assert_eq!(old, None, "twice: {line}");
-            }
-        }
-        scrape
-    }
-
-    /// A sample's name with labels: after its type, and well formed.
-    fn check_name(&self, sample: &str) {
-        let (name, labels) = sample.split_once('{').unwrap_or((sample, "}"));
-        let word = |text: &str| {
-            !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')
-        };
-        assert!(word(name), "{sample}");
-        let suffixes = ["_bucket", "_sum", "_count"];
-        let family = suffixes.iter().find_map(|suffix| name.strip_suffix(suffix));
-        let kind = self
-            .types
-            .get(name)
-            .or_else(|| self.types.get(family.unwrap_or_default()));
-        assert!(kind.is_some(), "no type before {sample}");
-        let labels = labels
-            .strip_suffix('}')
-            .unwrap_or_else(|| panic!("{sample}"));
-        for label in labels.split_terminator(',') {
-            let (label, value) = label.split_once('=').unwrap_or_else(|| panic!("{sample}"));
-            assert!(
-                word(label) && value.len() >= 2 && value.starts_with('"') && value.ends_with('"'),
-                "{sample}"
-            );
-        }
-    }
-
-    fn value(&self, sample: &str) -> f64 {
-        *self
-            .samples
-            .get(sample)
-            .unwrap_or_else(|| panic!("no {sample} in {self:#?}"))
-    }
-
-    /// Buckets rise up to the count.
-    fn check_histogram(&self, name: &str) -> f64 {
-        let prefix = format!("{name}_bucket{{le=\"");
-        let buckets = self.samples.iter().filter_map(|(sample, count)| {
-            let bound = sample.strip_prefix(&prefix)?.strip_suffix("\"}")?;
-            Some((bound.parse::<f64>().unwrap(), *count))
-        });
-        let mut buckets: Vec<_> = buckets.collect();
-        buckets.sort_by(|a, b| a.0.total_cmp(&b.0));
-        assert!(
-            buckets.len() > 10 && buckets.is_sorted_by(|a, b| a.1 <= b.1),
-            "{buckets:?}"
-        );
-        let count = self.value(&format!("{name}_count"));
-        assert_eq!(buckets.last(), Some(&(f64::INFINITY, count)));
-        assert!(count == 0.0 || self.value(&format!("{name}_sum")) > 0.0);
-        count
-    }
-}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn metrics_are_prometheus_text_and_tell_what_was_sent() {
@@ -145,7 +59,7 @@ async fn metrics_are_prometheus_text_and_tell_what_was_sent() {
         "{head}"
     );
     let scrape = Scrape::parse(&text);
-    for (name, kind) in METRICS {
+    for &(name, kind) in METRICS {
         assert_eq!(
             scrape.types.get(name).map(String::as_str),
             Some(kind),

@@ -1,10 +1,12 @@
 //! The command line: what it refuses, what it shows, what it keeps to itself.
 
-use std::io::Write;
-use std::net::TcpListener;
-use std::process::{Command, Stdio};
+mod help;
+mod logs;
 
-use crate::support::{Fixture, Relay, postbox, run};
+use std::net::TcpListener;
+use std::process::Command;
+
+use crate::support::{postbox, run};
 
 /// A password that is in every place where one can be.
 const SECRET: &str = "hunter2";
@@ -30,6 +32,15 @@ fn relay(flags: &[&str]) -> Command {
 fn assert_no_secret(text: &str) {
     assert!(!text.contains(SECRET), "{text}");
 }
+
+/// Everything that librdkafka is told when there are secrets.
+const SECRET_PROPERTIES: &str = "security.protocol=SASL_PLAINTEXT
+sasl.mechanism=PLAIN
+sasl.username=app
+sasl.password=hunter2
+ssl.key.password=hunter2
+debug=all
+";
 
 #[test]
 fn settings_that_cannot_work_are_refused_in_words() {
@@ -350,247 +361,4 @@ fn a_property_that_is_no_property_is_not_quoted() {
         let output = run(relay(&[]).env("POSTBOX_KAFKA_PROPERTY", value));
         assert_no_secret(output.complaint(2));
     }
-}
-
-/// Everything that librdkafka is told when there are secrets.
-const SECRET_PROPERTIES: &str = "security.protocol=SASL_PLAINTEXT
-sasl.mechanism=PLAIN
-sasl.username=app
-sasl.password=hunter2
-ssl.key.password=hunter2
-debug=all
-";
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_log_has_neither_passwords_nor_payloads_even_at_trace() {
-    let fixture = Fixture::new().await;
-    let (role, url) = fixture.role("relay").await;
-    fixture.setup(&["--grant-to", &role]).results();
-    let trace = ["--log-level", "trace", "--heartbeat-interval", "1s"];
-
-    let mut no_postgres = Relay::spawn(&mut relay(&trace));
-    no_postgres.wait_for_log("trying again").await;
-    assert_no_secret(&no_postgres.log());
-    assert_eq!(no_postgres.stop().await, 0);
-
-    let mut command = relay(&trace);
-    command
-        .env("POSTBOX_DATABASE_URL", &url)
-        .env("POSTBOX_SLOT", &fixture.contract.slot)
-        .env("POSTBOX_KAFKA_PROPERTY", SECRET_PROPERTIES);
-    let mut no_kafka = Relay::spawn(&mut command);
-    no_kafka.wait_for_log("trying again").await;
-    let log = no_kafka.log();
-    assert!(log.contains("no broker answers"), "{log}");
-    assert_no_secret(&no_kafka.log());
-    assert_eq!(no_kafka.stop().await, 0);
-
-    let flags = [&trace[..], &["--database-url", &url]].concat();
-    let relay = Relay::streaming(&fixture, &flags).await;
-    let sql = "SELECT postbox.emit($1, 'a', 'b', '\"hunter2\"', headers => '{\"h\": \"hunter2\"}')";
-    fixture.client.query(sql, &[&fixture.topic]).await.unwrap();
-    fixture.wait_for_confirmation().await;
-    assert!(relay.log().contains("TRACE"), "{}", relay.log());
-    assert_no_secret(&relay.log());
-    relay.drain().await;
-    assert_eq!(fixture.records().await.len(), 1);
-
-    let mut command = postbox(&["setup", "--log-level", "trace"]);
-    command
-        .env("POSTBOX_DATABASE_URL", &url)
-        .env("POSTBOX_SLOT", &fixture.contract.slot);
-    let setup = run(&mut command);
-    assert!(setup.stderr.contains("TRACE"), "{setup:?}");
-    assert_no_secret(&setup.stderr);
-}
-
-/// The name, its lines, and what follows, of each flag in a help text.
-fn flags(help: &str) -> Vec<(&str, &str)> {
-    let starts: Vec<usize> = help
-        .match_indices("\n      --")
-        .chain(help.match_indices("\n  -X, --"))
-        .map(|(at, _)| at)
-        .collect();
-    let mut flags = Vec::new();
-    for start in starts {
-        let text = &help[start..];
-        let name = &text[text.find("--").unwrap() + 2..];
-        let end = name.find(|c: char| !c.is_ascii_lowercase() && c != '-');
-        let text_end = text[1..].find("\n      --").unwrap_or(text.len() - 1);
-        flags.push((&name[..end.unwrap()], &text[..=text_end]));
-    }
-    flags
-}
-
-/// Flags that have no default: what they name only their users know.
-const WITHOUT_DEFAULT: [&str; 7] = [
-    "database-url",
-    "brokers",
-    "kafka-property",
-    "print",
-    "grant-to",
-    "grant-writer-to",
-    "backfill",
-];
-
-#[test]
-fn help_tells_of_each_flag_its_variable_its_default_and_its_unit() {
-    for (command, count) in [("relay", 18), ("setup", 10), ("demo", 6)] {
-        let output = run(&mut postbox(&[command, "--help"]));
-        let help = output.results();
-        let flags = flags(help);
-        assert_eq!(flags.len(), count, "{command}: {flags:#?}");
-        for (name, text) in flags {
-            let variable = match (command, name) {
-                // The same names as in the tests.
-                ("demo", "database-url") => "DATABASE_URL".to_owned(),
-                ("demo", "brokers") => "KAFKA_BROKERS".to_owned(),
-                _ => format!("POSTBOX_{}", name.to_uppercase().replace('-', "_")),
-            };
-            assert!(
-                text.contains(&format!("[env: {variable}")),
-                "{command}: {text}"
-            );
-            let default = text.split("[default: ").nth(1);
-            assert_eq!(
-                default.is_none(),
-                WITHOUT_DEFAULT.contains(&name),
-                "{command}: {text}"
-            );
-            let unit = default
-                .and_then(|default| default.split(']').next())
-                .unwrap_or_default();
-            let unit = unit.trim_start_matches(|c: char| c.is_ascii_digit());
-            match name {
-                _ if text.contains("<TIME>") => assert!(["ms", "s", "m"].contains(&unit), "{text}"),
-                _ if text.contains("<SIZE>") => assert_eq!(unit, "MiB", "{text}"),
-                "in-flight-max" => assert!(text.contains("<EVENTS>"), "{text}"),
-                "rate" => assert!(
-                    text.contains("<ORDERS>") && text.contains("a second"),
-                    "{text}"
-                ),
-                _ => {}
-            }
-        }
-    }
-}
-
-#[test]
-fn help_shows_no_secret_that_is_in_a_variable() {
-    for command in [&["relay"][..], &["setup"], &["demo"], &["completions"], &[]] {
-        for help in ["--help", "-h"] {
-            let url = format!("postgresql://app:{SECRET}@db/app");
-            let output = run(postbox(&[command, &[help]].concat())
-                .env("POSTBOX_DATABASE_URL", &url)
-                .env("DATABASE_URL", &url)
-                .env("PGPASSWORD", SECRET)
-                .env("POSTBOX_KAFKA_PROPERTY", SECRET_PROPERTIES));
-            assert!(output.results().contains("Usage: postbox"));
-            assert_no_secret(output.results());
-        }
-    }
-}
-
-#[test]
-fn help_lists_the_commands_and_the_exit_codes() {
-    let output = run(&mut postbox(&["--help"]));
-    let help = output.results();
-    for text in [
-        "\n  setup ",
-        "\n  relay ",
-        "\n  demo ",
-        "\n  completions ",
-        "Exit codes:",
-        "9  not drained in time",
-    ] {
-        assert!(help.contains(text), "no \"{text}\" in {help}");
-    }
-}
-
-#[test]
-fn the_version_is_that_of_the_package() {
-    let expected = format!("postbox {}\n", env!("CARGO_PKG_VERSION"));
-    for flag in ["--version", "-V"] {
-        assert_eq!(run(&mut postbox(&[flag])).results(), expected);
-    }
-}
-
-#[test]
-fn completions_are_scripts_that_know_the_flags() {
-    for (shell, mark) in [
-        ("bash", "complete -F _postbox"),
-        ("zsh", "#compdef postbox"),
-        ("fish", "complete -c postbox"),
-    ] {
-        let output = run(&mut postbox(&["completions", shell]));
-        let script = output.results();
-        assert!(script.contains(mark), "{script}");
-        assert!(
-            script.contains("in-flight-bytes-max") && script.contains("grant-writer-to"),
-            "{script}"
-        );
-    }
-    let script = run(&mut postbox(&["completions", "bash"])).stdout;
-    let mut bash = Command::new("bash")
-        .arg("-n")
-        .stdin(Stdio::piped())
-        .spawn()
-        .unwrap();
-    bash.stdin
-        .take()
-        .unwrap()
-        .write_all(script.as_bytes())
-        .unwrap();
-    assert!(bash.wait().unwrap().success());
-}
-
-/// Each line is a JSON object with a time, a level and a message.
-fn assert_json(log: &str) {
-    assert_ne!(log, "");
-    for line in log.lines() {
-        let line: serde_json::Value =
-            serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"));
-        for name in ["timestamp", "level", "message"] {
-            assert!(line[name].is_string(), "no {name} in {line}");
-        }
-    }
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_log_in_json_is_json_to_its_last_line() {
-    let json = ["--log-format", "json", "--log-level", "debug"];
-    let mut away = Relay::spawn(&mut relay(&json));
-    away.wait_for_log("trying again").await;
-    assert_json(&away.log());
-    assert_eq!(away.stop().await, 0);
-
-    // Also of what ends it.
-    let fixture = Fixture::empty().await;
-    let mut never_set_up = Relay::start(&fixture, &json);
-    assert_eq!(never_set_up.exit_code().await, 4);
-    let log = never_set_up.log();
-    assert!(log.contains("run `postbox setup`"), "{log}");
-    assert_json(&log);
-    let output = run(&mut relay(&[&json[..], &["-X", "acks=1"]].concat()));
-    assert_json(output.complaint(2));
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_flag_wins_over_its_variable_and_rust_log_over_the_level() {
-    let mut command = relay(&["--log-level", "warn"]);
-    command.env("POSTBOX_LOG_LEVEL", "info");
-    let mut quiet = Relay::spawn(&mut command);
-    quiet.wait_for_log("trying again").await;
-    assert!(!quiet.log().contains(" INFO "), "{}", quiet.log());
-    assert_eq!(quiet.stop().await, 0);
-
-    let mut command = relay(&["--log-level", "error"]);
-    let mut loud = Relay::spawn(command.env("RUST_LOG", "postbox=info"));
-    loud.wait_for_log(" INFO ").await;
-    loud.wait_for_log("trying again").await;
-    assert_eq!(loud.stop().await, 0);
-
-    let output = run(relay(&[]).env("RUST_LOG", "postbox=loud"));
-    let complaint = output.complaint(2);
-    assert!(complaint.contains("RUST_LOG=postbox=loud"), "{complaint}");
 }

@@ -1,0 +1,203 @@
+//! The replication slot: when it is made, when it is refused.
+
+use tokio_postgres::Client;
+
+use super::{all_created, all_there, assert_events_flow, count, forget_slot, slots, statement};
+use crate::support::{Fixture, Relay, connect, wait_until};
+
+/// A transaction that is open, and its id.
+async fn open_transaction(fixture: &Fixture) -> (Client, String) {
+    let client = connect(&fixture.database_url).await;
+    client.batch_execute("BEGIN").await.unwrap();
+    let sql = "SELECT pg_current_xact_id()::text";
+    let id = client.query_one(sql, &[]).await.unwrap().get(0);
+    (client, id)
+}
+
+/// Waits until the walsender that makes a slot waits for this transaction.
+async fn wait_for_waiting(fixture: &Fixture, id: &str) {
+    let sql =
+        format!("SELECT count(*) FROM pg_locks WHERE NOT granted AND transactionid = '{id}'::xid");
+    let what = format!("set-up waits for transaction {id}");
+    wait_until(&what, async || count(fixture, &sql).await > 0).await;
+}
+
+/// A server that always has a transaction open builds the slot's snapshot in two
+/// steps. One that rolls back between them moves the snapshot's `xmin` and not
+/// its `xmax`, and pg_snapshot refuses the text, such as `7366:7365:`.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn transactions_that_come_and_go_while_the_slot_is_made_do_not_stop_set_up() {
+    let fixture = Fixture::with_postgres(&["autovacuum=off"]).await;
+    let (first, first_id) = open_transaction(&fixture).await;
+    let setup = std::thread::scope(|scope| {
+        let setup = scope.spawn(|| fixture.setup(&[]));
+        let meanwhile = async {
+            wait_for_waiting(&fixture, &first_id).await;
+            let (second, second_id) = open_transaction(&fixture).await;
+            first.batch_execute("COMMIT").await.unwrap();
+            wait_for_waiting(&fixture, &second_id).await;
+            let (_third, _) = open_transaction(&fixture).await;
+            second.batch_execute("ROLLBACK").await.unwrap();
+            wait_until("set-up ends", async || setup.is_finished()).await;
+        };
+        let handle = tokio::runtime::Handle::current();
+        tokio::task::block_in_place(|| handle.block_on(meanwhile));
+        setup.join().unwrap()
+    });
+    assert_eq!(setup.results(), all_created(&fixture));
+    assert_eq!(fixture.setup(&[]).results(), all_there(&fixture));
+    assert_events_flow(&fixture, &[]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slot_that_is_gone_is_never_made_again_in_silence() {
+    let fixture = Fixture::empty().await;
+    fixture.setup(&[]).results();
+    fixture.insert("a", "{}").await;
+    let slot = &fixture.contract.slot;
+    let drop = format!("SELECT pg_drop_replication_slot('{slot}')");
+    fixture.client.batch_execute(&drop).await.unwrap();
+    for flags in [&[][..], &["--backfill", "none"]] {
+        let setup = fixture.setup(flags);
+        let complaint = setup.complaint(4);
+        let expected = format!("error: replication slot \"{slot}\" is gone: ");
+        assert!(complaint.starts_with(&expected), "{complaint}");
+        assert_eq!(slots(&fixture).await, 0);
+    }
+    let setup = fixture.setup(&[]);
+    let give_up = statement(setup.complaint(4), "DELETE FROM");
+    fixture.client.batch_execute(give_up).await.unwrap();
+    let again = fixture.setup(&["--backfill", "none"]);
+    let made = format!(
+        "replication slot \"{slot}\": created (rows in the outbox before it: 1; they stay unpublished)\n"
+    );
+    assert!(again.results().ends_with(&made), "{again:?}");
+    assert_events_flow(&fixture, &[]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slot_that_cannot_be_ours_is_refused() {
+    let fixture = Fixture::empty().await;
+    let elsewhere = Fixture::empty().await;
+    let slot = &fixture.contract.slot;
+    let logical = "SELECT FROM pg_create_logical_replication_slot";
+    for (client, make, why) in [
+        (
+            &fixture.client,
+            format!("SELECT FROM pg_create_physical_replication_slot('{slot}')"),
+            "is physical and must be logical".to_owned(),
+        ),
+        (
+            &fixture.client,
+            format!("{logical}('{slot}', 'pgoutput', true)"),
+            "is temporary".to_owned(),
+        ),
+        (
+            &elsewhere.client,
+            format!("{logical}('{slot}', 'pgoutput')"),
+            format!("belongs to database \"{}\"", elsewhere.database.name()),
+        ),
+        (
+            &fixture.client,
+            format!("{logical}('{slot}', 'test_decoding')"),
+            "has output plugin \"test_decoding\" and must have \"pgoutput\"".to_owned(),
+        ),
+    ] {
+        if let Err(error) = client.batch_execute(&make).await {
+            // Not every build of Postgres has it.
+            assert!(make.contains("test_decoding"), "{error:?}");
+            continue;
+        }
+        let setup = fixture.setup(&[]);
+        let complaint = setup.complaint(4);
+        assert!(complaint.contains(&why), "{complaint}");
+        assert!(
+            complaint.contains("choose another name with `--slot`"),
+            "{complaint}"
+        );
+        assert_eq!(slots(&fixture).await, 1);
+        let drop = format!("SELECT pg_drop_replication_slot('{slot}')");
+        client.batch_execute(&drop).await.unwrap();
+    }
+    fixture.setup(&[]).results();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_from_before_the_slot_are_counted_and_must_be_given_up_by_name() {
+    let fixture = Fixture::empty().await;
+    fixture.setup(&[]).results();
+    forget_slot(&fixture).await;
+    for _ in 0..3 {
+        fixture.insert("a", "{}").await;
+    }
+    let setup = fixture.setup(&[]);
+    let complaint = setup.complaint(4);
+    assert!(
+        complaint.contains("would never be published: 3;"),
+        "{complaint}"
+    );
+    assert!(complaint.contains("--backfill none"), "{complaint}");
+    let rows = count(&fixture, "SELECT count(*) FROM postbox.checkpoint").await;
+    assert_eq!((slots(&fixture).await, rows), (0, 0));
+    let setup = fixture.setup(&["--backfill", "none"]);
+    let made = "created (rows in the outbox before it: 3; they stay unpublished)\n";
+    assert!(setup.results().ends_with(made), "{setup:?}");
+    assert_events_flow(&fixture, &[]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slot_that_someone_else_made_is_taken_over_where_nothing_can_be_lost() {
+    // Of its own: transactions of other tests would make the slot look older.
+    let fixture = Fixture::with_postgres(&[]).await;
+    fixture.setup(&[]).results();
+    let slot = &fixture.contract.slot;
+    let make = format!("SELECT pg_create_logical_replication_slot('{slot}', 'pgoutput')");
+    let taken_over = format!("replication slot \"{slot}\": taken over");
+
+    forget_slot(&fixture).await;
+    fixture.client.batch_execute(&make).await.unwrap();
+    let setup = fixture.setup(&[]);
+    assert!(
+        setup.results().ends_with(&format!("{taken_over}\n")),
+        "{setup:?}"
+    );
+
+    // A publication that is younger than the slot cannot be read through it,
+    // whoever made it.
+    let made_by_hand = "DROP PUBLICATION postbox; \
+                        CREATE PUBLICATION postbox FOR TABLE postbox.outbox \
+                        WITH (publish = 'insert', publish_via_partition_root = true)";
+    for change in ["DROP PUBLICATION postbox", made_by_hand] {
+        forget_slot(&fixture).await;
+        fixture.client.batch_execute(&make).await.unwrap();
+        fixture.client.batch_execute(change).await.unwrap();
+        let setup = fixture.setup(&[]);
+        let complaint = setup.complaint(4);
+        assert!(
+            complaint.contains("is not surely younger than publication"),
+            "{complaint}"
+        );
+        let mend = statement(complaint, "SELECT pg_drop");
+        let mend = mend.split(" and run").next().unwrap();
+        fixture.client.batch_execute(mend).await.unwrap();
+        fixture.setup(&[]).results();
+    }
+
+    // Which rows the slot still holds nobody can tell.
+    forget_slot(&fixture).await;
+    fixture.client.batch_execute(&make).await.unwrap();
+    fixture.insert("a", "{}").await;
+    let setup = fixture.setup(&[]);
+    let complaint = setup.complaint(4);
+    assert!(complaint.contains("has rows: 1;"), "{complaint}");
+    let setup = fixture.setup(&["--backfill", "none"]);
+    let note = format!(
+        "{taken_over} (rows in the outbox: 1; those before its position stay unpublished)\n"
+    );
+    assert!(setup.results().ends_with(&note), "{setup:?}");
+    // It came after the slot: it is not lost.
+    let relay = Relay::streaming(&fixture, &[]).await;
+    fixture.wait_for_confirmation().await;
+    relay.drain().await;
+    assert_eq!(fixture.records().await.len(), 1);
+}
