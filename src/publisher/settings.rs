@@ -3,6 +3,7 @@
 
 use rdkafka::ClientConfig;
 use rdkafka::error::KafkaError;
+use rdkafka::producer::BaseProducer;
 
 use crate::error::{Error, ErrorKind, Result};
 
@@ -95,14 +96,14 @@ const DEFAULTS: &[(&[&str], &str)] = &[
 pub const BATCH_BYTES: usize = 1_000_000;
 
 impl KafkaSettings {
-    /// Checks every property without talking to a broker.
+    /// Checks every property, and how they go together, as librdkafka does when it
+    /// makes a client. Nothing is sent.
     ///
     /// # Errors
     /// If one is unknown, malformed, or fights a promise.
     pub fn check(&self) -> Result<()> {
-        self.producer(BATCH_BYTES)?
-            .create_native_config()
-            .map_err(invalid)?;
+        let config = self.producer(BATCH_BYTES)?;
+        config.create::<BaseProducer>().map_err(invalid)?;
         Ok(())
     }
 
@@ -181,8 +182,11 @@ fn same(ours: &str, value: &str) -> bool {
 
 /// librdkafka's own words, unless they could quote a secret.
 pub(super) fn invalid(error: KafkaError) -> Error {
-    let KafkaError::ClientConfig(_, reason, name, _) = error else {
-        return settings(format!("kafka settings: {error}"));
+    let (reason, name) = match error {
+        KafkaError::ClientConfig(_, reason, name, _) => (reason, name),
+        // Properties that do not go together: the text names them.
+        KafkaError::ClientCreation(reason) => return settings(format!("-X: {reason}")),
+        error => return settings(format!("kafka settings: {error}")),
     };
     let secret = ["password", "secret", "token", "pem", "jaas"]
         .iter()
@@ -259,6 +263,18 @@ mod tests {
         );
         let error = check(&[("linger.ms", "soon")]).unwrap_err();
         assert!(error.starts_with("-X linger.ms: "), "{error}");
+    }
+
+    #[test]
+    fn properties_that_do_not_go_together_are_refused() {
+        for (name, value) in [
+            ("max.in.flight", "6"),
+            ("retries", "0"),
+            ("security.protocol", "SASL_SSL"),
+        ] {
+            let error = check(&[(name, value)]).unwrap_err();
+            assert!(error.starts_with("-X: "), "{error}");
+        }
     }
 
     #[test]
