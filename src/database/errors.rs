@@ -126,7 +126,10 @@ fn sort_refusal(sqlstate: &str, message: &str) -> (ErrorKind, Option<&'static st
     match sqlstate {
         // No such role, no line in pg_hba.conf, wrong password; missing privilege.
         state if state.starts_with("28") => (ErrorKind::Rights, None),
-        "42501" => (ErrorKind::Rights, None),
+        "42501" => {
+            let next_step = "`postbox setup --grant-to ROLE`, run by the owner, gives a relay's role what it needs";
+            (ErrorKind::Rights, Some(next_step))
+        }
         // No such database; schema, table, function or column.
         "3D000" => (ErrorKind::Database, None),
         "3F000" | "42P01" | "42883" | "42703" => (ErrorKind::Database, Some(RUN_SETUP)),
