@@ -8,6 +8,8 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use tracing::{info, warn};
+
 /// How long nothing may move while there is something to do.
 pub const STALL: Duration = Duration::from_secs(15);
 
@@ -43,9 +45,14 @@ impl Health {
         self.with(|state| state.stream = link);
     }
 
-    /// A broker answered, or none does for this reason.
+    /// A broker answered, or none does for this reason. Logs the change.
     pub fn brokers(&self, link: Link) {
-        self.with(|state| state.brokers = link);
+        let before = self.with(|state| std::mem::replace(&mut state.brokers, link.clone()));
+        match (before, link) {
+            (Ok(()), Err(reason)) => warn!("waiting for kafka: {reason}"),
+            (Err(_), Ok(())) => info!("kafka answers"),
+            _ => {}
+        }
     }
 
     /// An event was delivered or a position confirmed.

@@ -100,6 +100,7 @@ impl Relay {
     /// Any definite error; `NotDrained` if a stop left events to be repeated.
     pub async fn run(mut self, mut shutdown: watch::Receiver<bool>) -> Result<()> {
         let mut backoff = backoff();
+        let mut standing_by = false;
         loop {
             self.delivered = false;
             let error = match Attempt::run(&mut self, &mut shutdown).await {
@@ -121,7 +122,14 @@ impl Relay {
                 ErrorKind::SlotInUse => STANDBY_INTERVAL,
                 _ => backoff.next().unwrap_or(BACKOFF_MAX),
             };
-            log_retry(&error, pause);
+            // Once, not with every question.
+            if error.kind() != ErrorKind::SlotInUse {
+                standing_by = false;
+                let seconds = pause.as_secs_f32();
+                warn!("trying again in {seconds:.1} s: {}", error.chain());
+            } else if !std::mem::replace(&mut standing_by, true) {
+                info!("standing by: {}", error.chain());
+            }
             tokio::select! {
                 _ = shutdown.wait_for(|stop| *stop) => return self.end(),
                 () = tokio::time::sleep(pause) => {}
@@ -156,13 +164,4 @@ fn backoff() -> impl Iterator<Item = Duration> {
         .with_jitter()
         .without_max_times()
         .build()
-}
-
-fn log_retry(error: &Error, pause: Duration) {
-    let seconds = pause.as_secs_f32();
-    if error.kind() == ErrorKind::SlotInUse {
-        info!("standing by: {}", error.chain());
-    } else {
-        warn!("trying again in {seconds:.1} s: {}", error.chain());
-    }
 }

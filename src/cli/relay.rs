@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::num::NonZeroUsize;
 use std::str::FromStr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::{Args, ValueEnum};
@@ -28,7 +28,7 @@ use super::arguments::{
 /// It waits for Postgres and Kafka for as long as it takes, also at the start, and ends only on
 /// errors that waiting does not mend. A second relay on the same slot stands by. SIGTERM and SIGINT
 /// drain: it reads on to the end of the transaction, delivers, confirms, and exits with 0; nothing is
-/// repeated then. A second signal ends it at once.
+/// repeated then. A second signal, half a second later or more, ends it at once.
 #[derive(Debug, Args)]
 pub(super) struct RelayCommand {
     /// How events are read.
@@ -227,6 +227,7 @@ impl RelayCommand {
         let relay = Relay::new(settings, endpoints.metrics, endpoints.health);
         let (stop, stopped) = watch::channel(false);
         let mut result = spawn(relay, stopped)?;
+        let mut first_signal = None;
         loop {
             tokio::select! {
                 result = &mut result => {
@@ -234,7 +235,8 @@ impl RelayCommand {
                     return Ok(result?);
                 }
                 name = signals.next() => {
-                    if *stop.borrow() {
+                    let first = *first_signal.get_or_insert_with(Instant::now);
+                    if first.elapsed() > ONE_SIGNAL {
                         let message = "stopped by a second signal: events in flight will be sent again";
                         return Err(Error::new(ErrorKind::NotDrained, message).into());
                     }
@@ -245,6 +247,10 @@ impl RelayCommand {
         }
     }
 }
+
+/// Signals within this time are one: some supervisors signal a process and then
+/// its group.
+const ONE_SIGNAL: Duration = Duration::from_millis(500);
 
 fn spawn(
     relay: Relay,
