@@ -83,23 +83,43 @@ async fn a_row_that_is_too_large_stops_the_relay_and_is_named() {
     assert_eq!(fixture.records().await.len(), 20);
 }
 
-/// A broker that knows nothing of a producer yet accepts its second batch without
-/// the first.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn nothing_overtakes_the_first_row_of_a_producer() {
-    let fixture = Fixture::new().await;
-    create_topic(&fixture, "1000000").await;
+/// One transaction: a row that is too large, and 9,000 behind it in its key. The
+/// id of the first.
+async fn insert_poison_and_many_behind(fixture: &Fixture) -> String {
     fixture.client.batch_execute("BEGIN").await.unwrap();
-    let id = insert_returning_id(&fixture, "a", &incompressible(3_000_000)).await;
+    let id = insert_returning_id(fixture, "a", &incompressible(3_000_000)).await;
     let many = format!(
         "INSERT INTO postbox.outbox (aggregate_type, aggregate_id, event_type, payload) \
          SELECT '{}', 'a', 'changed', json_build_object('n', n) FROM generate_series(1, 9000) AS n; COMMIT",
         fixture.topic
     );
     fixture.client.batch_execute(&many).await.unwrap();
+    id
+}
+
+/// A broker that knows nothing of a producer yet accepts its second batch without
+/// the first.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_overtakes_the_first_row_of_a_producer() {
+    let fixture = Fixture::new().await;
+    create_topic(&fixture, "1000000").await;
+    let id = insert_poison_and_many_behind(&fixture).await;
     let relay = Relay::start(&fixture, &[]);
     assert_stopped_by(relay, &fixture, &id, "too large").await;
     assert_eq!(fixture.records().await.len(), 0);
+}
+
+/// Without the gapless guarantee, what is pipelined behind a refused batch passes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_overtakes_a_refused_row() {
+    let fixture = Fixture::new().await;
+    create_topic(&fixture, "1000000").await;
+    let relay = Relay::streaming(&fixture, &[]).await;
+    fixture.insert("a", "{}").await;
+    fixture.wait_for_confirmation().await;
+    let id = insert_poison_and_many_behind(&fixture).await;
+    assert_stopped_by(relay, &fixture, &id, "too large").await;
+    assert_eq!(fixture.records().await.len(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
