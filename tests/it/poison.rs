@@ -109,7 +109,8 @@ async fn nothing_overtakes_the_first_row_of_a_producer() {
     assert_eq!(fixture.records().await.len(), 0);
 }
 
-/// Without the gapless guarantee, what is pipelined behind a refused batch passes.
+/// What was pipelined behind a refused batch must not pass: the gapless guarantee
+/// and the purge at the first failure both see to it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nothing_overtakes_a_refused_row() {
     let fixture = Fixture::new().await;
