@@ -33,6 +33,8 @@ pub(super) struct Attempt<'r> {
     resolved_topic: Option<Topic>,
     resolving: JoinSet<Result<Topic>>,
     probing: JoinSet<Result<()>>,
+    /// The newest confirmed position that lies behind events.
+    events_end: PgLsn,
     stopping: bool,
 }
 
@@ -85,7 +87,7 @@ impl<'r> Attempt<'r> {
             && (attempt.stopping
                 || attempt.window.has_work()
                 || attempt.stream.in_transaction()
-                || !attempt.stream.is_confirmation_sent());
+                || !attempt.stream.is_sent(attempt.events_end));
         relay.delivered = attempt.window.has_delivered;
         attempt.stream.close().await;
         relay.suspects = attempt.window.close().await;
@@ -131,6 +133,7 @@ impl<'r> Attempt<'r> {
             resolved_topic: None,
             resolving: JoinSet::new(),
             probing: JoinSet::new(),
+            events_end: PgLsn::from(0),
             stopping: false,
             relay,
         })
@@ -270,6 +273,9 @@ impl<'r> Attempt<'r> {
         let progress = self.window.settle().map_err(|stop| self.stopped(stop))?;
         if let Some(lsn) = progress.confirm {
             self.stream.confirm(lsn);
+            if progress.has_events {
+                self.events_end = lsn;
+            }
         }
         if let Some(fence) = progress.fence {
             self.heartbeat.reached(fence);

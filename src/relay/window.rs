@@ -36,6 +36,8 @@ pub(super) struct Window {
     pub(super) heard: Instant,
     /// Whether anything was delivered at all.
     pub(super) has_delivered: bool,
+    /// Whether anything was delivered since the last position was released.
+    delivered_since: bool,
     /// The newest position that was read.
     newest: PgLsn,
     metrics: Arc<Metrics>,
@@ -80,6 +82,8 @@ pub(super) struct Progress {
     pub(super) confirm: Option<PgLsn>,
     /// The newest fence that lies before it.
     pub(super) fence: Option<Position>,
+    /// Whether events lie between it and the position before.
+    pub(super) has_events: bool,
 }
 
 /// Why nothing more can be sent.
@@ -118,6 +122,7 @@ impl Window {
             failed: None,
             heard: Instant::now(),
             has_delivered: false,
+            delivered_since: false,
             newest: PgLsn::from(0),
             metrics,
             health,
@@ -250,6 +255,7 @@ impl Window {
             if delivered {
                 self.heard = Instant::now();
                 self.has_delivered = true;
+                self.delivered_since = true;
                 self.health.brokers(Ok(()));
             }
         }
@@ -289,6 +295,7 @@ impl Window {
         Progress {
             confirm: Some(lsn),
             fence,
+            has_events: std::mem::take(&mut self.delivered_since),
         }
     }
 

@@ -192,14 +192,14 @@ impl Stream {
     /// Waits until the last confirmation was written to the server, if that is
     /// still possible. Cancel-safe.
     pub async fn confirmation_sent(&self) {
-        while self.client.is_running() && !self.is_confirmation_sent() {
+        while self.client.is_running() && !self.is_sent(self.confirmed) {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     }
 
-    /// Whether the last confirmation was written to the server.
-    pub fn is_confirmation_sent(&self) -> bool {
-        self.client.metrics().last_applied_lsn().as_u64() >= self.confirmed.into()
+    /// Whether this position, or a later one, was written to the server.
+    pub fn is_sent(&self, lsn: PgLsn) -> bool {
+        self.client.metrics().last_applied_lsn().as_u64() >= lsn.into()
     }
 
     /// Ends the stream. Only what [`confirmation_sent`](Self::confirmation_sent)
