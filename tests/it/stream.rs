@@ -124,26 +124,20 @@ async fn a_second_relay_stands_by_and_takes_over() {
     assert!(verdict.is_clean(0), "{verdict}");
 }
 
+/// The `pg_snapshot` in the checkpoint.
+async fn stored_fence(fixture: &Fixture) -> String {
+    let sql = "SELECT snapshot::text FROM postbox.checkpoint";
+    fixture.client.query_one(sql, &[]).await.unwrap().get(0)
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn heartbeats_store_a_fence_once_everything_before_it_is_delivered() {
     let fixture = Fixture::new().await;
-    let snapshot = "SELECT snapshot::text FROM postbox.checkpoint";
-    let before: String = fixture
-        .client
-        .query_one(snapshot, &[])
-        .await
-        .unwrap()
-        .get(0);
+    let before = stored_fence(&fixture).await;
     let relay = Relay::streaming(&fixture, &["--heartbeat-interval", "1s"]).await;
     fixture.insert("a", "{}").await;
     wait_until("the checkpoint has a new snapshot", || async {
-        let now: String = fixture
-            .client
-            .query_one(snapshot, &[])
-            .await
-            .unwrap()
-            .get(0);
-        now != before
+        stored_fence(&fixture).await != before
     })
     .await;
     // Rows that the fence sees are delivered: there is one.
@@ -157,25 +151,13 @@ async fn heartbeats_store_a_fence_once_everything_before_it_is_delivered() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_fence_that_somebody_else_writes_is_not_stored() {
     let fixture = Fixture::new().await;
-    let snapshot = "SELECT snapshot::text FROM postbox.checkpoint";
-    let before: String = fixture
-        .client
-        .query_one(snapshot, &[])
-        .await
-        .unwrap()
-        .get(0);
+    let before = stored_fence(&fixture).await;
     let relay = Relay::streaming(&fixture, &["--heartbeat-interval", "1s"]).await;
     let forge = "SELECT pg_logical_emit_message(true, 'postbox', '1:18446744073709551000:'); \
                  SELECT pg_logical_emit_message(true, 'postbox', '20:10:')";
     fixture.client.batch_execute(forge).await.unwrap();
     fixture.wait_for_confirmation().await;
     tokio::time::sleep(Duration::from_millis(500)).await;
-    let now: String = fixture
-        .client
-        .query_one(snapshot, &[])
-        .await
-        .unwrap()
-        .get(0);
-    assert_eq!(now, before);
+    assert_eq!(stored_fence(&fixture).await, before);
     relay.drain().await;
 }
