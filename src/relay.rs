@@ -13,6 +13,7 @@
 
 mod attempt;
 mod heartbeat;
+mod partitions;
 mod window;
 
 use std::collections::BTreeSet;

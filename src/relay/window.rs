@@ -1,13 +1,14 @@
 //! What was read and is not confirmed yet: sent, on its way, or behind something
 //! that is.
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rdkafka::error::RDKafkaErrorCode;
 use tokio_postgres::types::PgLsn;
 
+use super::partitions::Partitions;
 use crate::ack::AckQueue;
 use crate::envelope::Record;
 use crate::error::{Error, ErrorKind, Result};
@@ -24,7 +25,7 @@ pub(super) struct Window {
     /// Fences that were read and not yet reached.
     fences: VecDeque<Position>,
     topics: Vec<TopicMetrics>,
-    partitions: HashMap<Destination, Partition>,
+    partitions: Partitions,
     reports: Vec<Report>,
     /// Rows that were in a refused batch: they are sent again alone, so that the
     /// one that is at fault can be told from its neighbours.
@@ -43,19 +44,6 @@ pub(super) struct Window {
     metrics: Arc<Metrics>,
     health: Arc<Health>,
 }
-
-/// A partition that this producer has written to.
-enum Partition {
-    /// Its first record is on its way, alone: a broker that knows nothing of a
-    /// producer would take the second without the first.
-    Opening,
-    /// It has a record of this producer since then.
-    Open(Instant),
-}
-
-/// A broker forgets a producer that was silent for a day
-/// (`producer.id.expiration.ms`): long before, its next record is a first again.
-const OPEN_MAX: Duration = Duration::from_secs(3600);
 
 /// What is remembered of an event in flight.
 struct Sent {
@@ -115,7 +103,7 @@ impl Window {
             queue: AckQueue::default(),
             fences: VecDeque::new(),
             topics: Vec::new(),
-            partitions: HashMap::new(),
+            partitions: Partitions::default(),
             reports: Vec::new(),
             suspects,
             alone: None,
@@ -164,8 +152,7 @@ impl Window {
     /// Whether this row cannot be sent yet: a suspect waits until nothing is on its
     /// way, and a partition's second record for the first.
     pub(super) fn must_wait(&self, row: &Row, destination: Destination) -> bool {
-        let opening = matches!(self.partitions.get(&destination), Some(Partition::Opening));
-        opening || (self.is_suspect(row) && !self.is_settled())
+        self.partitions.is_opening(destination) || (self.is_suspect(row) && !self.is_settled())
     }
 
     fn is_suspect(&self, row: &Row) -> bool {
@@ -178,7 +165,7 @@ impl Window {
         if !self.publisher.fits(topic) {
             self.publisher.shrink(topic).await?;
             // It is a new producer.
-            self.partitions.clear();
+            self.partitions = Partitions::default();
         }
         if self.publisher.admit(topic) == self.topics.len() {
             self.topics.push(self.metrics.topic(&topic.name));
@@ -193,11 +180,7 @@ impl Window {
         record: &Record<'_>,
         destination: Destination,
     ) -> Result<(), Stop> {
-        let partition = self.partitions.entry(destination);
-        let partition = partition.or_insert(Partition::Opening);
-        if matches!(partition, Partition::Open(last) if last.elapsed() > OPEN_MAX) {
-            *partition = Partition::Opening;
-        }
+        self.partitions.sent(destination);
         let size = record.size();
         let sent = Sent {
             place: row.place,
@@ -301,8 +284,7 @@ impl Window {
 
     fn delivered(&mut self, sequence: u64, now: Timestamp) {
         let sent = self.queue.delivered(sequence);
-        let open = Partition::Open(sent.sent_at);
-        self.partitions.insert(sent.destination, open);
+        self.partitions.delivered(sent.destination, sent.sent_at);
         let topic = &self.topics[sent.destination.topic];
         topic.events.inc();
         topic.bytes.inc_by(sent.size as u64);

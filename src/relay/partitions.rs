@@ -1,0 +1,47 @@
+//! The partitions that a producer has written to.
+//!
+//! An idempotent producer numbers its records in each partition, and a broker
+//! refuses a number that does not follow the last. But of a producer that it does
+//! not know it takes any first number: were the first batch of a partition lost
+//! on its way, the second would be taken without it, and overtake it. So the
+//! first record of a partition is sent alone.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use crate::publisher::Destination;
+
+/// What the brokers know of one producer.
+#[derive(Default)]
+pub(super) struct Partitions(HashMap<Destination, State>);
+
+enum State {
+    /// Its first record is on its way.
+    Opening,
+    /// It has a record of this producer, sent then.
+    Open(Instant),
+}
+
+/// A broker forgets a producer that was silent for a day
+/// (`producer.id.expiration.ms`): long before, its next record is a first again.
+const OPEN_MAX: Duration = Duration::from_secs(3600);
+
+impl Partitions {
+    /// Whether its first record is on its way, so that the second must wait.
+    pub(super) fn is_opening(&self, partition: Destination) -> bool {
+        matches!(self.0.get(&partition), Some(State::Opening))
+    }
+
+    /// A record was given to the producer.
+    pub(super) fn sent(&mut self, partition: Destination) {
+        let state = self.0.entry(partition).or_insert(State::Opening);
+        if matches!(state, State::Open(last) if last.elapsed() > OPEN_MAX) {
+            *state = State::Opening;
+        }
+    }
+
+    /// A record that was sent then is with the broker.
+    pub(super) fn delivered(&mut self, partition: Destination, sent_at: Instant) {
+        self.0.insert(partition, State::Open(sent_at));
+    }
+}
