@@ -1,13 +1,24 @@
 //! `/metrics`, `/healthz` and `/readyz`.
+//!
+//! Whoever can reach the port can open connections and say nothing. So their
+//! number is bounded, and one that does not get to the end of a request's head in
+//! time is hung up: the relay keeps its files and its memory for itself.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
 use axum::routing::get;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
 use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
+use tokio::time::sleep;
+use tracing::warn;
 
 use crate::health::Health;
 use crate::metrics::Metrics;
@@ -21,17 +32,47 @@ pub struct Endpoints {
     pub health: Arc<Health>,
 }
 
+/// The most connections at a time. Further ones wait to be accepted.
+const CONNECTIONS_MAX: usize = 256;
+
+/// How long a request's head may take, and how long a connection may be idle.
+const HEAD_MAX: Duration = Duration::from_secs(10);
+
+/// Pause after the system could not accept a connection, as it has no file left.
+const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
+
 /// Answers until the process ends.
-///
-/// # Errors
-/// If the socket fails.
-pub async fn serve(listener: TcpListener, endpoints: Endpoints) -> std::io::Result<()> {
+pub async fn serve(listener: TcpListener, endpoints: Endpoints) {
     let router = Router::new()
         .route("/metrics", get(metrics))
         .route("/healthz", get("alive\n"))
         .route("/readyz", get(ready))
         .with_state(endpoints);
-    axum::serve(listener, router).await
+    let service = TowerToHyperService::new(router);
+    let mut server = http1::Builder::new();
+    server
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_MAX);
+    let room = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    loop {
+        let Ok(permit) = Arc::clone(&room).acquire_owned().await else {
+            unreachable!("the semaphore is never closed");
+        };
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                warn!("accept an http connection: {error}");
+                sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        let connection = server.serve_connection(TokioIo::new(stream), service.clone());
+        tokio::spawn(async move {
+            // What a client did wrong is answered to the client.
+            let _ = connection.await;
+            drop(permit);
+        });
+    }
 }
 
 async fn metrics(State(endpoints): State<Endpoints>) -> impl IntoResponse {

@@ -351,8 +351,30 @@ async fn malformed_requests_and_silent_clients_stop_neither_http_nor_the_relay()
     assert!(memory < 200 << 20, "{} MiB", memory >> 20);
     fixture.insert("a", "{}").await;
     fixture.wait_for_confirmation().await;
+    // More than are served at a time: the others wait until the silent are hung up.
+    let flood: Vec<TcpStream> = (0..200)
+        .map(|_| TcpStream::connect(&address).unwrap())
+        .collect();
+    assert_eq!(relay.get("/healthz").0, 200);
+    wait_until("silent clients are hung up", async || {
+        silent.iter().chain(&half).chain(&flood).all(is_hung_up)
+    })
+    .await;
     // Open connections do not hold a stop up.
+    let open = TcpStream::connect(&address).unwrap();
     relay.drain().await;
     assert_eq!(fixture.records().await.len(), 1);
-    drop((silent, half));
+    drop(open);
+}
+
+fn is_hung_up(mut stream: &TcpStream) -> bool {
+    stream.set_nonblocking(true).unwrap();
+    let mut rest = [0; 1024];
+    loop {
+        match stream.read(&mut rest) {
+            Ok(0) => return true,
+            Ok(_) => {}
+            Err(error) => return error.kind() != std::io::ErrorKind::WouldBlock,
+        }
+    }
 }
