@@ -40,6 +40,16 @@ impl Server {
         Self::start("kafka", settings)
     }
 
+    /// Starts one more broker, the second, with these settings in the cluster of the
+    /// first.
+    ///
+    /// # Errors
+    /// If it does not start; its log is on stderr.
+    pub fn second_broker(first: &Self, settings: &[&str]) -> Result<Self> {
+        let join = ["--join", first.fact("controller")];
+        Self::start("kafka", &[&join, settings].concat())
+    }
+
     /// What the server told about itself, such as `port`, `url`, `brokers`.
     ///
     /// # Panics
