@@ -9,7 +9,7 @@ use rdkafka::admin::{
 };
 use rdkafka::client::DefaultClientContext;
 
-use crate::support::{Fixture, Relay, wait_until};
+use crate::support::{Fixture, Relay, WINDOW, wait_until};
 
 fn admin(fixture: &Fixture) -> AdminClient<DefaultClientContext> {
     ClientConfig::new()
@@ -219,8 +219,7 @@ async fn small_rows_pass_into_a_topic_with_a_small_limit() {
     writers.stop().await.unwrap();
     fixture.wait_for_confirmation().await;
     assert!(!relay.get("/metrics").1.contains("delivery_failures_total{"));
-    relay.drain().await;
-    let verdict = fixture.verdict().await;
+    let verdict = fixture.judge(relay).await;
     assert!(verdict.is_clean(0), "{verdict}");
 }
 
@@ -244,12 +243,9 @@ async fn a_refused_batch_is_not_a_refused_row() {
     })
     .await;
     writers.stop().await.unwrap();
-    fixture.wait_for_confirmation().await;
-    relay.drain().await;
-    let one = "INSERT INTO postbox_oracle.ledger SELECT id, aggregate_id, 0 FROM postbox.outbox WHERE aggregate_id = 'a'";
-    fixture.client.batch_execute(one).await.unwrap();
-    let verdict = fixture.verdict().await;
-    assert!(verdict.is_clean(crate::support::WINDOW), "{verdict}");
+    fixture.enter_in_ledger().await;
+    let verdict = fixture.judge(relay).await;
+    assert!(verdict.is_clean(WINDOW), "{verdict}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

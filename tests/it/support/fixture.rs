@@ -1,6 +1,5 @@
 //! A database, a slot and a topic for one test.
 
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -13,15 +12,8 @@ use postbox::setup::{self, SetupOptions};
 use tokio_postgres::Client;
 use tokio_postgres::types::PgLsn;
 
-use super::{Output, PATIENCE, postbox, run, wait_until};
-
-/// Where the servers are.
-#[derive(Debug, Clone)]
-struct Addresses {
-    /// Of the database that new ones are made from.
-    database_url: String,
-    brokers: String,
-}
+use super::addresses::{Addresses, shared, socket_url, with_database};
+use super::{Output, PATIENCE, Relay, postbox, run, wait_until};
 
 pub(crate) struct Fixture {
     pub(crate) database: Database,
@@ -134,11 +126,20 @@ impl Fixture {
         (role.clone(), format!("{scheme}://{role}:hunter2@{server}"))
     }
 
+    /// Tells the test's own Postgres, such as `stop immediate`.
+    pub(crate) fn postgres(&mut self, command: &str) {
+        tell(&mut self.postgres, command);
+    }
+
+    /// Tells the test's own Kafka, such as `pause`.
+    pub(crate) fn kafka(&mut self, command: &str) {
+        tell(&mut self.kafka, command);
+    }
+
     /// Stops the test's own Postgres and starts it again.
     pub(crate) async fn restart_postgres(&mut self) {
-        let postgres = self.postgres.as_mut().expect("a Postgres of its own");
-        postgres.command("stop fast").unwrap();
-        postgres.command("start").unwrap();
+        self.postgres("stop fast");
+        self.postgres("start");
         self.reconnect().await;
     }
 
@@ -210,6 +211,20 @@ impl Fixture {
         read.await.unwrap().unwrap()
     }
 
+    /// Enters what was inserted by hand, in that order, into the oracle's ledger.
+    pub(crate) async fn enter_in_ledger(&self) {
+        let sql = "INSERT INTO postbox_oracle.ledger SELECT id, aggregate_id, seq FROM postbox.outbox \
+                   WHERE id NOT IN (SELECT id FROM postbox_oracle.ledger)";
+        self.client.batch_execute(sql).await.unwrap();
+    }
+
+    /// Waits until all is confirmed, stops the relay, and asks the oracle.
+    pub(crate) async fn judge(&self, relay: Relay) -> Verdict {
+        self.wait_for_confirmation().await;
+        relay.drain().await;
+        self.verdict().await
+    }
+
     /// What the oracle finds in the topic.
     pub(crate) async fn verdict(&self) -> Verdict {
         oracle::judge(&self.ledger().await, &self.records().await)
@@ -254,45 +269,9 @@ impl Drop for Fixture {
     }
 }
 
-/// The servers that all tests share. They end with the process.
-fn shared() -> &'static Addresses {
-    static SERVERS: OnceLock<(Addresses, Option<Server>, Option<Server>)> = OnceLock::new();
-    let (addresses, ..) = SERVERS.get_or_init(|| {
-        let postgres = match std::env::var("DATABASE_URL") {
-            Ok(_) => None,
-            Err(_) => Some(Server::postgres(&[]).unwrap()),
-        };
-        let kafka = match std::env::var("KAFKA_BROKERS") {
-            Ok(_) => None,
-            Err(_) => Some(Server::kafka(&[]).unwrap()),
-        };
-        let addresses = Addresses {
-            database_url: match &postgres {
-                Some(server) => socket_url(server),
-                None => std::env::var("DATABASE_URL").unwrap(),
-            },
-            brokers: match &kafka {
-                Some(server) => server.fact("brokers").to_owned(),
-                None => std::env::var("KAFKA_BROKERS").unwrap(),
-            },
-        };
-        (addresses, postgres, kafka)
-    });
-    addresses
-}
-
-fn socket_url(postgres: &Server) -> String {
-    let (folder, port) = (postgres.fact("socket_dir"), postgres.fact("port"));
-    format!("postgresql://postgres@/postgres?host={folder}&port={port}")
-}
-
-/// The same server, another database.
-fn with_database(url: &str, name: &str) -> String {
-    let (address, parameters) = url.split_once('?').unwrap_or((url, ""));
-    let scheme_end = address.find("://").map_or(0, |at| at + 3);
-    let path = address[scheme_end..].find('/').map(|at| at + scheme_end);
-    let server = path.map_or(address, |path| &address[..path]);
-    format!("{server}/{name}?{parameters}")
+fn tell(server: &mut Option<Server>, command: &str) {
+    let server = server.as_mut().expect("a server of the test's own");
+    server.command(command).unwrap();
 }
 
 fn resolve(url: &str) -> Database {

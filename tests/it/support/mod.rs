@@ -1,5 +1,6 @@
 //! What tests stand on: servers, a database of their own, and relays.
 
+mod addresses;
 mod command;
 mod fixture;
 mod psql;

@@ -148,6 +148,15 @@ impl Relay {
         (status, head.to_owned(), body.to_owned())
     }
 
+    /// How many records of a topic were acknowledged.
+    pub(crate) fn published(&self, topic: &str) -> usize {
+        let metric = format!("postbox_events_published_total{{topic=\"{topic}\"}}");
+        match self.get("/metrics").1.contains(&metric) {
+            true => self.metric(&metric) as usize,
+            false => 0,
+        }
+    }
+
     /// The value of a metric, by its name with labels.
     pub(crate) fn metric(&self, name: &str) -> f64 {
         let (_, text) = self.get("/metrics");

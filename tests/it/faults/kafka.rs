@@ -1,0 +1,96 @@
+//! Brokers that stop or freeze.
+
+use std::time::Duration;
+
+use postbox::oracle::Load;
+
+use super::commit_behind;
+use crate::support::{Fixture, Relay, WINDOW, wait_until};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_killed_broker_is_waited_for() {
+    let mut fixture = Fixture::with_servers(&[], &[]).await;
+    let relay = Relay::streaming(&fixture, &[]).await;
+    let writers = fixture.writers(Load {
+        events_per_second: 2000.0,
+        ..fixture.load()
+    });
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    fixture.kafka("stop kill");
+    wait_until("readiness is red and says why", || async {
+        let (status, body) = relay.get("/readyz");
+        status == 503 && body.contains("kafka: ")
+    })
+    .await;
+    fixture.kafka("start");
+    wait_until("readiness is green again", || async {
+        relay.get("/readyz").0 == 200
+    })
+    .await;
+    writers.stop().await.unwrap();
+    let verdict = fixture.judge(relay).await;
+    assert!(verdict.is_clean(WINDOW), "{verdict}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_that_starts_before_its_servers_waits_for_them() {
+    let mut fixture = Fixture::with_servers(&[], &[]).await;
+    fixture.insert("a", "{}").await;
+    fixture.kafka("stop kill");
+    fixture.postgres("stop fast");
+    let mut relay = Relay::start(&fixture, &[]);
+    relay.wait_for_log("trying again").await;
+    assert_eq!(relay.get("/healthz").0, 200);
+    assert_eq!(relay.get("/readyz").0, 503);
+    fixture.postgres("start");
+    fixture.kafka("start");
+    relay.wait_for_log("streaming").await;
+    fixture.reconnect().await;
+    fixture.wait_for_confirmation().await;
+    assert_eq!(fixture.records().await.len(), 1);
+    relay.drain().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_is_confirmed_before_a_frozen_broker_has_it() {
+    let mut fixture = Fixture::with_servers(&[], &[]).await;
+    let relay = Relay::streaming(&fixture, &[]).await;
+    fixture.insert("a", "1").await;
+    fixture.wait_for_confirmation().await;
+    fixture.kafka("pause");
+    let before_commit = commit_behind(&fixture).await;
+    for _ in 0..150 {
+        let confirmed = fixture.confirmed().await;
+        assert!(
+            confirmed <= before_commit,
+            "{confirmed} is past {before_commit}"
+        );
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    fixture.kafka("resume");
+    fixture.wait_for_confirmation().await;
+    relay.drain().await;
+    assert_eq!(fixture.records().await.len(), 201);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn broker_and_relay_killed_together_lose_nothing() {
+    let mut fixture = Fixture::with_servers(&[], &[]).await;
+    let writers = fixture.writers(Load {
+        events_per_second: 3000.0,
+        ..fixture.load()
+    });
+    for _ in 0..2 {
+        let relay = Relay::streaming(&fixture, &[]).await;
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        fixture.kafka("pause");
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        relay.kill();
+        fixture.kafka("stop kill");
+        fixture.kafka("start");
+    }
+    writers.stop().await.unwrap();
+    let relay = Relay::streaming(&fixture, &[]).await;
+    let verdict = fixture.judge(relay).await;
+    assert!(verdict.is_clean(2 * WINDOW), "{verdict}");
+}

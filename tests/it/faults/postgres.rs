@@ -1,0 +1,110 @@
+//! A Postgres that stops, crashes or freezes.
+
+use std::time::Duration;
+
+use crate::support::{Fixture, Relay, WINDOW, wait_until};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_terminated_walsender_is_replaced() {
+    let fixture = Fixture::new().await;
+    let relay = Relay::streaming(&fixture, &[]).await;
+    let writers = fixture.writers(fixture.load());
+    let terminate = "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = $1 AND active";
+    for _ in 0..5 {
+        tokio::time::sleep(Duration::from_millis(700)).await;
+        let slot = &fixture.contract.slot;
+        fixture.client.execute(terminate, &[slot]).await.unwrap();
+    }
+    writers.stop().await.unwrap();
+    assert!(relay.metric("postbox_reconnects_total{reason=\"database_away\"}") >= 3.0);
+    let verdict = fixture.judge(relay).await;
+    assert!(verdict.is_clean(5 * WINDOW), "{verdict}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_frozen_walsender_is_given_up_and_a_stop_then_tells_the_truth() {
+    let fixture = Fixture::new().await;
+    let many = format!(
+        "INSERT INTO postbox.outbox (aggregate_type, aggregate_id, event_type, payload) \
+         SELECT '{}', 'a', 'changed', json_build_object('n', n) FROM generate_series(1, 300000) AS n",
+        fixture.topic
+    );
+    fixture.client.batch_execute(&many).await.unwrap();
+    fixture.enter_in_ledger().await;
+    let mut relay = Relay::streaming(&fixture, &["--wal-sender-timeout", "2s"]).await;
+    wait_until("a part is delivered", || async {
+        relay.published(&fixture.topic) > 0
+    })
+    .await;
+    let sql = "SELECT active_pid FROM pg_replication_slots WHERE slot_name = $1";
+    let pid: i32 = fixture
+        .client
+        .query_one(sql, &[&fixture.contract.slot])
+        .await
+        .unwrap()
+        .get(0);
+    let signal = |name: &str| {
+        let sent = std::process::Command::new("kill")
+            .args([name, &pid.to_string()])
+            .status();
+        assert!(sent.unwrap().success());
+    };
+    signal("-STOP");
+    relay.wait_for_log("trying again").await;
+    relay.signal("TERM");
+    let code = relay.exit_code().await;
+    signal("-CONT");
+    // A part of the transaction was delivered, and will be again.
+    assert_eq!(code, 9, "{}", relay.log());
+    let relay = Relay::streaming(&fixture, &[]).await;
+    let verdict = fixture.judge(relay).await;
+    assert!(
+        verdict.duplicates > 0 && verdict.is_clean(300_000),
+        "{verdict}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stop_of_postgres_is_never_held_up_by_a_dead_kafka() {
+    let mut fixture = Fixture::with_servers(&[], &[]).await;
+    let relay = Relay::streaming(&fixture, &["--in-flight-max", "500"]).await;
+    fixture.insert("a", "{}").await;
+    fixture.wait_for_confirmation().await;
+    fixture.kafka("stop kill");
+    // More than may be in flight, so that the stream stands still too.
+    let writers = fixture.writers(fixture.load());
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    writers.stop().await.unwrap();
+    fixture.postgres("stop fast 15");
+    fixture.postgres("start");
+    fixture.kafka("start");
+    fixture.reconnect().await;
+    fixture.enter_in_ledger().await;
+    let verdict = fixture.judge(relay).await;
+    assert!(
+        verdict.committed > 600 && verdict.is_clean(WINDOW),
+        "{verdict}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stop_while_disconnected_with_nothing_left_to_confirm_is_orderly() {
+    let mut fixture = Fixture::with_servers(&[], &[]).await;
+    let mut relay = Relay::streaming(&fixture, &[]).await;
+    let writers = fixture.writers(fixture.load());
+    let terminate =
+        "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE active";
+    for _ in 0..3 {
+        tokio::time::sleep(Duration::from_millis(600)).await;
+        fixture.client.execute(terminate, &[]).await.unwrap();
+    }
+    writers.stop().await.unwrap();
+    fixture.wait_for_confirmation().await;
+    fixture.postgres("stop fast");
+    wait_until("the relay has noticed", || async {
+        relay.get("/readyz").0 == 503
+    })
+    .await;
+    relay.signal("TERM");
+    assert_eq!(relay.exit_code().await, 0, "{}", relay.log());
+}
