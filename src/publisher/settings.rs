@@ -29,6 +29,8 @@ const FIXED: &[(&[&str], &str, &str)] = &[
         "true",
         "retries must neither repeat nor reorder",
     ),
+    // The relay's purge at the first failure does not stand in for it: until the
+    // relay looks, librdkafka would number anew what is behind the gap, and send it.
     (
         &["enable.gapless.guarantee"],
         "true",

@@ -16,6 +16,7 @@ mod examples;
 mod faults;
 mod http;
 mod poison;
+mod publisher;
 mod records;
 mod setup;
 mod stream;

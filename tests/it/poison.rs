@@ -109,8 +109,8 @@ async fn nothing_overtakes_the_first_row_of_a_producer() {
     assert_eq!(fixture.records().await.len(), 0);
 }
 
-/// What was pipelined behind a refused batch must not pass: the gapless guarantee
-/// and the purge at the first failure both see to it.
+/// What was pipelined behind a refused batch must not pass. The gapless guarantee
+/// sees to it, and mostly the purge at the first failure too.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nothing_overtakes_a_refused_row() {
     let fixture = Fixture::new().await;

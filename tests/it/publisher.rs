@@ -1,0 +1,68 @@
+//! What the publisher alone promises, whatever the relay does with its reports.
+
+use std::time::Duration;
+
+use postbox::envelope::{Header, Record};
+use postbox::publisher::{BATCH_BYTES, KafkaSettings, Publisher, Report, SendError};
+use uuid::Uuid;
+
+use crate::support::Fixture;
+
+fn send(publisher: &Publisher, topic: &str, sequence: u64, value: &[u8]) -> Result<(), SendError> {
+    let id = Uuid::new_v4().to_string();
+    let record = Record {
+        topic,
+        key: "a",
+        value: Some(value),
+        headers: vec![Header {
+            name: "id".into(),
+            value: Some(id.into()),
+        }],
+        timestamp_millis: 1,
+    };
+    let destination = publisher.destination(&record).unwrap();
+    publisher.send(&record, destination.partition, sequence)
+}
+
+async fn first_report(publisher: &Publisher) -> Report {
+    let mut reports = Vec::new();
+    while reports.is_empty() {
+        publisher.reported().await;
+        publisher.take_reports(&mut reports).unwrap();
+    }
+    reports[0]
+}
+
+/// Without the gapless guarantee, librdkafka numbers anew what was pipelined behind
+/// a refused batch, and sends it: a relay that is busy when the report comes would
+/// purge too late.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_refused_record_ends_its_producer_before_anyone_looks() {
+    let fixture = Fixture::empty().await;
+    let settings = KafkaSettings {
+        brokers: fixture.brokers.clone(),
+        properties: vec![("compression.codec".to_owned(), "none".to_owned())],
+    };
+    let mut publisher = Publisher::new(settings, BATCH_BYTES).unwrap();
+    let topic = publisher.resolve(&fixture.topic).await.unwrap();
+    publisher.admit(&topic);
+    // A producer's first record in a partition goes alone.
+    send(&publisher, &topic.name, 0, b"{}").unwrap();
+    assert_eq!(first_report(&publisher).await.error, None);
+
+    let too_large = vec![b'0'; 3_000_000];
+    send(&publisher, &topic.name, 1, &too_large).unwrap();
+    for sequence in 2..2000 {
+        send(&publisher, &topic.name, sequence, b"{}").unwrap();
+    }
+    let refused = first_report(&publisher).await;
+    assert!(
+        refused.sequence == 1 && refused.error.is_some(),
+        "{refused:?}"
+    );
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let next = send(&publisher, &topic.name, 2000, b"{}");
+    assert!(matches!(next, Err(SendError::Producer(_))), "{next:?}");
+    assert_eq!(fixture.records().await.len(), 1);
+    publisher.close().await;
+}
