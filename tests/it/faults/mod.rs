@@ -2,6 +2,7 @@
 //! repeated beyond the window?
 
 mod kafka;
+mod partition;
 mod postgres;
 mod relay;
 

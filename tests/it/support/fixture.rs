@@ -26,6 +26,7 @@ pub(crate) struct Fixture {
     /// The test's own servers, if it harms them.
     pub(crate) postgres: Option<Server>,
     pub(crate) kafka: Option<Server>,
+    second_broker: Option<Server>,
     admin_url: String,
     name: String,
 }
@@ -66,6 +67,17 @@ impl Fixture {
         fixture
     }
 
+    /// On servers of its own, Kafka with two brokers, set up. `kafka` is the first of
+    /// them, and their controller.
+    pub(crate) async fn with_two_brokers() -> Self {
+        let mut fixture = Self::with_servers(&[], &[]).await;
+        let first = fixture.kafka.as_ref().expect("a Kafka of its own");
+        let second = Server::second_broker(first, &[]).unwrap();
+        fixture.brokers = format!("{},{}", fixture.brokers, second.fact("brokers"));
+        fixture.second_broker = Some(second);
+        fixture
+    }
+
     async fn on(addresses: &Addresses, postgres: Option<Server>, kafka: Option<Server>) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
@@ -83,6 +95,7 @@ impl Fixture {
             topic: format!("it-{}-{number}", std::process::id()),
             postgres,
             kafka,
+            second_broker: None,
             admin_url: addresses.database_url.clone(),
             name,
         }
@@ -134,6 +147,11 @@ impl Fixture {
     /// Tells the test's own Kafka, such as `pause`.
     pub(crate) fn kafka(&mut self, command: &str) {
         tell(&mut self.kafka, command);
+    }
+
+    /// Tells the second of the test's own brokers.
+    pub(crate) fn second_broker(&mut self, command: &str) {
+        tell(&mut self.second_broker, command);
     }
 
     /// Stops the test's own Postgres and starts it again.
