@@ -4,6 +4,47 @@ use std::time::Duration;
 
 use crate::support::{Fixture, Relay, WINDOW, wait_until};
 
+/// Without `synchronous_commit`, a crash takes back what was committed and not yet
+/// flushed: none of it may be in Kafka. And what was in flight to a frozen broker is
+/// given up, so that only the slot knows where to begin again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_crash_of_postgres_loses_nothing_and_invents_nothing() {
+    let mut fixture = Fixture::with_servers(&["synchronous_commit=off"], &[]).await;
+    let relay = Relay::streaming(&fixture, &["--in-flight-max", "500"]).await;
+    let writers = fixture.writers(fixture.load());
+    let mut repeatable = 0;
+    for _ in 0..3 {
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        fixture.kafka("pause");
+        wait_until("events are in flight", || async {
+            relay.metric("postbox_in_flight_events") > 0.0
+        })
+        .await;
+        fixture.postgres("stop immediate");
+        wait_until("the relay has given up what was in flight", || async {
+            relay.get("/readyz").1.contains("postgres: ")
+        })
+        .await;
+        // A server that crashed starts each slot at the position that it last wrote
+        // to its disk, and it does that only now and then: everything that was
+        // delivered until now may be delivered again, not only what was in flight.
+        repeatable += relay.published(&fixture.topic) + 500;
+        fixture.kafka("resume");
+        fixture.postgres("start");
+        wait_until("readiness is green again", || async {
+            relay.get("/readyz").0 == 200
+        })
+        .await;
+    }
+    fixture.reconnect().await;
+    writers.stop().await.unwrap();
+    let verdict = fixture.judge(relay).await;
+    assert!(
+        verdict.committed > 500 && verdict.is_clean(repeatable),
+        "{verdict}"
+    );
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_terminated_walsender_is_replaced() {
     let fixture = Fixture::new().await;
