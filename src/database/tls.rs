@@ -71,12 +71,14 @@ impl Tls {
         env: &dyn Fn(&str) -> Option<String>,
         on_unix_socket: bool,
     ) -> Result<Self> {
-        let mode = mode(parameters)?;
+        // What fights is refused also where there is no TLS.
+        let (mode, client) = (mode(parameters)?, client(parameters)?);
+        let mode = if on_unix_socket { Mode::Disable } else { mode };
         let mut tls = Self {
-            mode: if on_unix_socket { Mode::Disable } else { mode },
+            mode,
             on_unix_socket,
             roots: None,
-            client: None,
+            client: client.filter(|_| mode > Mode::Disable),
             certificate_name: Arc::default(),
         };
         if tls.mode >= Mode::VerifyCa {
@@ -84,9 +86,6 @@ impl Tls {
                 None | Some("system") => system_bundle(env)?,
                 Some(file) => file.into(),
             });
-        }
-        if tls.mode > Mode::Disable {
-            tls.client = client(parameters)?;
         }
         Ok(tls)
     }
@@ -303,9 +302,11 @@ mod tests {
     #[test]
     fn certificate_and_key_come_together() {
         assert!(tls("sslcert=/c sslkey=/k").unwrap().client.is_some());
-        assert!(tls("sslcert=/c").is_err());
-        assert!(tls("sslkey=/k").is_err());
-        assert!(tls("sslkey=/k sslmode=disable").is_ok());
+        for pairs in ["sslcert=/c", "sslkey=/k"] {
+            for mode in ["", "sslmode=disable", "sslmode=require"] {
+                assert!(tls(&format!("{pairs} {mode}")).is_err(), "{pairs} {mode}");
+            }
+        }
     }
 
     #[test]

@@ -276,6 +276,16 @@ fn settings_that_cannot_work_are_refused_in_words() {
             &[("PGSSLROOTCERT", "/does/not/exist")],
             &["/does/not/exist"],
         ),
+        (
+            &[],
+            &[("PGSSLMODE", "disable"), ("PGSSLCERT", "/c.pem")],
+            &["PGSSLCERT needs sslkey beside it"],
+        ),
+        (
+            &[],
+            &[(database, "host=/run/pg user=app sslkey=/k.pem")],
+            &["\"sslkey\" needs sslcert beside it"],
+        ),
         // The place where http is served.
         (
             &["--http", "nowhere"],
