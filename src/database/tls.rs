@@ -28,7 +28,7 @@ use tokio_postgres_rustls::MakeRustlsConnect;
 use crate::error::{Error, ErrorKind, Result};
 
 use super::parameters::Parameters;
-use super::verifier::{ChainOnly, Unchecked};
+use super::verifier::Lenient;
 
 /// Where systems keep their bundle; the list is Go's (`crypto/x509/root_linux.go`,
 /// `root_bsd.go`), the last entry serves Alpine, macOS and OpenBSD.
@@ -149,30 +149,37 @@ impl Tls {
     }
 
     fn verifier(&self, provider: &Arc<CryptoProvider>) -> Result<Arc<dyn ServerCertVerifier>> {
-        let Some(file) = &self.roots else {
-            return Ok(Arc::new(Unchecked(Arc::clone(provider))));
+        let chain = match &self.roots {
+            None => None,
+            Some(file) => Some(verifier_of(file, provider)?),
         };
-        let mut roots = RootCertStore::empty();
-        // A system's bundle may hold a certificate that rustls cannot read.
-        roots.add_parsable_certificates(read_certificates(file)?);
-        let full =
-            WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::clone(provider))
-                .build()
-                .map_err(|error| {
-                    let file = file.display();
-                    unusable(format!(
-                        "sslrootcert \"{file}\" holds no usable certificate"
-                    ))
-                    .caused_by(error)
-                })?;
-        Ok(match self.mode {
-            Mode::VerifyFull => full,
-            _ => Arc::new(ChainOnly {
-                full,
+        Ok(match (self.mode, chain) {
+            (Mode::VerifyFull, Some(full)) => full,
+            (_, chain) => Arc::new(Lenient {
+                chain,
+                schemes: provider
+                    .signature_verification_algorithms
+                    .supported_schemes(),
                 certificate_name: Arc::clone(&self.certificate_name),
             }),
         })
     }
+}
+
+/// Checks everything, against the certificates of `file`.
+fn verifier_of(file: &Path, provider: &Arc<CryptoProvider>) -> Result<Arc<WebPkiServerVerifier>> {
+    let mut roots = RootCertStore::empty();
+    // A system's bundle may hold a certificate that rustls cannot read.
+    roots.add_parsable_certificates(read_certificates(file)?);
+    WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::clone(provider))
+        .build()
+        .map_err(|error| {
+            let file = file.display();
+            unusable(format!(
+                "sslrootcert \"{file}\" holds no usable certificate"
+            ))
+            .caused_by(error)
+        })
 }
 
 /// `sslmode`, as `sslrootcert` strengthens it.

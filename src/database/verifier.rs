@@ -4,61 +4,38 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::crypto::CryptoProvider;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{CertificateError, DigitallySignedStruct, SignatureScheme};
 
-/// `prefer` and `require`: encryption without trust. The handshake's signature is
-/// not checked either: it would prove that the server owns a certificate that
-/// nobody vouches for, and refuse the old ones (X.509 v1) that some servers have.
+/// Checks less than everything.
+///
+/// `verify-ca`: all but the name. rustls checks the name last, so an error about
+/// it says that the chain holds.
+///
+/// `prefer` and `require`, which have no chain to check: encryption without
+/// trust. The handshake's signature is not checked either: it would prove that the
+/// server owns a certificate that nobody vouches for, and refuse the old ones
+/// (X.509 v1) that some servers have.
 #[derive(Debug)]
-pub(super) struct Unchecked(pub(super) Arc<CryptoProvider>);
-
-impl ServerCertVerifier for Unchecked {
-    fn verify_server_cert(
-        &self,
-        _: &CertificateDer<'_>,
-        _: &[CertificateDer<'_>],
-        _: &ServerName<'_>,
-        _: &[u8],
-        _: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        Ok(HandshakeSignatureValid::assertion())
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        Ok(HandshakeSignatureValid::assertion())
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.signature_verification_algorithms.supported_schemes()
-    }
-}
-
-/// `verify-ca`: everything but the name. rustls checks the name last, so an error
-/// about it says that the chain holds.
-#[derive(Debug)]
-pub(super) struct ChainOnly {
-    pub(super) full: Arc<WebPkiServerVerifier>,
+pub(super) struct Lenient {
+    pub(super) chain: Option<Arc<WebPkiServerVerifier>>,
+    pub(super) schemes: Vec<SignatureScheme>,
     /// Keeps a name from the certificate, if the host's is not among them.
     pub(super) certificate_name: Arc<Mutex<Option<String>>>,
 }
 
-impl ServerCertVerifier for ChainOnly {
+impl Lenient {
+    /// What `check` says of the chain or its signature, if there is one to check.
+    fn check<T>(
+        &self,
+        unchecked: T,
+        check: impl FnOnce(&WebPkiServerVerifier) -> Result<T, rustls::Error>,
+    ) -> Result<T, rustls::Error> {
+        self.chain.as_deref().map_or(Ok(unchecked), check)
+    }
+}
+
+impl ServerCertVerifier for Lenient {
     fn verify_server_cert(
         &self,
         certificate: &CertificateDer<'_>,
@@ -67,9 +44,9 @@ impl ServerCertVerifier for ChainOnly {
         ocsp: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        let checked = self
-            .full
-            .verify_server_cert(certificate, intermediates, name, ocsp, now);
+        let checked = self.check(ServerCertVerified::assertion(), |chain| {
+            chain.verify_server_cert(certificate, intermediates, name, ocsp, now)
+        });
         let seen = match &checked {
             Ok(_) => None,
             Err(rustls::Error::InvalidCertificate(CertificateError::NotValidForNameContext {
@@ -92,8 +69,9 @@ impl ServerCertVerifier for ChainOnly {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.full
-            .verify_tls12_signature(message, certificate, signature)
+        self.check(HandshakeSignatureValid::assertion(), |chain| {
+            chain.verify_tls12_signature(message, certificate, signature)
+        })
     }
 
     fn verify_tls13_signature(
@@ -102,12 +80,13 @@ impl ServerCertVerifier for ChainOnly {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.full
-            .verify_tls13_signature(message, certificate, signature)
+        self.check(HandshakeSignatureValid::assertion(), |chain| {
+            chain.verify_tls13_signature(message, certificate, signature)
+        })
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.full.supported_verify_schemes()
+        self.schemes.clone()
     }
 }
 
