@@ -48,21 +48,15 @@ pub struct System {
 
 /// Checks everything a relay in WAL mode stands on, and returns where it is.
 ///
-/// `system` is what `IDENTIFY_SYSTEM` answered on the replication session that
-/// is about to stream; without it the same is asked here. A checkpoint without a
-/// publication identity takes the present one. Another timeline is a warning;
-/// stamp it with [`store_timeline`] once the stream runs.
+/// A checkpoint without a publication identity takes the present one. Another
+/// timeline is a warning; [`store_timeline`] stores it once the stream runs.
 ///
 /// # Errors
 ///
 /// `DatabaseAway`: the server is a standby. `SlotInUse`: another session reads
 /// the slot. `Database`, `Slot`, `Publication`: definite, and the message says
 /// what mends it.
-pub async fn check(
-    client: &Client,
-    contract: &Contract,
-    system: Option<&System>,
-) -> Result<Checkpoint> {
+pub async fn check(client: &Client, contract: &Contract) -> Result<Checkpoint> {
     contract.validate()?;
     check_server(client).await?;
     check_schema_version(client, contract).await?;
@@ -70,10 +64,7 @@ pub async fn check(
         Stored::At(checkpoint) => checkpoint,
         Stored::Unfinished | Stored::Missing => return Err(not_set_up(contract)),
     };
-    match system {
-        Some(system) => checkpoint.check_system(contract, system)?,
-        None => checkpoint.check_system(contract, &self::system(client).await?)?,
-    }
+    checkpoint.check_system(contract, &system(client).await?)?;
     let slot = find_slot(client, &contract.slot).await?;
     let slot = slot.ok_or_else(|| checkpoint.slot_is_gone(contract))?;
     slot.check(&contract.slot)?;
@@ -118,8 +109,7 @@ pub async fn check_server(client: &Client) -> Result<()> {
 
 /// Which cluster the session is on.
 ///
-/// Every role may call these functions, unless someone took the right away; then
-/// `IDENTIFY_SYSTEM` on a replication session tells the same.
+/// Every role may call these functions, unless someone took the right away.
 pub async fn system(client: &Client) -> Result<System> {
     // Not pg_control_checkpoint(): after a promotion it names the old timeline
     // until the next checkpoint. A WAL file's name begins with the present one.

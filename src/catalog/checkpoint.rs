@@ -102,8 +102,17 @@ pub async fn store_heartbeat(
     update(client, contract, &sql, &parameters).await
 }
 
-/// Stores the timeline that the relay now reads.
-pub async fn store_timeline(client: &Client, contract: &Contract, timeline: i32) -> Result<()> {
+/// Stores the server's timeline where it is not the checkpoint's, once the
+/// stream runs on it.
+pub async fn store_timeline(
+    client: &Client,
+    contract: &Contract,
+    checkpoint: &Checkpoint,
+) -> Result<()> {
+    let timeline = super::system(client).await?.timeline;
+    if timeline == checkpoint.system.timeline {
+        return Ok(());
+    }
     let sql = contract.sql(
         "UPDATE :\"schema\".checkpoint SET timeline = $2, updated_at = now() \
          WHERE name = $1 AND lsn IS NOT NULL RETURNING name",

@@ -102,10 +102,11 @@ impl<'r> Attempt<'r> {
         relay.metrics.in_flight_events.set(0);
         let name = format!("postbox {} control", settings.contract.slot);
         let session = settings.database.connect(&name).await?;
-        let checkpoint = catalog::check(&session.client, &settings.contract, None).await?;
+        let checkpoint = catalog::check(&session.client, &settings.contract).await?;
         let publisher = reach_brokers(relay).await?;
         let nonce = uuid::Uuid::new_v4().to_string();
         let stream = open_stream(&settings, &session, &nonce).await?;
+        catalog::store_timeline(&session.client, &settings.contract, &checkpoint).await?;
         info!(
             slot = settings.contract.slot,
             database = settings.database.display(),

@@ -17,6 +17,7 @@ mod faults;
 mod http;
 mod poison;
 mod publisher;
+mod promotion;
 mod records;
 mod setup;
 mod stream;

@@ -1,0 +1,43 @@
+//! A server that was promoted: the same cluster on another timeline.
+
+use std::path::Path;
+
+use crate::support::{Fixture, Relay};
+
+/// Starts the test's Postgres again as a standby.
+async fn demote(fixture: &mut Fixture) {
+    let postgres = fixture.postgres.as_mut().expect("a Postgres of its own");
+    postgres.command("stop fast").unwrap();
+    let signal = Path::new(postgres.fact("data_dir")).join("standby.signal");
+    std::fs::write(signal, "").unwrap();
+    postgres.command("start").unwrap();
+    fixture.reconnect().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn another_timeline_is_told_once_and_events_go_on() {
+    let mut fixture = Fixture::with_postgres(&[]).await;
+    fixture.setup(&[]).results();
+    fixture.insert("before", "{}").await;
+    demote(&mut fixture).await;
+    let mut relay = Relay::start(&fixture, &[]);
+    relay.wait_for_log("waiting for a primary").await;
+    let promote = "SELECT pg_promote()";
+    fixture.client.batch_execute(promote).await.unwrap();
+    relay.wait_for_log("streaming").await;
+    let warning = "the server is on another timeline than at the last start";
+    let log = relay.log();
+    let warned: Vec<_> = log.lines().filter(|line| line.contains(warning)).collect();
+    let [warned] = warned[..] else {
+        panic!("{log}");
+    };
+    assert!(warned.contains("stored=1 found=2"), "{warned}");
+    fixture.insert("after", "{}").await;
+    fixture.wait_for_confirmation().await;
+    relay.drain().await;
+    assert_eq!(fixture.records().await.len(), 2);
+
+    let relay = Relay::streaming(&fixture, &[]).await;
+    assert!(!relay.log().contains("timeline"), "{}", relay.log());
+    relay.drain().await;
+}
