@@ -316,10 +316,11 @@ impl<'r> Attempt<'r> {
     /// The attempt is over. What is in flight is still delivered and confirmed if
     /// that takes a moment only, so that it is not repeated: a Postgres that stops
     /// waits for it, and a relay that is started again and again because of one
-    /// event must not send those before it each time. But a server that stops is
-    /// not held up.
+    /// event must not send those before it each time; and a slot that cannot be
+    /// read on may be dropped next. But a server that stops is not held up.
     async fn take_leave(&mut self, kind: ErrorKind) {
-        if matches!(kind, ErrorKind::DatabaseAway | ErrorKind::Event) {
+        use ErrorKind::{DatabaseAway, Event, Publication};
+        if matches!(kind, DatabaseAway | Event | Publication) {
             let settled = async {
                 while !self.window.is_settled() {
                     self.window.publisher.reported().await;
