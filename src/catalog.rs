@@ -14,6 +14,7 @@
 //!   that is an ordinary fail-over, and only worth a warning.
 
 mod checkpoint;
+mod identity;
 mod publication;
 mod slot;
 
@@ -29,7 +30,7 @@ pub use publication::{check_publication, publication_identity};
 pub use slot::{SlotState, find_slot, slot_state};
 
 pub(crate) use checkpoint::reconcile_publication;
-pub(crate) use publication::exists as publication_exists;
+pub(crate) use publication::{PUBLICATION, exists as publication_exists};
 
 /// The oldest Postgres whose pgoutput sends logical messages.
 const VERSION_MIN: i32 = 140_000;

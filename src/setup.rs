@@ -21,7 +21,7 @@ use pgwire_replication::ReplicationClient;
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
-use crate::catalog::{self, Stored};
+use crate::catalog::{self, PUBLICATION, Stored};
 use crate::contract::{Contract, check_name};
 use crate::database::{Database, sort, sort_replication};
 use crate::error::{Error, ErrorKind, Result};
@@ -148,13 +148,15 @@ pub async fn setup(
             // Before anything is written: it may be refused.
             let replication = Box::pin(open_replication(database, client, contract)).await?;
             migrations::apply(client, contract, &mut report).await?;
-            let made = create_publication(client, contract, &mut report).await?;
+            let made = create_publication(client, contract).await?;
+            catalog::check_publication(client, contract).await?;
+            report.add(publication(contract), made);
             let backfill_none = options.backfill_none;
             slot::create(
                 client,
                 replication,
                 contract,
-                made,
+                made == State::Created,
                 backfill_none,
                 &mut report,
             )
@@ -252,23 +254,18 @@ async fn check_room(client: &Client, contract: &Contract) -> Result<()> {
     Ok(())
 }
 
-/// Whether the publication had to be made.
-async fn create_publication(
-    client: &Client,
-    contract: &Contract,
-    report: &mut Report,
-) -> Result<bool> {
-    let object = format!("publication \"{}\"", contract.publication);
+/// Makes the publication where there is none of its name.
+async fn create_publication(client: &Client, contract: &Contract) -> Result<State> {
     if catalog::publication_exists(client, contract).await? {
-        catalog::check_publication(client, contract).await?;
-        report.add(object, State::AlreadyThere);
-        return Ok(false);
+        return Ok(State::AlreadyThere);
     }
-    if let Err(error) = client.batch_execute(&contract.sql(PUBLICATION)).await {
-        return Err(grants::sort_create(client, format!("create {object}"), error).await);
+    let doing = format!("create {}", publication(contract));
+    match client.batch_execute(&contract.sql(PUBLICATION)).await {
+        Ok(()) => Ok(State::Created),
+        Err(error) => Err(grants::sort_create(client, doing, error).await),
     }
-    report.add(object, State::Created);
-    Ok(true)
 }
 
-const PUBLICATION: &str = include_str!("../sql/publication.sql");
+fn publication(contract: &Contract) -> String {
+    format!("publication \"{}\"", contract.publication)
+}

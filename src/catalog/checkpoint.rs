@@ -7,7 +7,7 @@ use tokio_postgres::types::{PgLsn, Type};
 use tracing::warn;
 
 use super::slot::AFTER_LOSS;
-use super::{System, check_publication, publication_identity};
+use super::{System, check_publication, publication, publication_identity};
 use crate::contract::Contract;
 use crate::database::sort;
 use crate::error::{Error, ErrorKind, Result};
@@ -26,7 +26,8 @@ pub struct Checkpoint {
     pub system: System,
     /// The publication the slot was set up with.
     pub publication: String,
-    /// What that publication was then; `None`: take it as it is now.
+    /// What that publication was then; `None`: take it as it is now, and what the
+    /// one before hid is given up.
     pub publication_identity: Option<String>,
 }
 
@@ -131,37 +132,23 @@ pub(crate) async fn reconcile_publication(
     contract: &Contract,
     checkpoint: Checkpoint,
 ) -> Result<Checkpoint> {
-    if checkpoint.publication != contract.publication {
-        return Err(Error::new(
-            ErrorKind::Publication,
-            format!(
-                "replication slot \"{}\" was set up with publication \"{}\", not with \"{}\"",
-                contract.slot, checkpoint.publication, contract.publication
-            ),
-        ));
-    }
+    checkpoint.check_publication_name(contract)?;
     let present = publication_identity(client, contract).await?;
-    let Some(present) = present else {
-        return Err(publication_changed(contract, "is gone"));
-    };
-    match &checkpoint.publication_identity {
-        Some(stored) if *stored == present => {
-            check_publication(client, contract).await?;
-            Ok(checkpoint)
-        }
-        Some(_) => {
-            let what = "is not what it was when the slot was set up";
-            Err(publication_changed(contract, what))
-        }
-        None => {
-            check_publication(client, contract).await?;
-            store_publication_identity(client, contract, &present).await?;
-            Ok(Checkpoint {
-                publication_identity: Some(present),
-                ..checkpoint
-            })
-        }
+    if let Some(stored) = &checkpoint.publication_identity
+        && Some(stored) != present.as_ref()
+    {
+        return Err(publication::changed(client, contract, stored, present.as_deref()).await?);
     }
+    check_publication(client, contract).await?;
+    if checkpoint.publication_identity.is_none()
+        && let Some(present) = &present
+    {
+        store_publication_identity(client, contract, present).await?;
+    }
+    Ok(Checkpoint {
+        publication_identity: present,
+        ..checkpoint
+    })
 }
 
 async fn store_publication_identity(
@@ -178,20 +165,6 @@ async fn store_publication_identity(
         (&identity as _, Type::TEXT),
     ];
     update(client, contract, &sql, &parameters).await
-}
-
-fn publication_changed(contract: &Contract, what: &str) -> Error {
-    Error::new(
-        ErrorKind::Publication,
-        format!(
-            "publication \"{}\" {what}: the slot may have skipped rows committed since, which are still in the \
-             outbox; to go on without them, make the publication right and then \
-             UPDATE {} SET publication_identity = NULL WHERE name = {}",
-            contract.publication,
-            contract.table("checkpoint"),
-            escape_literal(&contract.slot)
-        ),
-    )
 }
 
 async fn update(
@@ -215,6 +188,20 @@ async fn update(
 }
 
 impl Checkpoint {
+    /// Refuses to read the slot through another publication.
+    pub(crate) fn check_publication_name(&self, contract: &Contract) -> Result<()> {
+        if self.publication == contract.publication {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::Publication,
+            format!(
+                "replication slot \"{}\" was set up with publication \"{}\", not with \"{}\"",
+                contract.slot, self.publication, contract.publication
+            ),
+        ))
+    }
+
     /// Refuses another cluster; warns of another timeline.
     pub(crate) fn check_system(&self, contract: &Contract, system: &System) -> Result<()> {
         if self.system.identifier != system.identifier {

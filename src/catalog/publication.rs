@@ -1,12 +1,18 @@
 //! The publication.
 
-use postgres_protocol::escape::escape_identifier;
+use postgres_protocol::escape::{escape_identifier, escape_literal};
 use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
+use super::identity::difference;
 use crate::contract::Contract;
 use crate::database::sort;
 use crate::error::{Error, ErrorKind, Result};
+
+/// Makes the publication.
+pub(crate) const PUBLICATION: &str = include_str!("../../sql/publication.sql");
+
+const OPTIONS: &str = "publish = 'insert', publish_via_partition_root = true";
 
 /// The publication's identity, which changes whenever it, its tables or its
 /// options do; `None` if there is no such publication.
@@ -26,14 +32,11 @@ pub async fn publication_identity(client: &Client, contract: &Contract) -> Resul
 ///
 /// `Publication`, with the statement that mends it.
 pub async fn check_publication(client: &Client, contract: &Contract) -> Result<()> {
-    match find(client, contract).await? {
-        Some(shape) => shape.check(contract),
-        None => Err(Error::new(
+    match find_fault(client, contract).await? {
+        None => Ok(()),
+        Some(Fault { why, mend }) => Err(Error::new(
             ErrorKind::Publication,
-            format!(
-                "publication \"{}\" does not exist: run `postbox setup`",
-                contract.publication
-            ),
+            format!("publication \"{}\" {why}: {mend}", contract.publication),
         )),
     }
 }
@@ -41,6 +44,58 @@ pub async fn check_publication(client: &Client, contract: &Contract) -> Result<(
 /// Whether there is a publication of this name.
 pub(crate) async fn exists(client: &Client, contract: &Contract) -> Result<bool> {
     Ok(find(client, contract).await?.is_some())
+}
+
+/// The error of a publication that is not the one the slot was set up with, or
+/// is gone: what is known of it, and how to go on.
+pub(super) async fn changed(
+    client: &Client,
+    contract: &Contract,
+    stored: &str,
+    present: Option<&str>,
+) -> Result<Error> {
+    let difference = present.map(|present| difference(stored, present));
+    let (why, mend) = match find_fault(client, contract).await? {
+        Some(Fault { why, mend }) => (Some(why), format!("make it right: {mend}; then, ")),
+        None => (None, String::new()),
+    };
+    let what: Vec<&str> = difference.into_iter().chain(why.as_deref()).collect();
+    Ok(Error::new(
+        ErrorKind::Publication,
+        format!(
+            "publication \"{}\" {}: the slot may skip rows committed since, which are still in the outbox; \
+             {mend}to go on without them: UPDATE {} SET publication_identity = NULL WHERE name = {}",
+            contract.publication,
+            what.join(", and "),
+            contract.table("checkpoint"),
+            escape_literal(&contract.slot)
+        ),
+    ))
+}
+
+/// What is wrong with a publication as it is now.
+struct Fault {
+    why: String,
+    /// Statements for one line of psql.
+    mend: String,
+}
+
+async fn find_fault(client: &Client, contract: &Contract) -> Result<Option<Fault>> {
+    Ok(match find(client, contract).await? {
+        Some(shape) => shape.fault(contract),
+        None => Some(Fault {
+            why: "does not exist".to_owned(),
+            mend: create_statement(contract),
+        }),
+    })
+}
+
+/// The first statement of `sql/publication.sql`, in one line.
+fn create_statement(contract: &Contract) -> String {
+    let lines = PUBLICATION.lines().filter(|line| !line.starts_with("--"));
+    let words: Vec<&str> = lines.flat_map(str::split_whitespace).collect();
+    let words = words.join(" ");
+    contract.sql(words.split(';').next().unwrap_or_default())
 }
 
 struct Shape {
@@ -106,45 +161,55 @@ async fn schemas(client: &Client, contract: &Contract, publication: u32) -> Resu
 }
 
 impl Shape {
-    fn check(&self, contract: &Contract) -> Result<()> {
+    fn fault(&self, contract: &Contract) -> Option<Fault> {
+        let (tables, options) = (self.wrong_tables(contract), self.wrong_options());
         let name = escape_identifier(&contract.publication);
-        let outbox = contract.table("outbox");
-        let alter = |change: &str| format!("ALTER PUBLICATION {name} {change}");
-        let again = || format!("DROP PUBLICATION {name}; then run `postbox setup`");
-        let only_outbox = || alter(&format!("SET TABLE {outbox}"));
-        let (why, mend) = if self.all_tables {
-            ("is FOR ALL TABLES".to_owned(), again())
-        } else if let Some(schemas) = &self.schemas {
-            (format!("publishes all tables of {schemas}"), again())
-        } else if let Some(tables) = &self.other_tables {
-            (format!("publishes {tables} too"), only_outbox())
-        } else if !self.holds_outbox {
-            (
-                format!("does not publish {outbox}"),
-                alter(&format!("ADD TABLE {outbox}")),
-            )
-        } else if self.filtered {
-            (
-                format!("has a row filter or a column list for {outbox}"),
-                only_outbox(),
-            )
-        } else if !self.insert || self.others {
-            (
-                "must publish inserts and nothing else".to_owned(),
-                alter("SET (publish = 'insert')"),
-            )
-        } else if !self.via_root {
-            (
-                "does not publish partitions under the name of their table".to_owned(),
-                alter("SET (publish_via_partition_root = true)"),
-            )
+        let mut mend = Vec::new();
+        if self.all_tables {
+            mend.push(format!("DROP PUBLICATION {name}"));
+            mend.push(create_statement(contract));
         } else {
-            return Ok(());
-        };
-        Err(Error::new(
-            ErrorKind::Publication,
-            format!("publication \"{}\" {why}: {mend}", contract.publication),
-        ))
+            if tables.is_some() {
+                let outbox = contract.table("outbox");
+                mend.push(format!("ALTER PUBLICATION {name} SET TABLE {outbox}"));
+            }
+            if options.is_some() {
+                mend.push(format!("ALTER PUBLICATION {name} SET ({OPTIONS})"));
+            }
+        }
+        let why: Vec<String> = tables.into_iter().chain(options).collect();
+        (!why.is_empty()).then(|| Fault {
+            why: why.join(", and "),
+            mend: mend.join("; "),
+        })
+    }
+
+    fn wrong_tables(&self, contract: &Contract) -> Option<String> {
+        let outbox = contract.table("outbox");
+        if self.all_tables {
+            Some("is FOR ALL TABLES".to_owned())
+        } else if let Some(schemas) = &self.schemas {
+            Some(format!("publishes all tables of {schemas}"))
+        } else if let Some(tables) = &self.other_tables {
+            Some(format!("publishes {tables} too"))
+        } else if !self.holds_outbox {
+            Some(format!("does not publish {outbox}"))
+        } else if self.filtered {
+            Some(format!("has a row filter or a column list for {outbox}"))
+        } else {
+            None
+        }
+    }
+
+    fn wrong_options(&self) -> Option<String> {
+        if !self.insert || self.others {
+            Some("must publish inserts and nothing else".to_owned())
+        } else if !self.via_root {
+            let why = "does not publish partitions under the name of their table";
+            Some(why.to_owned())
+        } else {
+            None
+        }
     }
 }
 

@@ -33,7 +33,7 @@ use pgwire_replication::ReplicationClient;
 use tokio_postgres::types::{PgLsn, Type};
 use tokio_postgres::{Client, IsolationLevel};
 
-use super::{PATIENCE, Report, State};
+use super::{PATIENCE, Report, State, create_publication};
 use crate::catalog::{self, Checkpoint, SlotState, Stored, System};
 use crate::contract::Contract;
 use crate::database::{sort, sort_replication};
@@ -53,9 +53,14 @@ pub(super) async fn check(
     let slot = catalog::find_slot(client, &contract.slot).await?;
     let slot = slot.ok_or_else(|| checkpoint.slot_is_gone(contract))?;
     slot.check(&contract.slot)?;
+    checkpoint.check_publication_name(contract)?;
+    let publication = match checkpoint.publication_identity {
+        Some(_) => State::AlreadyThere,
+        // What the one before hid was given up, so there may be a new one.
+        None => create_publication(client, contract).await?,
+    };
     catalog::reconcile_publication(client, contract, checkpoint).await?;
-    let publication = format!("publication \"{}\"", contract.publication);
-    report.add(publication, State::AlreadyThere);
+    report.add(super::publication(contract), publication);
     report.add(object(contract), State::AlreadyThere);
     Ok(())
 }

@@ -259,7 +259,7 @@ async fn a_publication_made_again_stops_the_relay() {
     assert!(
         relay
             .log()
-            .contains("publication \"postbox\" is not what it was"),
+            .contains("publication \"postbox\" was dropped and made again"),
         "{}",
         relay.log()
     );

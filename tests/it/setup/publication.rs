@@ -1,7 +1,8 @@
 //! A publication that is wrong, and the statement that mends it.
 
+use super::script::script;
 use super::{all_there, assert_events_flow, count, forget_slot, slots, statement};
-use crate::support::Fixture;
+use crate::support::{Fixture, Relay, run_script};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_wrong_publication_is_refused_with_the_statement_that_mends_it() {
@@ -9,8 +10,7 @@ async fn a_wrong_publication_is_refused_with_the_statement_that_mends_it() {
     fixture.setup(&[]).results();
     let other = "CREATE TABLE other (x integer PRIMARY KEY)";
     fixture.client.batch_execute(other).await.unwrap();
-    let version = "SELECT current_setting('server_version_num')::bigint";
-    let has_filters = count(&fixture, version).await >= 150_000;
+    let has_filters = version(&fixture).await >= 150_000;
     let for_outbox =
         "CREATE PUBLICATION postbox FOR TABLE postbox.outbox WITH (publish = 'insert')";
     for (make, why, mend, since_15) in [
@@ -71,7 +71,7 @@ async fn a_wrong_publication_is_refused_with_the_statement_that_mends_it() {
         (
             "ALTER PUBLICATION postbox ADD TABLES IN SCHEMA public",
             "publishes all tables of public",
-            "DROP PUBLICATION",
+            "ALTER PUBLICATION",
             true,
         ),
     ] {
@@ -96,24 +96,136 @@ async fn a_wrong_publication_is_refused_with_the_statement_that_mends_it() {
     assert_events_flow(&fixture, &[]).await;
 }
 
+/// The relay and set-up refuse with the same words, which say how to go on.
+async fn complaint(fixture: &Fixture) -> String {
+    let mut relay = Relay::start(fixture, &[]);
+    assert_eq!(relay.exit_code().await, 5, "{}", relay.log());
+    let setup = fixture.setup(&[]);
+    let complaint = setup.complaint(5).trim_end();
+    let says = complaint.strip_prefix("error: ").unwrap();
+    assert!(relay.log().contains(says), "{}\n{says}", relay.log());
+    complaint.to_owned()
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_publication_changed_after_set_up_is_mended_by_what_it_says() {
     let fixture = Fixture::empty().await;
     fixture.setup(&[]).results();
-    let change = "ALTER PUBLICATION postbox SET (publish = 'insert, delete')";
-    fixture.client.batch_execute(change).await.unwrap();
-    let setup = fixture.setup(&[]);
-    let complaint = setup.complaint(5);
-    assert!(
-        complaint.contains("is not what it was when the slot was set up"),
-        "{complaint}"
-    );
-    // To go on is for a person to decide, who then still hears what is wrong.
-    let go_on = statement(complaint, "UPDATE ");
-    fixture.client.batch_execute(go_on).await.unwrap();
-    let setup = fixture.setup(&[]);
-    let mend = statement(setup.complaint(5), "ALTER PUBLICATION");
-    fixture.client.batch_execute(mend).await.unwrap();
+    let made_again = "BEGIN; DROP PUBLICATION postbox; \
+                      CREATE PUBLICATION postbox FOR TABLE postbox.outbox; COMMIT";
+    for (change, what, mend) in [
+        (
+            "ALTER PUBLICATION postbox SET (publish = 'insert, delete')",
+            "has other options than when the slot was set up, and must publish inserts and nothing else: ",
+            "ALTER PUBLICATION",
+        ),
+        (
+            "ALTER PUBLICATION postbox SET (publish = 'delete'); ALTER PUBLICATION postbox SET (publish = 'insert')",
+            "was altered after the slot was set up: ",
+            "",
+        ),
+        (
+            "ALTER PUBLICATION postbox DROP TABLE postbox.outbox",
+            "does not hold the tables that it held when the slot was set up, and does not publish ",
+            "ALTER PUBLICATION",
+        ),
+        (
+            "ALTER PUBLICATION postbox DROP TABLE postbox.outbox; ALTER PUBLICATION postbox ADD TABLE postbox.outbox",
+            "had its tables taken out and put back after the slot was set up: ",
+            "",
+        ),
+        (
+            made_again,
+            "was dropped and made again after the slot was set up, and must publish inserts and nothing else: ",
+            "ALTER PUBLICATION",
+        ),
+    ] {
+        fixture.client.batch_execute(change).await.unwrap();
+        let complaint = complaint(&fixture).await;
+        assert!(complaint.contains(what), "after {change}: {complaint}");
+        for step in [mend, "UPDATE "].iter().filter(|step| !step.is_empty()) {
+            let step = statement(&complaint, step);
+            fixture.client.batch_execute(step).await.unwrap();
+        }
+        assert_eq!(fixture.setup(&[]).results(), all_there(&fixture));
+    }
+    assert_events_flow(&fixture, &[]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_publication_that_is_gone_is_made_again_by_what_it_says() {
+    let fixture = Fixture::empty().await;
+    fixture.setup(&[]).results();
+    let gone = "DROP PUBLICATION postbox";
+    fixture.client.batch_execute(gone).await.unwrap();
+    let complaint = complaint(&fixture).await;
+    let what = "publication \"postbox\" does not exist: the slot may skip rows";
+    assert!(complaint.contains(what), "{complaint}");
+    for step in ["CREATE PUBLICATION", "UPDATE "] {
+        let step = statement(&complaint, step);
+        fixture.client.batch_execute(step).await.unwrap();
+    }
     assert_eq!(fixture.setup(&[]).results(), all_there(&fixture));
     assert_events_flow(&fixture, &[]).await;
+}
+
+/// Before Postgres 18 a slot cannot be read past anything that was written while
+/// there was no publication.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_publication_whose_rows_are_given_up_is_made_again_by_set_up() {
+    for with_script in [false, true] {
+        let fixture = Fixture::empty().await;
+        fixture.setup(&[]).results();
+        fixture.insert("before", "{}").await;
+        let gone = "DROP PUBLICATION postbox";
+        fixture.client.batch_execute(gone).await.unwrap();
+        fixture.insert("hidden", "{}").await;
+        let setup = fixture.setup(&[]);
+        let give_up = statement(setup.complaint(5), "UPDATE ");
+        fixture.client.batch_execute(give_up).await.unwrap();
+        let made =
+            all_there(&fixture).replace("n \"postbox\": already there", "n \"postbox\": created");
+        if with_script {
+            run_script(&fixture.client, &script(&fixture, &[]))
+                .await
+                .unwrap();
+        } else {
+            assert_eq!(fixture.setup(&[]).results(), made);
+        }
+        assert_eq!(fixture.setup(&[]).results(), all_there(&fixture));
+
+        let mut relay = Relay::streaming(&fixture, &[]).await;
+        if version(&fixture).await < 180_000 {
+            assert_eq!(relay.exit_code().await, 5, "{}", relay.log());
+            let log = relay.log();
+            assert!(
+                log.contains("publication \"postbox\" does not exist"),
+                "{log}"
+            );
+            assert!(
+                log.contains("which the slot cannot pass: drop the slot, and"),
+                "{log}"
+            );
+            let slot = &fixture.contract.slot;
+            let drop = format!("SELECT pg_drop_replication_slot('{slot}')");
+            fixture.client.batch_execute(&drop).await.unwrap();
+            let setup = fixture.setup(&[]);
+            let give_up = statement(setup.complaint(4), "DELETE FROM");
+            fixture.client.batch_execute(give_up).await.unwrap();
+            fixture.setup(&["--backfill", "none"]).results();
+            relay = Relay::streaming(&fixture, &[]).await;
+        }
+        fixture.insert("after", "{}").await;
+        fixture.wait_for_confirmation().await;
+        relay.drain().await;
+        let records = fixture.records().await;
+        let mut keys: Vec<_> = records.into_iter().map(|seen| seen.key).collect();
+        keys.sort_unstable();
+        assert_eq!(keys, ["after", "before"], "with the script: {with_script}");
+    }
+}
+
+async fn version(fixture: &Fixture) -> i64 {
+    let sql = "SELECT current_setting('server_version_num')::bigint";
+    count(fixture, sql).await
 }
