@@ -218,7 +218,8 @@ async fn open_replication(
     }
 }
 
-/// The server has a fixed number of slots and of senders.
+/// The slot's name may be another's, and the server has a fixed number of slots
+/// and of senders.
 async fn check_room(client: &Client, contract: &Contract) -> Result<()> {
     let sql = "SELECT current_setting('max_replication_slots')::bigint, \
                       (SELECT count(*) FROM pg_replication_slots), \
@@ -230,8 +231,11 @@ async fn check_room(client: &Client, contract: &Contract) -> Result<()> {
         .map_err(|error| sort("count replication slots", error))?;
     let (slots, slots_used): (i64, i64) = (row.get(0), row.get(1));
     let (senders, senders_used): (i64, i64) = (row.get(2), row.get(3));
-    let exists = catalog::find_slot(client, &contract.slot).await?.is_some();
-    if slots_used >= slots && !exists {
+    let existing = catalog::find_slot(client, &contract.slot).await?;
+    if let Some(slot) = &existing {
+        // Of an interrupted set-up it would be dropped.
+        slot.check_ours(&contract.slot)?;
+    } else if slots_used >= slots {
         return Err(Error::new(
             ErrorKind::Slot,
             format!(

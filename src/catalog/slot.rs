@@ -82,12 +82,23 @@ pub async fn find_slot(client: &Client, slot: &str) -> Result<Option<SlotState>>
 impl SlotState {
     /// Refuses a slot that cannot be ours, and one that has lost its WAL.
     pub fn check(&self, slot: &str) -> Result<()> {
-        let refuse = |why: String| {
-            Err(Error::new(
-                ErrorKind::Slot,
-                format!("replication slot \"{slot}\" {why}"),
-            ))
-        };
+        self.check_ours(slot)?;
+        if self.is_lost() {
+            let reason = self.invalidation_reason.as_deref().unwrap_or("wal_removed");
+            return Err(refused(
+                slot,
+                &format!(
+                    "was invalidated by the server ({reason}) and can no longer be read: {AFTER_LOSS}; \
+                     SELECT pg_drop_replication_slot('{slot}'), and the next start says how to go on"
+                ),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Refuses a slot that cannot be ours: one of another kind or database.
+    pub(crate) fn check_ours(&self, slot: &str) -> Result<()> {
+        let refuse = |why: String| Err(refused(slot, &why));
         let other = "choose another name with `--slot`";
         if self.slot_type != "logical" {
             return refuse(format!(
@@ -110,13 +121,6 @@ impl SlotState {
                 "is temporary, and goes with the session that made it: {other}"
             ));
         }
-        if self.is_lost() {
-            let reason = self.invalidation_reason.as_deref().unwrap_or("wal_removed");
-            return refuse(format!(
-                "was invalidated by the server ({reason}) and can no longer be read: {AFTER_LOSS}; \
-                 SELECT pg_drop_replication_slot('{slot}'), and the next start says how to go on"
-            ));
-        }
         Ok(())
     }
 
@@ -135,6 +139,13 @@ impl SlotState {
     pub fn is_lost(&self) -> bool {
         self.invalidation_reason.is_some() || self.wal_status.as_deref() == Some("lost")
     }
+}
+
+fn refused(slot: &str, why: &str) -> Error {
+    Error::new(
+        ErrorKind::Slot,
+        format!("replication slot \"{slot}\" {why}"),
+    )
 }
 
 /// What to say when the slot can no longer be read.
