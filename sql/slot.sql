@@ -4,6 +4,8 @@
 --
 -- psql -v schema=postbox -v slot=postbox -v publication=postbox -v backfill=refuse
 --
+-- After server.sql, which refuses a slot that is not ours to use.
+--
 -- Not in one transaction: a slot cannot be made in one that has written. So the
 -- checkpoint is written first, without a position, and a run that was cut short
 -- is known by that: its slot was never read, and is made anew.
@@ -24,6 +26,12 @@ BEGIN
         IF there.slot_name IS NULL THEN
             RAISE 'replication slot "%" is gone, and is not made again: a new one would skip what was committed since %', wanted, at.lsn
             USING HINT = 'Those rows are still in the outbox. To give them up, delete the checkpoint and run this again with backfill = none.';
+        END IF;
+        IF at.publication_identity IS DISTINCT FROM publication_identity(at.publication::name)
+            AND at.publication_identity IS NOT NULL
+        THEN
+            RAISE 'publication "%" is not what it was when the slot was set up', at.publication
+            USING HINT = 'Run postbox setup, which says what changed and how to go on.';
         END IF;
         RETURN;
     END IF;

@@ -8,14 +8,16 @@ use super::{LOCK, PATIENCE, SetupOptions};
 use crate::catalog::{PUBLICATION, SCHEMA_VERSION};
 use crate::contract::Contract;
 
+const SERVER: &str = include_str!("../../sql/server.sql");
 const SLOT: &str = include_str!("../../sql/slot.sql");
 
 /// What [`setup`](super::setup) does, as a script for `psql -f`, which can be run
 /// again. Not with `psql -1`: a slot cannot be made in a transaction that has
 /// written.
 pub fn print_sql(contract: &Contract, options: &SetupOptions) -> String {
-    let mut script =
-        format!("{HEAD}SET lock_timeout = '{PATIENCE}';\nSELECT pg_advisory_lock({LOCK});\n");
+    let mut script = format!(
+        "{HEAD}SET lock_timeout = '{PATIENCE}';\nSELECT pg_advisory_lock({LOCK});\n\n{SERVER}"
+    );
     let schema_is_missing =
         "SELECT to_regnamespace(quote_ident(:'schema')) IS NULL AS missing \\gset";
     section(&mut script, schema_is_missing, SCHEMA);

@@ -4,7 +4,7 @@ use std::process::Command;
 
 use postbox::catalog::SCHEMA_VERSION;
 
-use super::{all_there, assert_events_flow, slots};
+use super::{all_there, assert_events_flow, count, forget_slot, slots};
 use crate::support::{Fixture, connect, postbox, run, run_script};
 
 /// The script that `postbox setup --print` prints for the fixture's names.
@@ -51,17 +51,97 @@ async fn the_printed_script_is_one_for_psql() {
     assert_events_flow(&fixture, &[]).await;
 }
 
+/// What the script is refused with.
+async fn refusal(fixture: &Fixture, script: &str) -> String {
+    let client = connect(&fixture.database_url).await;
+    let error = run_script(&client, script).await.unwrap_err();
+    error.as_db_error().unwrap().message().to_owned()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_printed_script_makes_nothing_where_there_can_be_no_slot() {
+    let mut fixture =
+        Fixture::with_postgres(&["wal_level=replica", "max_replication_slots=1"]).await;
+    let slot = fixture.contract.slot.clone();
+    let script = script(&fixture, &[]);
+    let physical = |name: &str| format!("SELECT pg_create_physical_replication_slot('{name}')");
+    let again = format!(
+        "SELECT pg_drop_replication_slot('other'); {}",
+        physical(&slot)
+    );
+    let made = "SELECT count(*) FROM pg_namespace WHERE nspname = 'postbox'";
+    let is_physical = format!("replication slot \"{slot}\" is physical and must be logical");
+    for (harm, why) in [
+        ("SELECT", "wal_level is \"replica\" and must be \"logical\""),
+        (
+            &physical("other"),
+            "no replication slot is free, max_replication_slots is 1",
+        ),
+        (&again, &is_physical),
+    ] {
+        fixture.client.batch_execute(harm).await.unwrap();
+        assert_eq!(refusal(&fixture, &script).await, why);
+        assert_eq!(count(&fixture, made).await, 0, "{why}");
+        let logical = "ALTER SYSTEM SET wal_level = logical";
+        fixture.client.batch_execute(logical).await.unwrap();
+        fixture.restart_postgres().await;
+    }
+    let drop = format!("SELECT pg_drop_replication_slot('{slot}')");
+    fixture.client.batch_execute(&drop).await.unwrap();
+    run_script(&fixture.client, &script).await.unwrap();
+    assert_eq!(fixture.setup(&[]).results(), all_there(&fixture));
+}
+
+/// Also where a set-up of ours was interrupted, whose own slot would be dropped.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slot_of_another_database_is_left_alone() {
+    let fixture = Fixture::empty().await;
+    let elsewhere = Fixture::empty().await;
+    let slot = &fixture.contract.slot;
+    let make = format!("SELECT FROM pg_create_logical_replication_slot('{slot}', 'pgoutput')");
+    elsewhere.client.batch_execute(&make).await.unwrap();
+    let database = elsewhere.database.name();
+    let expected = format!("replication slot \"{slot}\" belongs to database \"{database}\"");
+    let made = "SELECT count(*) FROM pg_namespace WHERE nspname = 'postbox'";
+    for interrupted in [false, true] {
+        if interrupted {
+            forget_slot(&fixture).await;
+            let begun = format!(
+                "INSERT INTO postbox.checkpoint (name, mode, publication) VALUES ('{slot}', 'wal', 'postbox')"
+            );
+            fixture.client.batch_execute(&begun).await.unwrap();
+            elsewhere.client.batch_execute(&make).await.unwrap();
+        }
+        let plain = script(&fixture, &[]);
+        assert_eq!(refusal(&fixture, &plain).await, expected);
+        let setup = fixture.setup(&[]);
+        let complaint = setup.complaint(4);
+        assert!(complaint.contains(&expected), "{complaint}");
+        assert_eq!(slots(&fixture).await, 1);
+        if !interrupted {
+            assert_eq!(count(&fixture, made).await, 0, "something was made");
+            let drop = format!("SELECT pg_drop_replication_slot('{slot}')");
+            elsewhere.client.batch_execute(&drop).await.unwrap();
+            fixture.setup(&[]).results();
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_printed_script_refuses_what_set_up_refuses() {
     let fixture = Fixture::empty().await;
     fixture.setup(&[]).results();
     let slot = fixture.contract.slot.clone();
-    let refusal = async |script: &str| {
-        let client = connect(&fixture.database_url).await;
-        let error = run_script(&client, script).await.unwrap_err();
-        error.as_db_error().unwrap().message().to_owned()
-    };
+    let refusal = async |script: &str| refusal(&fixture, script).await;
     let plain = script(&fixture, &[]);
+
+    let change = "ALTER PUBLICATION postbox SET (publish = 'insert, update')";
+    fixture.client.batch_execute(change).await.unwrap();
+    let message = refusal(&plain).await;
+    let changed = "publication \"postbox\" is not what it was when the slot was set up";
+    assert_eq!(message, changed);
+    let right = "ALTER PUBLICATION postbox SET (publish = 'insert')";
+    fixture.client.batch_execute(right).await.unwrap();
 
     let drop = format!("SELECT pg_drop_replication_slot('{slot}')");
     fixture.client.batch_execute(&drop).await.unwrap();
