@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint
+.PHONY: help demo test campaign lint
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -15,6 +15,12 @@ test: ## Run all tests, on real Postgres and Kafka.
 	@test -n "$$DATABASE_URL" -a -n "$$KAFKA_BROKERS" || dev/fetch
 	cargo test --locked
 	cargo test --locked --no-default-features --lib
+
+campaign: ## Harm everything, at random but for SEED, in RUNS runs, JOBS at a time, and sum up what the oracle finds.
+	@dev/bootstrap
+	@dev/fetch
+	SEED=$(or $(SEED),1) RUNS=$(or $(RUNS),20) JOBS=$(or $(JOBS),3) \
+		cargo test --release --locked --test it -- --ignored --exact campaign::campaign_of_the_environment --nocapture
 
 lint: ## Check format, lints and docs.
 	@dev/bootstrap build

@@ -14,6 +14,7 @@
 //! 4. *duplicates*, records beyond an id's first, stay within the window of each
 //!    crash. How many that may be is for the caller to say.
 
+mod choices;
 mod reader;
 mod writers;
 
@@ -22,8 +23,9 @@ use std::fmt;
 
 use uuid::Uuid;
 
+pub use choices::Choices;
 pub use reader::{Reader, Seen};
-pub use writers::{Load, Writers, ledger, prepare};
+pub use writers::{Load, PAUSE_MAX, Writers, ledger, prepare};
 
 /// What was committed: the key and its version, by the event's id.
 pub type Ledger = HashMap<Uuid, (String, i64)>;
@@ -130,7 +132,7 @@ mod tests {
             .map(|&number| Seen {
                 id: id(number),
                 key: "a".to_owned(),
-                created_at_millis: 0,
+                timestamp_millis: 0,
             })
             .collect()
     }

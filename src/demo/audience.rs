@@ -84,7 +84,7 @@ impl Shared {
         self.with(|notes| {
             for record in records {
                 if notes.distinct.insert(record.id) {
-                    let created = Duration::from_millis(record.created_at_millis.unsigned_abs());
+                    let created = Duration::from_millis(record.timestamp_millis.unsigned_abs());
                     notes.latencies.push(now.saturating_sub(created));
                 }
                 notes.records.push(record);

@@ -17,8 +17,9 @@ pub struct Seen {
     pub id: Uuid,
     /// The record's key.
     pub key: String,
-    /// When the event was written, in milliseconds since 1970.
-    pub created_at_millis: i64,
+    /// The record's time, in milliseconds since 1970: when the event was written, or
+    /// when the broker took it, where the topic says so.
+    pub timestamp_millis: i64,
 }
 
 /// Reads a topic from its beginning, all partitions.
@@ -149,7 +150,7 @@ fn seen(message: &BorrowedMessage<'_>) -> Result<Seen> {
     Ok(Seen {
         id,
         key: String::from_utf8_lossy(key).into_owned(),
-        created_at_millis: message.timestamp().to_millis().unwrap_or(0),
+        timestamp_millis: message.timestamp().to_millis().unwrap_or(0),
     })
 }
 

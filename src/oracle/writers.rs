@@ -10,7 +10,7 @@ use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Statement, Transaction};
 use uuid::Uuid;
 
-use super::Ledger;
+use super::{Choices, Ledger};
 use crate::database::{self, Database};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -31,6 +31,14 @@ pub struct Load {
     pub rollback_percent: u64,
     /// How many events of a hundred are rolled back to a savepoint.
     pub savepoint_percent: u64,
+    /// How many transactions of a hundred stay open for up to [`PAUSE_MAX`] before
+    /// they end, while others begin and end.
+    pub pause_percent: u64,
+    /// How many transactions of a thousand raise every key at once,
+    /// `large_rounds` times each.
+    pub large_per_mille: u64,
+    /// How many events of each key a large transaction has.
+    pub large_rounds: i32,
     /// The most events a second, over all writers.
     pub events_per_second: f64,
     /// What the choices are drawn from: the same seed, the same choices.
@@ -48,11 +56,17 @@ impl Load {
             events_max: 10,
             rollback_percent: 10,
             savepoint_percent: 10,
+            pause_percent: 0,
+            large_per_mille: 0,
+            large_rounds: 0,
             events_per_second: f64::INFINITY,
             seed: 1,
         }
     }
 }
+
+/// How long a transaction that pauses may stay open.
+pub const PAUSE_MAX: Duration = Duration::from_millis(300);
 
 /// Sessions that write until they are stopped.
 pub struct Writers {
@@ -148,7 +162,7 @@ impl Writers {
 
 /// One session after another, until told to stop.
 async fn write(shared: Arc<Shared>, writer: u64) -> Result<()> {
-    let mut choices = Choices(shared.load.seed.wrapping_mul(1000) + writer);
+    let mut choices = Choices::new(shared.load.seed.wrapping_mul(1000) + writer);
     while !shared.stop.load(Ordering::Relaxed) {
         match session(&shared, &mut choices).await {
             // Deadlocks and servers that go away are part of the harm.
@@ -163,10 +177,20 @@ async fn write(shared: Arc<Shared>, writer: u64) -> Result<()> {
 
 async fn session(shared: &Shared, choices: &mut Choices) -> Result<()> {
     let mut session = shared.database.connect("postbox oracle").await?;
-    let insert = session.client.prepare(&insert(&shared.load.schema)).await;
-    let insert = insert.map_err(|error| database::sort("prepare to write", error))?;
+    let schema = &shared.load.schema;
+    let prepared = async {
+        let client = &session.client;
+        let insert = client.prepare(&insert(schema)).await?;
+        Ok((insert, client.prepare(&insert_large(schema)).await?))
+    };
+    let (insert, large) = prepared
+        .await
+        .map_err(|error| database::sort("prepare to write", error))?;
     while !shared.stop.load(Ordering::Relaxed) {
-        let written = transaction(shared, &mut session.client, &insert, choices).await;
+        let written = match choices.below(1000) < shared.load.large_per_mille {
+            true => large_transaction(shared, &session.client, &large).await,
+            false => transaction(shared, &mut session.client, &insert, choices).await,
+        };
         written.map_err(|error| database::sort("write events", error))?;
         shared.keep_rate().await;
     }
@@ -197,6 +221,10 @@ async fn transaction(
             kept += 1;
         }
     }
+    if choices.percent(load.pause_percent) {
+        let pause = PAUSE_MAX.mul_f64(choices.below(100) as f64 / 100.0);
+        tokio::time::sleep(pause).await;
+    }
     let undone = keys.len() as u64 - kept;
     if choices.percent(load.rollback_percent) {
         transaction.rollback().await?;
@@ -208,6 +236,18 @@ async fn transaction(
         shared.committed.fetch_add(kept, Ordering::Relaxed);
         shared.rolled_back.fetch_add(undone, Ordering::Relaxed);
     }
+    Ok(())
+}
+
+async fn large_transaction(
+    shared: &Shared,
+    client: &Client,
+    insert: &Statement,
+) -> Result<(), tokio_postgres::Error> {
+    let load = &shared.load;
+    let parameters: [&(dyn ToSql + Sync); 2] = [&load.large_rounds, &load.aggregate_type];
+    let events = client.execute(insert, &parameters).await?;
+    shared.committed.fetch_add(events, Ordering::Relaxed);
     Ok(())
 }
 
@@ -250,28 +290,28 @@ fn insert(schema: &str) -> String {
     )
 }
 
-fn oracle_schema(schema: &str) -> String {
-    escape_identifier(&format!("{schema}_oracle"))
+/// Many events of every key that there is. The keys are locked in the order in
+/// which other transactions lock them.
+fn insert_large(schema: &str) -> String {
+    let outbox = format!("{}.outbox", escape_identifier(schema));
+    let oracle = oracle_schema(schema);
+    format!(
+        "WITH locked AS MATERIALIZED (
+             SELECT key, version FROM {oracle}.key ORDER BY length(key), key FOR UPDATE
+         ), raised AS (
+             UPDATE {oracle}.key AS k SET version = k.version + $1::integer FROM locked WHERE k.key = locked.key
+             RETURNING k.key, k.version - $1::integer AS version
+         ), event AS (
+             INSERT INTO {outbox} (aggregate_type, aggregate_id, event_type, payload)
+             SELECT $2, key, 'order_changed', json_build_object('version', version + round, 'status', 'paid')
+             FROM raised, generate_series(1, $1::integer) AS round ORDER BY round
+             RETURNING id, aggregate_id, payload
+         )
+         INSERT INTO {oracle}.ledger
+         SELECT id, aggregate_id, (payload ->> 'version')::bigint FROM event"
+    )
 }
 
-/// SplitMix64 (Steele, Lea, Flood: "Fast Splittable Pseudorandom Number
-/// Generators"): small, and the same on every machine.
-struct Choices(u64);
-
-impl Choices {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
-    }
-
-    fn below(&mut self, limit: u64) -> u64 {
-        self.next() % limit.max(1)
-    }
-
-    fn percent(&mut self, percent: u64) -> bool {
-        self.below(100) < percent
-    }
+fn oracle_schema(schema: &str) -> String {
+    escape_identifier(&format!("{schema}_oracle"))
 }

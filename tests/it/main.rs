@@ -9,6 +9,7 @@
 
 mod support;
 
+mod campaign;
 mod cli;
 mod compose;
 mod emit;
@@ -16,8 +17,8 @@ mod examples;
 mod faults;
 mod http;
 mod poison;
-mod publisher;
 mod promotion;
+mod publisher;
 mod records;
 mod setup;
 mod stream;

@@ -78,6 +78,17 @@ impl Fixture {
         fixture
     }
 
+    /// On these servers, set up. They outlive the fixture.
+    pub(crate) async fn beside(postgres: &Server, brokers: &str) -> Self {
+        let addresses = Addresses {
+            database_url: socket_url(postgres),
+            brokers: brokers.to_owned(),
+        };
+        let fixture = Self::on(&addresses, None, None).await;
+        fixture.set_up().await;
+        fixture
+    }
+
     async fn on(addresses: &Addresses, postgres: Option<Server>, kafka: Option<Server>) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let number = COUNT.fetch_add(1, Ordering::Relaxed);

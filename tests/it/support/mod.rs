@@ -3,6 +3,7 @@
 mod addresses;
 mod command;
 mod fixture;
+mod proxy;
 mod psql;
 mod relay;
 
@@ -10,6 +11,7 @@ use std::time::{Duration, Instant};
 
 pub(crate) use command::{Output, postbox, run};
 pub(crate) use fixture::{Fixture, connect};
+pub(crate) use proxy::{Proxy, Weather};
 pub(crate) use psql::run_script;
 pub(crate) use relay::Relay;
 

@@ -1,0 +1,70 @@
+//! Seeded harm to relay, servers and network, and the oracle's verdict of each
+//! run. A seed that fails is run again with `make campaign SEED=n RUNS=1`.
+
+mod run;
+mod schedule;
+mod summary;
+mod world;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use run::{Outcome, run};
+use schedule::Schedule;
+use summary::Summary;
+use world::World;
+
+/// Runs these seeds, as many at a time as there are jobs, each with servers of its
+/// own.
+async fn campaign(first: u64, runs: u64, jobs: u64) -> Summary {
+    let next = std::sync::Arc::new(AtomicU64::new(first));
+    let mut tasks = tokio::task::JoinSet::new();
+    for _ in 0..jobs.min(runs) {
+        let next = std::sync::Arc::clone(&next);
+        tasks.spawn(async move {
+            let mut world = World::start().await;
+            let mut outcomes = Vec::new();
+            loop {
+                let seed = next.fetch_add(1, Ordering::Relaxed);
+                if seed >= first + runs {
+                    return outcomes;
+                }
+                // A run that panics must not end the others.
+                let task = async move { (run(&mut world, seed).await, world) };
+                match tokio::spawn(task).await {
+                    Ok((outcome, healed)) => {
+                        world = healed;
+                        summary::report(seed, &outcome);
+                        outcomes.push((seed, Some(outcome)));
+                    }
+                    Err(_) => {
+                        eprintln!("seed {seed}: failed");
+                        outcomes.push((seed, None));
+                        world = World::start().await;
+                    }
+                }
+            }
+        });
+    }
+    let mut summary = Summary::default();
+    while let Some(outcomes) = tasks.join_next().await {
+        for (seed, outcome) in outcomes.unwrap() {
+            summary.add(seed, outcome.as_ref());
+        }
+    }
+    summary
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+#[ignore = "takes as long as it is told to: make campaign"]
+async fn campaign_of_the_environment() {
+    let number = |name: &str, default: u64| match std::env::var(name) {
+        Ok(text) => text
+            .parse()
+            .unwrap_or_else(|_| panic!("{name}={text} is not a number")),
+        Err(_) => default,
+    };
+    let (first, runs) = (number("SEED", 1), number("RUNS", 20));
+    let summary = campaign(first, runs, number("JOBS", 3)).await;
+    println!("{summary}");
+    assert!(summary.is_clean(), "see the runs named above");
+}

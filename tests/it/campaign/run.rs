@@ -1,0 +1,289 @@
+//! One run: writers write, harm is done, and the oracle judges.
+
+use std::time::{Duration, Instant};
+
+use postbox::oracle::{self, Load, Reader, Seen, Verdict};
+use postbox::timestamp::Timestamp;
+use tokio::task::block_in_place;
+
+use super::schedule::{Action, BURST_EVENTS, Schedule};
+use super::world::World;
+use crate::support::{Fixture, PATIENCE, Relay};
+
+/// What a run has shown.
+#[derive(Debug)]
+pub(super) struct Outcome {
+    pub(super) verdict: Verdict,
+    /// How often a relay began to stream, after the first time.
+    pub(super) restarts: usize,
+    /// The most records repeated after one of them.
+    pub(super) repeated_max: usize,
+    /// How many may have been: see [`bound`].
+    pub(super) bound: usize,
+    /// The longest time in which nothing reached Kafka, harm included.
+    pub(super) longest_stall: Duration,
+}
+
+const STATUS_INTERVAL: Duration = Duration::from_millis(50);
+
+/// What a timer may be late on a busy machine.
+const LATE: Duration = Duration::from_millis(500);
+
+/// How long a relay without harm may take until everything is confirmed.
+const RECOVERY_MAX: Duration = Duration::from_secs(120);
+
+struct Run<'w> {
+    world: &'w mut World,
+    fixture: Fixture,
+    schedule: Schedule,
+    relays: Vec<Relay>,
+    /// The logs of those that ended.
+    logs: Vec<String>,
+    frozen: Option<u32>,
+}
+
+/// Runs the schedule of this seed.
+pub(super) async fn run(world: &mut World, seed: u64) -> Outcome {
+    world.heal();
+    let fixture = world.fixture().await;
+    let schedule = Schedule::draw(seed, fixture.load());
+    let mut run = Run {
+        world,
+        fixture,
+        schedule,
+        relays: Vec::new(),
+        logs: Vec::new(),
+        frozen: None,
+    };
+    run.start_relay();
+    run.relays[0].wait_for_log("streaming").await;
+    let load = run.schedule.load.clone();
+    let writers = run.fixture.writers(load);
+    let start = Instant::now();
+    for step in run.schedule.steps.clone() {
+        tokio::time::sleep(step.at.saturating_sub(start.elapsed())).await;
+        run.apply(step.action).await;
+    }
+    run.heal().await;
+    writers.stop().await.unwrap();
+    run.judge().await
+}
+
+impl Run<'_> {
+    fn start_relay(&mut self) {
+        let url = self.world.relay_url(&self.fixture);
+        let in_flight_max = self.schedule.in_flight_max.to_string();
+        let flags = [
+            "--database-url",
+            &url,
+            "--in-flight-max",
+            &in_flight_max,
+            "--wal-sender-timeout",
+            "2s",
+            "--heartbeat-interval",
+            "1s",
+        ];
+        self.relays.push(Relay::start(&self.fixture, &flags));
+    }
+
+    async fn apply(&mut self, action: Action) {
+        match action {
+            Action::KillRelay => {
+                self.kill_relay();
+                self.start_relay();
+            }
+            Action::KillOneOfTwo => {
+                self.kill_relay();
+                if self.relays.is_empty() {
+                    self.start_relay();
+                }
+            }
+            Action::EndRelay => {
+                self.end_relay();
+                self.start_relay();
+            }
+            Action::FreezeRelay => self.freeze(),
+            Action::WakeRelay => self.wake(),
+            Action::SecondRelay => {
+                if self.relays.len() < 2 {
+                    self.start_relay();
+                }
+            }
+            Action::TerminateWalsender => self.terminate_walsender().await,
+            Action::StopPostgres(how) => self.world.stop_postgres(how),
+            Action::StartPostgres => self.world.start_postgres(),
+            Action::StopKafka(how) => self.world.stop_kafka(how),
+            Action::StartKafka => self.world.start_kafka(),
+            Action::PauseKafka => self.world.pause_kafka(),
+            Action::ResumeKafka => self.world.resume_kafka(),
+            Action::Network(side, weather) => self.world.proxy(side).weather(weather),
+            Action::Cut(side) => self.world.proxy(side).cut(),
+            Action::Burst => self.burst().await,
+        }
+        for relay in &mut self.relays {
+            assert!(relay.is_running(), "ended by itself:\n{}", relay.log());
+        }
+    }
+
+    fn kill_relay(&mut self) {
+        let relay = self.relays.remove(0);
+        self.frozen.take_if(|pid| *pid == relay.pid());
+        self.logs.push(relay.log());
+        relay.kill();
+    }
+
+    /// SIGTERM to all; it may take as long as what it waits for is away, so it is
+    /// not waited for: the next relay stands by.
+    fn end_relay(&mut self) {
+        self.wake();
+        let mut relay = self.relays.remove(0);
+        relay.signal("TERM");
+        let deadline = Instant::now() + Duration::from_secs(1);
+        while relay.is_running() && Instant::now() < deadline {
+            block_in_place(|| std::thread::sleep(Duration::from_millis(10)));
+        }
+        self.logs.push(relay.log());
+    }
+
+    fn freeze(&mut self) {
+        if self.frozen.is_none() {
+            self.relays[0].signal("STOP");
+            self.frozen = Some(self.relays[0].pid());
+        }
+    }
+
+    fn wake(&mut self) {
+        let frozen = self.frozen.take();
+        for relay in &self.relays {
+            if Some(relay.pid()) == frozen {
+                relay.signal("CONT");
+            }
+        }
+    }
+
+    async fn terminate_walsender(&self) {
+        if !self.world.postgres_runs() {
+            return;
+        }
+        let sql = "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = $1 AND active";
+        if let Ok(session) = self.fixture.database.connect("postbox campaign").await {
+            let _ = session
+                .client
+                .execute(sql, &[&self.fixture.contract.slot])
+                .await;
+        }
+    }
+
+    async fn burst(&self) {
+        if !self.world.postgres_runs() {
+            return;
+        }
+        let load = Load {
+            seed: self.schedule.seed + 1_000_000,
+            writers: 1,
+            large_per_mille: 1000,
+            large_rounds: BURST_EVENTS / self.schedule.load.keys as i32,
+            events_per_second: 1.0,
+            ..self.schedule.load.clone()
+        };
+        let writers = self.fixture.writers(load);
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        // It ends with its first transaction.
+        writers.stop().await.unwrap();
+    }
+
+    async fn heal(&mut self) {
+        self.world.heal();
+        self.wake();
+        self.fixture.reconnect().await;
+    }
+
+    async fn judge(mut self) -> Outcome {
+        let end = self.fixture.wal_end().await;
+        let deadline = Instant::now() + RECOVERY_MAX;
+        while self.fixture.confirmed().await < end {
+            for relay in &mut self.relays {
+                assert!(relay.is_running(), "ended by itself:\n{}", relay.log());
+            }
+            assert!(
+                Instant::now() < deadline,
+                "not confirmed within {RECOVERY_MAX:?}:\n{}",
+                self.relays.iter().map(Relay::log).collect::<String>()
+            );
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        for relay in self.relays.drain(..) {
+            self.logs.push(relay.log());
+            relay.drain().await;
+        }
+        let ledger = self.fixture.ledger().await;
+        let records = self.records().await;
+        let mut starts: Vec<i64> = self.logs.iter().flat_map(|log| starts(log)).collect();
+        starts.sort_unstable();
+        let (repeated_max, bound) = self.repeated(&records, &starts);
+        let mut times: Vec<i64> = records.iter().map(|seen| seen.timestamp_millis).collect();
+        times.sort_unstable();
+        let gaps = times.windows(2).map(|pair| pair[1] - pair[0]);
+        let stall = gaps.max().unwrap_or(0).unsigned_abs();
+        Outcome {
+            verdict: oracle::judge(&ledger, &records),
+            restarts: starts.len().saturating_sub(1),
+            repeated_max,
+            bound,
+            longest_stall: Duration::from_millis(stall),
+        }
+    }
+
+    async fn records(&self) -> Vec<Seen> {
+        let (kafka, topic) = (self.fixture.kafka_settings(), self.fixture.topic.clone());
+        let read = tokio::task::spawn_blocking(move || {
+            Reader::open(&kafka, &topic, Instant::now() + PATIENCE)?.read_to_end()
+        });
+        read.await.unwrap().unwrap()
+    }
+
+    /// The most records that were repeated after one restart, and how many it may
+    /// have been: what may be in flight, the largest transaction, and what was
+    /// delivered within one status interval before the restart.
+    fn repeated(&self, records: &[Seen], starts: &[i64]) -> (usize, usize) {
+        let mut seen = std::collections::HashSet::new();
+        let mut repeated = vec![0; starts.len() + 1];
+        let attempt = |millis: i64| starts.partition_point(|start| *start <= millis);
+        let mut in_order: Vec<&Seen> = records.iter().collect();
+        in_order.sort_by_key(|record| record.timestamp_millis);
+        for record in &in_order {
+            if !seen.insert(record.id) {
+                repeated[attempt(record.timestamp_millis)] += 1;
+            }
+        }
+        let mut bound = 0;
+        let window = (STATUS_INTERVAL + LATE).as_millis() as i64;
+        for start in starts {
+            let before = in_order.partition_point(|record| record.timestamp_millis < *start);
+            let last = before
+                .checked_sub(1)
+                .map_or(0, |at| in_order[at].timestamp_millis);
+            let from = in_order.partition_point(|record| record.timestamp_millis < last - window);
+            bound = bound.max(before - from);
+        }
+        let load = &self.schedule.load;
+        let large = u64::from(load.large_rounds.unsigned_abs()) * load.keys;
+        let transaction = large
+            .max(load.events_max)
+            .max(BURST_EVENTS.unsigned_abs().into());
+        let bound = bound + self.schedule.in_flight_max + transaction as usize;
+        (repeated.into_iter().max().unwrap_or(0), bound)
+    }
+}
+
+/// When the relay of this log began to stream, in milliseconds since 1970.
+fn starts(log: &str) -> Vec<i64> {
+    let lines = log.lines().filter(|line| line.contains(" INFO streaming "));
+    lines
+        .map(|line| {
+            let time = line.split_whitespace().next().unwrap_or_default();
+            let time = time.replace('T', " ").replace('Z', "+00");
+            Timestamp::parse(&time).unwrap().unix_millis()
+        })
+        .collect()
+}

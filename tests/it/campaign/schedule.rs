@@ -1,0 +1,178 @@
+//! What is done to a relay and its servers, and when: all drawn from a seed.
+
+use std::fmt;
+use std::time::Duration;
+
+use postbox::oracle::{Choices, Load};
+
+use crate::support::Weather;
+
+/// One run: the same seed, the same schedule.
+#[derive(Debug, Clone)]
+pub(super) struct Schedule {
+    pub(super) seed: u64,
+    pub(super) load: Load,
+    pub(super) in_flight_max: usize,
+    pub(super) steps: Vec<Step>,
+}
+
+/// Something that is done so long after the start.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Step {
+    pub(super) at: Duration,
+    pub(super) action: Action,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Action {
+    /// SIGKILL of a relay, and a new one.
+    KillRelay,
+    /// SIGKILL of a relay where another stands by; else as `KillRelay`.
+    KillOneOfTwo,
+    /// SIGTERM of a relay, and a new one.
+    EndRelay,
+    FreezeRelay,
+    WakeRelay,
+    /// One more relay on the same slot.
+    SecondRelay,
+    TerminateWalsender,
+    StopPostgres(&'static str),
+    StartPostgres,
+    StopKafka(&'static str),
+    StartKafka,
+    PauseKafka,
+    ResumeKafka,
+    /// What happens to the bytes between relay and server.
+    Network(Side, Weather),
+    Cut(Side),
+    /// Many events at once.
+    Burst,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Side {
+    Postgres,
+    Kafka,
+}
+
+/// How long writers write.
+const LENGTH: Duration = Duration::from_secs(6);
+
+/// How many events a burst has.
+pub(super) const BURST_EVENTS: i32 = 5_000;
+
+impl Schedule {
+    pub(super) fn draw(seed: u64, mut load: Load) -> Self {
+        let mut choices = Choices::new(seed);
+        load.seed = seed;
+        load.writers = choices.between(2, 6) as usize;
+        load.keys = choices.between(1, 60);
+        load.events_max = choices.of(&[1, 5, 40]);
+        load.rollback_percent = choices.between(0, 30);
+        load.savepoint_percent = choices.between(0, 30);
+        load.pause_percent = choices.of(&[0, 2, 10]);
+        load.large_per_mille = choices.of(&[0, 2, 10]);
+        load.large_rounds = choices.between(20, 60) as i32;
+        load.events_per_second = choices.of(&[500.0, 2_000.0, 5_000.0]);
+        let in_flight_max = choices.of(&[20, 500, 10_000]);
+        let mut steps = Vec::new();
+        for _ in 0..choices.between(3, 7) {
+            harm(&mut choices, &mut steps);
+        }
+        steps.sort_by_key(|step| step.at);
+        Self {
+            seed,
+            load,
+            in_flight_max,
+            steps,
+        }
+    }
+}
+
+/// A harm and, where it does not pass by itself, its end.
+fn harm(choices: &mut Choices, steps: &mut Vec<Step>) {
+    let at = Duration::from_millis(choices.below(LENGTH.as_millis() as u64));
+    let mut step = |after: u64, action| {
+        let at = at + Duration::from_millis(after);
+        steps.push(Step { at, action });
+    };
+    // Beyond what either side waits for a sign of life, or below it.
+    let lasting = choices.of(&[200, 1_000, 2_500, 6_000]);
+    let side = choices.of(&[Side::Postgres, Side::Kafka]);
+    match choices.below(16) {
+        0..=1 => step(0, Action::KillRelay),
+        2 => step(0, Action::EndRelay),
+        3 => {
+            step(0, Action::FreezeRelay);
+            step(lasting, Action::WakeRelay);
+        }
+        4 => {
+            step(0, Action::SecondRelay);
+            step(lasting, Action::KillOneOfTwo);
+        }
+        5 => {
+            step(0, Action::SecondRelay);
+            step(500, Action::FreezeRelay);
+            step(6_000, Action::WakeRelay);
+        }
+        6 => step(0, Action::TerminateWalsender),
+        7 => {
+            step(
+                0,
+                Action::StopPostgres(choices.of(&["fast", "immediate", "kill"])),
+            );
+            step(lasting.min(1_000), Action::StartPostgres);
+        }
+        8 => {
+            step(0, Action::StopKafka(choices.of(&["kill", "fast"])));
+            step(lasting.min(1_000), Action::StartKafka);
+        }
+        9 => {
+            step(0, Action::PauseKafka);
+            step(lasting, Action::ResumeKafka);
+        }
+        10 => step(0, Action::Cut(side)),
+        11 => {
+            // In the middle of a message.
+            step(0, Action::Network(side, Weather::Stalled));
+            step(20, Action::Cut(side));
+            step(20, Action::Network(side, Weather::Fair));
+        }
+        12 => {
+            step(0, Action::Network(side, Weather::Stalled));
+            step(lasting, Action::Network(side, Weather::Fair));
+        }
+        13 => {
+            let delay = Duration::from_millis(choices.between(5, 200));
+            step(0, Action::Network(side, Weather::Slow(delay)));
+            step(lasting, Action::Network(side, Weather::Fair));
+        }
+        14 => {
+            step(0, Action::Burst);
+            step(choices.between(10, 300), Action::KillRelay);
+        }
+        _ => step(0, Action::Burst),
+    }
+}
+
+impl fmt::Display for Schedule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (seed, load) = (self.seed, &self.load);
+        writeln!(
+            f,
+            "seed {seed}: {} writers, {} keys, up to {} events a transaction, {} events/s, in flight {}",
+            load.writers, load.keys, load.events_max, load.events_per_second, self.in_flight_max
+        )?;
+        for step in &self.steps {
+            writeln!(f, "  {:>6} ms  {:?}", step.at.as_millis(), step.action)?;
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn the_same_seed_draws_the_same_schedule() {
+    let draw = |seed| Schedule::draw(seed, Load::new("postbox", "topic")).to_string();
+    assert_eq!(draw(7), draw(7));
+    assert_ne!(draw(7), draw(8));
+}
