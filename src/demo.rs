@@ -63,8 +63,10 @@ impl Demo {
     /// Runs the demo and prints what happens on stdout.
     ///
     /// # Errors
-    /// If a server does not start, or the oracle's verdict is guilty.
+    /// If an address is malformed, a server does not start, or the oracle's verdict
+    /// is guilty.
     pub async fn run(&self) -> Result<()> {
+        self.check()?;
         let mut screen = Screen::new();
         screen.title("postbox demo: orders committed in Postgres arrive in Kafka");
         let stage = self.set_up(&mut screen).await?;
@@ -77,6 +79,17 @@ impl Demo {
         }
         let message = format!("the oracle found a defect: {verdict}");
         Err(Error::new(ErrorKind::Unexpected, message))
+    }
+
+    /// What is wrong with an address shows before a server is started.
+    fn check(&self) -> Result<()> {
+        if let Some(url) = &self.database_url {
+            Database::resolve(Some(url), &environment)?;
+        }
+        match &self.brokers {
+            Some(brokers) => kafka(brokers).check(),
+            None => Ok(()),
+        }
     }
 
     async fn set_up(&self, screen: &mut Screen) -> Result<Stage> {
@@ -104,14 +117,10 @@ impl Demo {
         };
         // Names of our own, so that a user's servers keep theirs.
         let name = format!("postbox_demo_{}", std::process::id());
-        let environment = |name: &str| std::env::var(name).ok();
         let stage = Stage {
             database: Database::resolve(Some(&database_url), &environment)?,
             database_url,
-            kafka: KafkaSettings {
-                brokers,
-                properties: Vec::new(),
-            },
+            kafka: kafka(&brokers),
             contract: Contract::new(&name, &name, &name)?,
             topic: format!("orders-{}", std::process::id()),
             _servers: servers,
@@ -173,6 +182,17 @@ impl Demo {
         let verdict = oracle::judge(&ledger, &audience.leave()?);
         let confirmed_late = self.events_per_second.min(100_000.0) / 10.0;
         Ok((verdict, IN_FLIGHT_MAX + confirmed_late as usize))
+    }
+}
+
+fn environment(name: &str) -> Option<String> {
+    std::env::var(name).ok()
+}
+
+fn kafka(brokers: &str) -> KafkaSettings {
+    KafkaSettings {
+        brokers: brokers.to_owned(),
+        properties: Vec::new(),
     }
 }
 

@@ -28,6 +28,7 @@
 //!
 //! The publisher never sees an LSN.
 
+mod brokers;
 mod partitioner;
 mod reports;
 mod settings;

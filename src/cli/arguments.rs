@@ -77,7 +77,8 @@ impl ContractArguments {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Kafka")]
 pub(super) struct KafkaArguments {
-    /// Brokers to ask first: host:port,host:port.
+    /// Brokers to ask first: host:port,host:port. A port is 1 to 65535, and 9092 if it is left out; an
+    /// IPv6 address stands in brackets.
     #[arg(long, env = "POSTBOX_BROKERS", value_name = "LIST")]
     brokers: String,
 
@@ -98,14 +99,6 @@ pub(super) struct KafkaArguments {
 
 impl KafkaArguments {
     pub(super) fn resolve(&self) -> postbox::Result<KafkaSettings> {
-        if self
-            .brokers
-            .split(',')
-            .all(|broker| broker.trim().is_empty())
-        {
-            let message = "--brokers names none: use host:port,host:port";
-            return Err(Error::new(ErrorKind::Settings, message));
-        }
         // A block of text in a variable has an end of line at its end.
         let lines = self
             .properties

@@ -5,12 +5,13 @@ use rdkafka::ClientConfig;
 use rdkafka::error::KafkaError;
 use rdkafka::producer::BaseProducer;
 
+use super::brokers;
 use crate::error::{Error, ErrorKind, Result};
 
 /// Where the brokers are and how to talk to them.
 #[derive(Clone, Default)]
 pub struct KafkaSettings {
-    /// `host:port,…`, any part of the cluster.
+    /// `host:port,…`, any part of the cluster; without a port it is 9092.
     pub brokers: String,
     /// Anything else that librdkafka knows, such as `security.protocol`.
     pub properties: Vec<(String, String)>,
@@ -98,11 +99,12 @@ const DEFAULTS: &[(&[&str], &str)] = &[
 pub const BATCH_BYTES: usize = 1_000_000;
 
 impl KafkaSettings {
-    /// Checks every property, and how they go together, as librdkafka does when it
+    /// Checks the brokers' form, every property, and how they go together, as librdkafka does when it
     /// makes a client. Nothing is sent.
     ///
     /// # Errors
-    /// If one is unknown, malformed, or fights a promise.
+    /// If a broker is malformed, or a property is unknown, malformed, or fights a
+    /// promise.
     pub fn check(&self) -> Result<()> {
         let config = self.producer(BATCH_BYTES)?;
         config.create::<BaseProducer>().map_err(invalid)?;
@@ -127,9 +129,12 @@ impl KafkaSettings {
     }
 
     /// What any client is made of: the brokers and the user's properties.
+    ///
+    /// # Errors
+    /// If a broker is malformed, or a property fights a promise.
     pub fn client(&self) -> Result<ClientConfig> {
         let mut config = ClientConfig::new();
-        config.set("bootstrap.servers", &self.brokers);
+        config.set("bootstrap.servers", brokers::check(&self.brokers)?);
         for (name, value) in &self.properties {
             refuse(name, value)?;
             config.set(name, value);
