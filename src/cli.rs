@@ -5,6 +5,7 @@ mod completions;
 #[cfg(feature = "demo")]
 mod demo;
 mod logging;
+mod quantity;
 mod relay;
 mod setup;
 

@@ -1,8 +1,5 @@
 //! Arguments that several commands share.
 
-use std::num::NonZeroUsize;
-use std::time::Duration;
-
 use clap::Args;
 use postbox::contract::Contract;
 use postbox::database::Database;
@@ -40,7 +37,7 @@ impl DatabaseArguments {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Names")]
 pub(super) struct ContractArguments {
-    /// The schema that holds the outbox.
+    /// The schema that holds the outbox; 1 to 63 bytes.
     #[arg(
         long,
         env = "POSTBOX_SCHEMA",
@@ -58,7 +55,7 @@ pub(super) struct ContractArguments {
     )]
     slot: String,
 
-    /// The publication of the outbox.
+    /// The publication of the outbox; 1 to 63 bytes.
     #[arg(
         long,
         env = "POSTBOX_PUBLICATION",
@@ -125,69 +122,4 @@ fn property(text: &str) -> postbox::Result<(String, String)> {
             Err(Error::new(ErrorKind::Settings, message))
         }
     }
-}
-
-/// A time as `10s`, `500ms` or `2m`.
-pub(super) fn duration(text: &str) -> Result<Duration, String> {
-    let digits = text
-        .find(|c: char| !c.is_ascii_digit())
-        .unwrap_or(text.len());
-    let (number, unit) = text.split_at(digits);
-    let number: u64 = number
-        .parse()
-        .map_err(|_| format!("\"{text}\" is not a time: use 500ms, 10s or 2m"))?;
-    let millis = match unit {
-        "ms" => 1,
-        "s" => 1000,
-        "m" => 60_000,
-        _ => return Err(format!("\"{text}\" has no unit: use ms, s or m")),
-    };
-    let millis = number
-        .checked_mul(millis)
-        .ok_or_else(|| format!("\"{text}\" is too long"))?;
-    Ok(Duration::from_millis(millis))
-}
-
-/// A time as people write it.
-pub(super) fn in_words(time: Duration) -> String {
-    let millis = time.as_millis();
-    match millis {
-        0 => "0s".to_owned(),
-        _ if millis.is_multiple_of(60_000) => format!("{}m", millis / 60_000),
-        _ if millis.is_multiple_of(1000) => format!("{}s", millis / 1000),
-        _ => format!("{millis}ms"),
-    }
-}
-
-/// A number of events that lets at least one pass.
-pub(super) fn events(text: &str) -> Result<NonZeroUsize, String> {
-    let number: usize = text
-        .parse()
-        .map_err(|_| format!("\"{text}\" is not a number of events"))?;
-    NonZeroUsize::new(number).ok_or_else(|| "lets no event pass: use at least 1".to_owned())
-}
-
-/// A number of bytes as `65536`, `64KiB` or `32MiB`.
-pub(super) fn bytes(text: &str) -> Result<usize, String> {
-    let digits = text
-        .find(|c: char| !c.is_ascii_digit())
-        .unwrap_or(text.len());
-    let (number, unit) = text.split_at(digits);
-    let number: usize = number
-        .parse()
-        .map_err(|_| format!("\"{text}\" is not a size: use 65536, 64KiB or 32MiB"))?;
-    let scale = match unit {
-        "" => 1,
-        "KiB" => 1 << 10,
-        "MiB" => 1 << 20,
-        "GiB" => 1 << 30,
-        _ => {
-            return Err(format!(
-                "\"{text}\" has an unknown unit: use KiB, MiB or GiB"
-            ));
-        }
-    };
-    number
-        .checked_mul(scale)
-        .ok_or_else(|| format!("\"{text}\" is too large"))
 }

@@ -1,13 +1,12 @@
 //! `postbox relay`.
 
 use std::net::SocketAddr;
-use std::num::NonZeroUsize;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use clap::{Args, ValueEnum};
+use clap::{Args, ValueEnum, value_parser};
 use postbox::envelope::{Format, Route};
 use postbox::health::Health;
 use postbox::http::{self, Endpoints};
@@ -19,9 +18,8 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{oneshot, watch};
 use tracing::{info, warn};
 
-use super::arguments::{
-    ContractArguments, DatabaseArguments, KafkaArguments, bytes, duration, events, in_words,
-};
+use super::arguments::{ContractArguments, DatabaseArguments, KafkaArguments};
+use super::quantity::{in_words, size, time};
 
 /// Carries committed events to Kafka until it is told to stop.
 ///
@@ -29,6 +27,8 @@ use super::arguments::{
 /// errors that waiting does not mend. A second relay on the same slot stands by. SIGTERM and SIGINT
 /// drain: it reads on to the end of the transaction, delivers, confirms, and exits with 0; nothing is
 /// repeated then. A second signal, half a second later or more, ends it at once.
+///
+/// A TIME is a whole number of ms, s, m, h or d; a SIZE is one of bytes, KiB, MiB or GiB.
 #[derive(Debug, Args)]
 pub(super) struct RelayCommand {
     /// How events are read.
@@ -50,7 +50,8 @@ pub(super) struct RelayCommand {
     #[command(flatten)]
     tuning: TuningArguments,
 
-    /// Where /metrics, /healthz and /readyz are served; none turns them off.
+    /// Where /metrics, /healthz and /readyz are served: ADDRESS:PORT, port 0 takes a free one; none
+    /// turns them off.
     ///
     /// /readyz is green while events flow or there are none, and says in its body why it is not.
     #[arg(
@@ -82,7 +83,7 @@ struct RecordArguments {
     format: Format,
 
     /// The topic of an event whose row names none; {aggregate_type} and {event_type} stand for the
-    /// event's.
+    /// event's. A topic's name is 1 to 249 of a-z, A-Z, 0-9, ".", "_" and "-".
     #[arg(
         long,
         env = "POSTBOX_ROUTE",
@@ -95,70 +96,74 @@ struct RecordArguments {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Limits")]
 struct TuningArguments {
-    /// The most events sent and not yet acknowledged. A crash may repeat as many.
+    /// The most events sent and not yet acknowledged, or held behind one that is not; 1 to 1000000.
+    /// A crash may repeat as many.
     #[arg(
         long,
         env = "POSTBOX_IN_FLIGHT_MAX",
         default_value = "10000",
-        value_parser = events,
+        value_parser = value_parser!(u32).range(1..=1_000_000),
         value_name = "EVENTS"
     )]
-    in_flight_max: NonZeroUsize,
+    in_flight_max: u32,
 
-    /// The most bytes sent and not yet acknowledged; KiB, MiB or GiB. One larger event passes alone.
-    #[arg(long, env = "POSTBOX_IN_FLIGHT_BYTES_MAX", default_value = "32MiB", value_parser = bytes, value_name = "SIZE")]
-    in_flight_bytes_max: usize,
+    /// The most bytes of them; 1 to 1GiB. One larger event passes alone.
+    #[arg(
+        long,
+        env = "POSTBOX_IN_FLIGHT_BYTES_MAX",
+        default_value = "32MiB",
+        // With one larger event, within what librdkafka's queue can be told to hold.
+        value_parser = size(1..=1 << 30),
+        value_name = "SIZE"
+    )]
+    in_flight_bytes_max: u32,
 
-    /// How often progress is told to Postgres; 10ms to 10s. A crash repeats what was delivered since.
-    #[arg(long, env = "POSTBOX_STATUS_INTERVAL", default_value = "50ms", value_parser = duration, value_name = "TIME")]
+    /// How often progress is told to Postgres; 10ms to 10s, and half of --wal-sender-timeout at most.
+    /// A crash repeats what was delivered since.
+    #[arg(
+        long,
+        env = "POSTBOX_STATUS_INTERVAL",
+        default_value = "50ms",
+        value_parser = time(Duration::from_millis(10)..=Duration::from_secs(10)),
+        value_name = "TIME"
+    )]
     status_interval: Duration,
 
     /// How often the publication is checked and, after events, a fence for recovery is written; 1s to
     /// 10m.
-    #[arg(long, env = "POSTBOX_HEARTBEAT_INTERVAL", default_value = "10s", value_parser = duration, value_name = "TIME")]
+    #[arg(
+        long,
+        env = "POSTBOX_HEARTBEAT_INTERVAL",
+        default_value = "10s",
+        value_parser = time(Duration::from_secs(1)..=Duration::from_secs(600)),
+        value_name = "TIME"
+    )]
     heartbeat_interval: Duration,
 
     /// After how long without a sign of life Postgres and the relay give each other up; 1s to 10m.
-    #[arg(long, env = "POSTBOX_WAL_SENDER_TIMEOUT", default_value = "8s", value_parser = duration, value_name = "TIME")]
+    #[arg(
+        long,
+        env = "POSTBOX_WAL_SENDER_TIMEOUT",
+        default_value = "8s",
+        value_parser = time(Duration::from_secs(1)..=Duration::from_secs(600)),
+        value_name = "TIME"
+    )]
     wal_sender_timeout: Duration,
 
-    /// How long a stop may take to drain. If it is not enough, the exit code is 9 and events repeat.
-    #[arg(long, env = "POSTBOX_SHUTDOWN_TIMEOUT", default_value = "30s", value_parser = duration, value_name = "TIME")]
+    /// How long a stop may take to drain; 0ms to 1h. If it is not enough, the exit code is 9 and events
+    /// repeat.
+    #[arg(
+        long,
+        env = "POSTBOX_SHUTDOWN_TIMEOUT",
+        default_value = "30s",
+        value_parser = time(Duration::ZERO..=Duration::from_secs(3600)),
+        value_name = "TIME"
+    )]
     shutdown_timeout: Duration,
 }
 
 impl TuningArguments {
     fn check(&self) -> postbox::Result<()> {
-        let second = Duration::from_secs(1);
-        let intervals = [
-            (
-                "status-interval",
-                self.status_interval,
-                second / 100..=second * 10,
-            ),
-            (
-                "heartbeat-interval",
-                self.heartbeat_interval,
-                second..=second * 600,
-            ),
-            (
-                "wal-sender-timeout",
-                self.wal_sender_timeout,
-                second..=second * 600,
-            ),
-        ];
-        for (flag, value, allowed) in intervals {
-            if !allowed.contains(&value) {
-                let (least, most) = allowed.into_inner();
-                let [value, least, most] = [value, least, most].map(in_words);
-                let message = format!("--{flag} {value} is out of range: {least} to {most}");
-                return Err(Error::new(ErrorKind::Settings, message));
-            }
-        }
-        if self.in_flight_bytes_max == 0 {
-            let message = "--in-flight-bytes-max 0 lets no event pass: use at least 1";
-            return Err(Error::new(ErrorKind::Settings, message));
-        }
         if self.status_interval * 2 > self.wal_sender_timeout {
             let message = format!(
                 "--status-interval {} fights --wal-sender-timeout {}: it may be half of it at most",
@@ -201,8 +206,8 @@ impl RelayCommand {
             database: self.database.resolve()?,
             format: self.records.format,
             route: self.records.route.clone(),
-            in_flight_max: self.tuning.in_flight_max.get(),
-            in_flight_bytes_max: self.tuning.in_flight_bytes_max,
+            in_flight_max: self.tuning.in_flight_max as usize,
+            in_flight_bytes_max: self.tuning.in_flight_bytes_max as usize,
             status_interval: self.tuning.status_interval,
             heartbeat_interval: self.tuning.heartbeat_interval,
             wal_sender_timeout: self.tuning.wal_sender_timeout,

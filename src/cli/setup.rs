@@ -1,5 +1,6 @@
 //! `postbox setup`.
 
+use clap::builder::BoolishValueParser;
 use clap::{Args, ValueEnum};
 use postbox::setup::{self, SetupOptions};
 
@@ -18,15 +19,16 @@ pub(super) struct SetupCommand {
     #[command(flatten)]
     contract: ContractArguments,
 
-    /// Print the SQL for a database administrator instead of running it.
-    #[arg(long, env = "POSTBOX_PRINT")]
+    /// Print the SQL for a database administrator instead of running it. The variable is true or
+    /// false.
+    #[arg(long, env = "POSTBOX_PRINT", value_parser = BoolishValueParser::new())]
     print: bool,
 
-    /// Grant an existing role exactly what `postbox relay` needs.
+    /// Grant an existing role exactly what `postbox relay` needs; 1 to 63 bytes.
     #[arg(long, env = "POSTBOX_GRANT_TO", value_name = "ROLE")]
     grant_to: Option<String>,
 
-    /// Grant an existing role what an application needs to write events.
+    /// Grant an existing role what an application needs to write events; 1 to 63 bytes.
     #[arg(long, env = "POSTBOX_GRANT_WRITER_TO", value_name = "ROLE")]
     grant_writer_to: Option<String>,
 
