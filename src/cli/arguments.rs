@@ -1,5 +1,7 @@
 //! Arguments that several commands share.
 
+use std::env::VarError;
+
 use clap::Args;
 use postbox::contract::Contract;
 use postbox::database::Database;
@@ -81,45 +83,102 @@ pub(super) struct KafkaArguments {
 
     /// A librdkafka property, such as -X security.protocol=SASL_SSL. Repeatable.
     ///
-    /// In the variable: one a line. Properties that carry a promise (acks, enable.idempotence,
+    /// In the variable: one a line, and a PEM block goes on to its -----END line. Certificates and
+    /// keys can stay in files: ssl.ca.location, ssl.certificate.location, ssl.key.location. Flags
+    /// replace the variable as a whole. Properties that carry a promise (acks, enable.idempotence,
     /// message.timeout.ms, …) cannot be weakened.
-    #[arg(
-        short = 'X',
-        long = "kafka-property",
-        env = "POSTBOX_KAFKA_PROPERTY",
-        hide_env_values = true,
-        value_name = "KEY=VALUE",
-        value_delimiter = '\n'
-    )]
+    ///
+    /// [env: POSTBOX_KAFKA_PROPERTY]
+    // Not a variable of clap's, which cannot tell a line of it from a flag's value.
+    #[arg(short = 'X', long = "kafka-property", value_name = "KEY=VALUE")]
     properties: Vec<String>,
 }
 
+const PROPERTIES: &str = "POSTBOX_KAFKA_PROPERTY";
+
 impl KafkaArguments {
     pub(super) fn resolve(&self) -> postbox::Result<KafkaSettings> {
-        // A block of text in a variable has an end of line at its end.
-        let lines = self
-            .properties
-            .iter()
-            .filter(|line| !line.trim().is_empty());
+        let properties = match std::env::var(PROPERTIES) {
+            _ if !self.properties.is_empty() => self.properties.clone(),
+            Ok(text) => lines(&text)?,
+            Err(VarError::NotPresent) => Vec::new(),
+            Err(VarError::NotUnicode(_)) => {
+                return Err(settings(format!("{PROPERTIES} is not UTF-8")));
+            }
+        };
+        let properties = properties.iter().map(|text| property(text));
         let settings = KafkaSettings {
             brokers: self.brokers.clone(),
-            properties: lines.map(|line| property(line)).collect::<Result<_, _>>()?,
+            properties: properties.collect::<Result<_, _>>()?,
         };
         settings.check()?;
         Ok(settings)
     }
 }
 
+/// The properties of a text: one a line, but for PEM blocks, whose lines belong to
+/// the property before them.
+fn lines(text: &str) -> postbox::Result<Vec<String>> {
+    let mut properties: Vec<String> = Vec::new();
+    let mut in_block = false;
+    for line in text.lines().filter(|line| !line.trim().is_empty()) {
+        let begins = line.contains("-----BEGIN ");
+        match properties.last_mut() {
+            Some(property) if in_block || line.starts_with("-----BEGIN ") => {
+                property.push('\n');
+                property.push_str(line);
+            }
+            _ => properties.push(line.to_owned()),
+        }
+        in_block = (in_block || begins) && !line.contains("-----END ");
+    }
+    if in_block {
+        let message = format!("{PROPERTIES} has a PEM block without its -----END line");
+        return Err(settings(message));
+    }
+    Ok(properties)
+}
+
 /// Not a parser of clap's: that would quote what it refuses, and the text may
 /// hold a secret.
 fn property(text: &str) -> postbox::Result<(String, String)> {
-    match text.split_once('=') {
-        Some((key, value)) if !key.trim().is_empty() => {
-            Ok((key.trim().to_owned(), value.to_owned()))
-        }
-        _ => {
+    let (key, value) = text.split_once('=').unwrap_or_default();
+    match key.trim() {
+        // Part of a PEM block, if it was cut off from its property.
+        key if key.is_empty() || key.contains(char::is_whitespace) => {
             let message = "-X: a property is KEY=VALUE, such as -X security.protocol=SASL_SSL";
-            Err(Error::new(ErrorKind::Settings, message))
+            Err(settings(message))
+        }
+        key => Ok((key.to_owned(), value.to_owned())),
+    }
+}
+
+fn settings(message: impl Into<String>) -> Error {
+    Error::new(ErrorKind::Settings, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::lines;
+
+    #[test]
+    fn a_property_is_a_line_and_the_pem_blocks_that_follow() {
+        let chain = "ssl.ca.pem=-----BEGIN A-----\nMII=\n-----END A-----\n-----BEGIN B-----\nx=\n-----END B-----";
+        let text = format!("\nlinger.ms=5\r\n\n{chain}\nsecurity.protocol=SSL\n");
+        let expected = ["linger.ms=5", chain, "security.protocol=SSL"];
+        assert_eq!(lines(&text).unwrap(), expected);
+        assert_eq!(lines(" \n").unwrap(), [""; 0]);
+        let one_line = "ssl.key.pem=-----BEGIN K----- x -----END K-----\nacks=all";
+        assert_eq!(lines(one_line).unwrap().len(), 2);
+        for open in [
+            "ssl.ca.pem=-----BEGIN A-----\nhunter2\nacks=all",
+            "-----BEGIN A-----",
+        ] {
+            let error = lines(open).unwrap_err().to_string();
+            assert_eq!(
+                error,
+                "POSTBOX_KAFKA_PROPERTY has a PEM block without its -----END line"
+            );
         }
     }
 }
