@@ -15,32 +15,20 @@
 //! To make one, the checkpoint is written first, without an LSN, which is how an
 //! interrupted set-up is known. The relay does not start on such a checkpoint, so
 //! the slot of an interrupted set-up has confirmed nothing and can be dropped.
-//!
-//! Then the slot is created over the replication protocol, with an *exported
-//! snapshot*: it sees what committed before the slot's consistent point, and the
-//! slot streams the rest. Under that snapshot we read three things. Rows it sees
-//! would never be published, so any is an error unless they are given up. Itself,
-//! as text, is the first snapshot of the checkpoint. And the publication's
-//! identity is taken as of the very point where the slot begins.
-//!
-//! A slot that someone else made has no such snapshot. If the outbox is empty
-//! *now*, nothing lies before the slot, and the present snapshot is as good. If it
-//! has rows, we cannot tell which of them the slot still holds: they must be given
-//! up by name, and the checkpoint gets a snapshot that sees nothing, so that a
-//! recovery before the first heartbeat repeats rows rather than losing any.
+
+mod foreign;
+mod start;
 
 use pgwire_replication::ReplicationClient;
-use tokio_postgres::types::{PgLsn, Type};
-use tokio_postgres::{Client, IsolationLevel};
+use tokio_postgres::Client;
+use tokio_postgres::types::Type;
 
-use super::{PATIENCE, Report, State, create_publication};
-use crate::catalog::{self, Checkpoint, SlotState, Stored, System};
+use self::start::Start;
+use super::{Report, State, create_publication};
+use crate::catalog::{self, Checkpoint, Stored, System};
 use crate::contract::Contract;
 use crate::database::{sort, sort_replication};
 use crate::error::{Error, ErrorKind, Result};
-
-/// Transaction ids below 3 are reserved: this snapshot sees no row of ours.
-const SEES_NOTHING: &str = "3:3:";
 
 /// Checks the slot that the checkpoint names, and its publication.
 pub(super) async fn check(
@@ -80,7 +68,8 @@ pub(super) async fn create(
     if let (Some(slot), false) = (&existing, unfinished) {
         slot.check(&contract.slot)?;
         slot.check_unused(&contract.slot)?;
-        let start = take_over(client, contract, slot, publication_is_new, backfill_none).await?;
+        let start =
+            foreign::take_over(client, contract, slot, publication_is_new, backfill_none).await?;
         note_intention(client, contract).await?;
         finish(client, contract, &system, &start).await?;
         let rows = start.rows_before;
@@ -97,7 +86,7 @@ pub(super) async fn create(
     if existing.is_some() {
         drop_slot(&mut replication, contract).await?;
     }
-    let start = create_slot(client, &mut replication, contract).await?;
+    let start = start::create_slot(client, &mut replication, contract).await?;
     if start.rows_before > 0 && !backfill_none {
         drop_slot(&mut replication, contract).await?;
         forget_intention(client, contract).await?;
@@ -110,15 +99,6 @@ pub(super) async fn create(
     Ok(())
 }
 
-/// Where a slot begins.
-struct Start {
-    lsn: PgLsn,
-    snapshot: String,
-    /// Of a slot that someone else made: rows that may be before it.
-    rows_before: i64,
-    publication_identity: Option<String>,
-}
-
 async fn identify_system(replication: &mut ReplicationClient) -> Result<System> {
     let system = replication
         .identify_system()
@@ -128,173 +108,6 @@ async fn identify_system(replication: &mut ReplicationClient) -> Result<System> 
         identifier: system.system_id,
         timeline: system.timeline.cast_signed(),
     })
-}
-
-async fn create_slot(
-    client: &mut Client,
-    replication: &mut ReplicationClient,
-    contract: &Contract,
-) -> Result<Start> {
-    let slot = &contract.slot;
-    // The older syntax: Postgres 14 has no other, and all later ones know it.
-    let command = format!("CREATE_REPLICATION_SLOT {slot} LOGICAL pgoutput EXPORT_SNAPSHOT");
-    let rows = match replication.simple_query(&command).await {
-        Ok(rows) => rows,
-        Err(error) if error.to_string().contains("SQLSTATE 55P03") => {
-            let error = sort_replication(format!("create {}", object(contract)), error);
-            return Err(open_transaction(client, contract).await?.caused_by(error));
-        }
-        Err(error) => {
-            return Err(sort_replication(
-                format!("create {}", object(contract)),
-                error,
-            ));
-        }
-    };
-    // Slot, consistent point, snapshot, plugin.
-    let text = |column: usize| {
-        let value = rows.first().and_then(|row| row.get(column)?.as_ref());
-        value.and_then(|bytes| std::str::from_utf8(bytes).ok())
-    };
-    let (Some(lsn), Some(exported)) = (text(1).and_then(|lsn| lsn.parse().ok()), text(2)) else {
-        return Err(Error::new(
-            ErrorKind::Unexpected,
-            format!(
-                "the server created {} and did not say where",
-                object(contract)
-            ),
-        ));
-    };
-    look_before(client, contract, lsn, exported)
-        .await
-        .map_err(|error| {
-            sort(
-                format!("read the outbox before {}", object(contract)),
-                error,
-            )
-        })
-}
-
-/// What there was before the slot, through its exported snapshot.
-async fn look_before(
-    client: &mut Client,
-    contract: &Contract,
-    lsn: PgLsn,
-    exported: &str,
-) -> Result<Start, tokio_postgres::Error> {
-    let transaction = client
-        .build_transaction()
-        .isolation_level(IsolationLevel::RepeatableRead)
-        .read_only(true)
-        .start()
-        .await?;
-    let exported = postgres_protocol::escape::escape_literal(exported);
-    transaction
-        .batch_execute(&format!("SET TRANSACTION SNAPSHOT {exported}"))
-        .await?;
-    let sql = contract.sql(
-        "SELECT pg_current_snapshot()::text, (SELECT count(*) FROM :\"schema\".outbox), \
-                :\"schema\".publication_identity(:'publication')",
-    );
-    let row = transaction.query_one(&sql, &[]).await?;
-    transaction.commit().await?;
-    Ok(Start {
-        lsn,
-        snapshot: in_order(row.get(0)),
-        rows_before: row.get(1),
-        publication_identity: row.get(2),
-    })
-}
-
-/// A snapshot as the type `pg_snapshot` takes it, which sees no more than the
-/// one given.
-///
-/// The server puts a slot's snapshot together from the WAL: while transactions
-/// come and go, `xmin` follows the oldest that runs, and `xmax` only those that
-/// commit. If the newest rolled back, `xmin` is past `xmax`, as in `7366:7365:`.
-/// To see rows that is no harm, but the type refuses it. A fence may see less than
-/// was there, and then recovery repeats; it must never see more. So the end is
-/// the smaller of the two, and what runs below it still runs.
-fn in_order(snapshot: String) -> String {
-    let parts: Vec<&str> = snapshot.split(':').collect();
-    let [xmin, xmax, running] = parts[..] else {
-        return snapshot;
-    };
-    let (Ok(xmin), Ok(xmax)) = (xmin.parse::<u64>(), xmax.parse::<u64>()) else {
-        return snapshot;
-    };
-    if xmin <= xmax {
-        return snapshot;
-    }
-    let running = running.split(',').filter_map(|xid| xid.parse().ok());
-    let running: Vec<u64> = running.filter(|xid| *xid < xmax).collect();
-    let xmin = running.iter().copied().min().unwrap_or(xmax);
-    let running: Vec<String> = running.iter().map(u64::to_string).collect();
-    format!("{xmin}:{xmax}:{}", running.join(","))
-}
-
-async fn take_over(
-    client: &Client,
-    contract: &Contract,
-    slot: &SlotState,
-    publication_is_new: bool,
-    backfill_none: bool,
-) -> Result<Start> {
-    if publication_is_new || !is_older_than_slot(client, contract).await? {
-        return Err(Error::new(
-            ErrorKind::Slot,
-            format!(
-                "replication slot \"{slot}\" is not surely younger than publication \"{}\", and cannot be read past \
-                 the point where there was none: if nothing else needs it, SELECT pg_drop_replication_slot('{slot}') \
-                 and run `postbox setup` again",
-                contract.publication,
-                slot = contract.slot,
-            ),
-        ));
-    }
-    let sql = contract.sql(
-        "SELECT pg_current_snapshot()::text, (SELECT count(*) FROM :\"schema\".outbox), \
-                :\"schema\".publication_identity(:'publication')",
-    );
-    let row = client.query_one(&sql, &[]).await.map_err(|error| {
-        sort(
-            format!("read the outbox beside {}", object(contract)),
-            error,
-        )
-    })?;
-    let (snapshot, rows_before) = (row.get(0), row.get(1));
-    if rows_before > 0 && !backfill_none {
-        return Err(rows_beside_the_slot(contract, rows_before));
-    }
-    Ok(Start {
-        lsn: slot.confirmed_flush_lsn.unwrap_or_else(|| PgLsn::from(0)),
-        snapshot: match rows_before {
-            0 => snapshot,
-            _ => SEES_NOTHING.to_owned(),
-        },
-        rows_before,
-        publication_identity: row.get(2),
-    })
-}
-
-/// Whether the publication was there at the slot's position. Every transaction
-/// before the slot's `catalog_xmin` had ended by then.
-async fn is_older_than_slot(client: &Client, contract: &Contract) -> Result<bool> {
-    let sql = contract.sql(
-        "SELECT bool_and(age(made.by) > age(s.catalog_xmin)) \
-         FROM pg_replication_slots AS s, LATERAL ( \
-             SELECT p.xmin FROM pg_publication AS p WHERE p.pubname = :'publication' \
-             UNION ALL \
-             SELECT r.xmin FROM pg_publication_rel AS r JOIN pg_publication AS p ON p.oid = r.prpubid \
-             WHERE p.pubname = :'publication' \
-         ) AS made (by) \
-         WHERE s.slot_name = :'slot'",
-    );
-    let row = client
-        .query_one(&sql, &[])
-        .await
-        .map_err(|error| sort(format!("read {}", object(contract)), error))?;
-    Ok(row.get::<_, Option<bool>>(0).unwrap_or(false))
 }
 
 async fn drop_slot(replication: &mut ReplicationClient, contract: &Contract) -> Result<()> {
@@ -363,33 +176,6 @@ async fn finish(
     Ok(())
 }
 
-/// A slot begins when every transaction that was open has ended.
-async fn open_transaction(client: &Client, contract: &Contract) -> Result<Error> {
-    let sql = "SELECT format('process %s of database \"%s\" has been in one since %s', pid, datname, \
-                             date_trunc('second', xact_start)) \
-               FROM pg_stat_activity WHERE backend_xid IS NOT NULL AND pid <> pg_backend_pid() \
-               UNION ALL \
-               SELECT format('\"%s\" of database \"%s\" has been prepared since %s', gid, database, \
-                             date_trunc('second', prepared)) \
-               FROM pg_prepared_xacts LIMIT 3";
-    let rows = client
-        .query(sql, &[])
-        .await
-        .map_err(|error| sort("look for open transactions", error))?;
-    let found: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
-    let named = match found.is_empty() {
-        true => "pg_stat_activity names it in backend_xid".to_owned(),
-        false => found.join(", "),
-    };
-    Ok(Error::new(
-        ErrorKind::Slot,
-        format!(
-            "{} was not made, as a transaction stayed open for {PATIENCE}: {named}; end it and run `postbox setup` again",
-            object(contract)
-        ),
-    ))
-}
-
 fn rows_before_the_slot(contract: &Contract, rows: i64) -> Error {
     Error::new(
         ErrorKind::Slot,
@@ -401,42 +187,6 @@ fn rows_before_the_slot(contract: &Contract, rows: i64) -> Error {
     )
 }
 
-fn rows_beside_the_slot(contract: &Contract, rows: i64) -> Error {
-    Error::new(
-        ErrorKind::Slot,
-        format!(
-            "replication slot \"{slot}\" was made by someone else, and {outbox} has rows: {rows}; those that were \
-             committed before the slot's position would never be published; `postbox setup --backfill none` takes \
-             the slot over and leaves them unpublished",
-            slot = contract.slot,
-            outbox = contract.table("outbox")
-        ),
-    )
-}
-
 fn object(contract: &Contract) -> String {
     format!("replication slot \"{}\"", contract.slot)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_snapshot_in_order_stays_as_it_is() {
-        for text in ["5:5:", "5:9:", "5:9:5,7", "nonsense", "5:x:"] {
-            assert_eq!(in_order(text.to_owned()), text);
-        }
-    }
-
-    #[test]
-    fn a_snapshot_that_ends_before_it_begins_sees_what_both_its_ends_see() {
-        for (text, expected) in [
-            ("7366:7365:", "7365:7365:"),
-            ("9:5:6,7", "5:5:"),
-            ("9:5:3,4,7", "3:5:3,4"),
-        ] {
-            assert_eq!(in_order(text.to_owned()), expected);
-        }
-    }
 }

@@ -1,0 +1,98 @@
+//! A slot that someone else made, and its take-over.
+//!
+//! It has no exported snapshot. If the outbox is empty *now*, nothing lies before
+//! the slot, and the present snapshot is as good. If it has rows, we cannot tell
+//! which of them the slot still holds: they must be given up by name, and the
+//! checkpoint gets a snapshot that sees nothing, so that a recovery before the
+//! first heartbeat repeats rows rather than losing any.
+
+use tokio_postgres::Client;
+use tokio_postgres::types::PgLsn;
+
+use super::object;
+use super::start::Start;
+use crate::catalog::SlotState;
+use crate::contract::Contract;
+use crate::database::sort;
+use crate::error::{Error, ErrorKind, Result};
+
+/// Transaction ids below 3 are reserved: this snapshot sees no row of ours.
+const SEES_NOTHING: &str = "3:3:";
+
+/// Where the slot begins for us, if it can be read without losing rows.
+pub(super) async fn take_over(
+    client: &Client,
+    contract: &Contract,
+    slot: &SlotState,
+    publication_is_new: bool,
+    backfill_none: bool,
+) -> Result<Start> {
+    if publication_is_new || !is_older_than_slot(client, contract).await? {
+        return Err(Error::new(
+            ErrorKind::Slot,
+            format!(
+                "replication slot \"{slot}\" is not surely younger than publication \"{}\", and cannot be read past \
+                 the point where there was none: if nothing else needs it, SELECT pg_drop_replication_slot('{slot}') \
+                 and run `postbox setup` again",
+                contract.publication,
+                slot = contract.slot,
+            ),
+        ));
+    }
+    let sql = contract.sql(
+        "SELECT pg_current_snapshot()::text, (SELECT count(*) FROM :\"schema\".outbox), \
+                :\"schema\".publication_identity(:'publication')",
+    );
+    let row = client.query_one(&sql, &[]).await.map_err(|error| {
+        sort(
+            format!("read the outbox beside {}", object(contract)),
+            error,
+        )
+    })?;
+    let (snapshot, rows_before) = (row.get(0), row.get(1));
+    if rows_before > 0 && !backfill_none {
+        return Err(rows_beside_the_slot(contract, rows_before));
+    }
+    Ok(Start {
+        lsn: slot.confirmed_flush_lsn.unwrap_or_else(|| PgLsn::from(0)),
+        snapshot: match rows_before {
+            0 => snapshot,
+            _ => SEES_NOTHING.to_owned(),
+        },
+        rows_before,
+        publication_identity: row.get(2),
+    })
+}
+
+/// Whether the publication was there at the slot's position. Every transaction
+/// before the slot's `catalog_xmin` had ended by then.
+async fn is_older_than_slot(client: &Client, contract: &Contract) -> Result<bool> {
+    let sql = contract.sql(
+        "SELECT bool_and(age(made.by) > age(s.catalog_xmin)) \
+         FROM pg_replication_slots AS s, LATERAL ( \
+             SELECT p.xmin FROM pg_publication AS p WHERE p.pubname = :'publication' \
+             UNION ALL \
+             SELECT r.xmin FROM pg_publication_rel AS r JOIN pg_publication AS p ON p.oid = r.prpubid \
+             WHERE p.pubname = :'publication' \
+         ) AS made (by) \
+         WHERE s.slot_name = :'slot'",
+    );
+    let row = client
+        .query_one(&sql, &[])
+        .await
+        .map_err(|error| sort(format!("read {}", object(contract)), error))?;
+    Ok(row.get::<_, Option<bool>>(0).unwrap_or(false))
+}
+
+fn rows_beside_the_slot(contract: &Contract, rows: i64) -> Error {
+    Error::new(
+        ErrorKind::Slot,
+        format!(
+            "replication slot \"{slot}\" was made by someone else, and {outbox} has rows: {rows}; those that were \
+             committed before the slot's position would never be published; `postbox setup --backfill none` takes \
+             the slot over and leaves them unpublished",
+            slot = contract.slot,
+            outbox = contract.table("outbox")
+        ),
+    )
+}

@@ -1,0 +1,181 @@
+//! Where a slot begins, and what lies before it.
+//!
+//! A slot is created over the replication protocol, with an *exported snapshot*:
+//! it sees what committed before the slot's consistent point, and the slot streams
+//! the rest. Under that snapshot we read three things. Rows it sees would never be
+//! published, so any is an error unless they are given up. Itself, as text, is the
+//! first snapshot of the checkpoint. And the publication's identity is taken as of
+//! the very point where the slot begins.
+
+use pgwire_replication::ReplicationClient;
+use tokio_postgres::types::PgLsn;
+use tokio_postgres::{Client, IsolationLevel};
+
+use super::object;
+use crate::contract::Contract;
+use crate::database::{sort, sort_replication};
+use crate::error::{Error, ErrorKind, Result};
+use crate::setup::PATIENCE;
+
+/// Where a slot begins.
+pub(super) struct Start {
+    pub(super) lsn: PgLsn,
+    pub(super) snapshot: String,
+    /// Of a slot that someone else made: rows that may be before it.
+    pub(super) rows_before: i64,
+    pub(super) publication_identity: Option<String>,
+}
+
+/// Makes the slot, and looks at what there was before it.
+pub(super) async fn create_slot(
+    client: &mut Client,
+    replication: &mut ReplicationClient,
+    contract: &Contract,
+) -> Result<Start> {
+    let slot = &contract.slot;
+    // The older syntax: Postgres 14 has no other, and all later ones know it.
+    let command = format!("CREATE_REPLICATION_SLOT {slot} LOGICAL pgoutput EXPORT_SNAPSHOT");
+    let rows = match replication.simple_query(&command).await {
+        Ok(rows) => rows,
+        Err(error) if error.to_string().contains("SQLSTATE 55P03") => {
+            let error = sort_replication(format!("create {}", object(contract)), error);
+            return Err(open_transaction(client, contract).await?.caused_by(error));
+        }
+        Err(error) => {
+            return Err(sort_replication(
+                format!("create {}", object(contract)),
+                error,
+            ));
+        }
+    };
+    // Slot, consistent point, snapshot, plugin.
+    let text = |column: usize| {
+        let value = rows.first().and_then(|row| row.get(column)?.as_ref());
+        value.and_then(|bytes| std::str::from_utf8(bytes).ok())
+    };
+    let (Some(lsn), Some(exported)) = (text(1).and_then(|lsn| lsn.parse().ok()), text(2)) else {
+        return Err(Error::new(
+            ErrorKind::Unexpected,
+            format!(
+                "the server created {} and did not say where",
+                object(contract)
+            ),
+        ));
+    };
+    look_before(client, contract, lsn, exported)
+        .await
+        .map_err(|error| {
+            sort(
+                format!("read the outbox before {}", object(contract)),
+                error,
+            )
+        })
+}
+
+/// What there was before the slot, through its exported snapshot.
+async fn look_before(
+    client: &mut Client,
+    contract: &Contract,
+    lsn: PgLsn,
+    exported: &str,
+) -> Result<Start, tokio_postgres::Error> {
+    let transaction = client
+        .build_transaction()
+        .isolation_level(IsolationLevel::RepeatableRead)
+        .read_only(true)
+        .start()
+        .await?;
+    let exported = postgres_protocol::escape::escape_literal(exported);
+    transaction
+        .batch_execute(&format!("SET TRANSACTION SNAPSHOT {exported}"))
+        .await?;
+    let sql = contract.sql(
+        "SELECT pg_current_snapshot()::text, (SELECT count(*) FROM :\"schema\".outbox), \
+                :\"schema\".publication_identity(:'publication')",
+    );
+    let row = transaction.query_one(&sql, &[]).await?;
+    transaction.commit().await?;
+    Ok(Start {
+        lsn,
+        snapshot: in_order(row.get(0)),
+        rows_before: row.get(1),
+        publication_identity: row.get(2),
+    })
+}
+
+/// A snapshot as the type `pg_snapshot` takes it, which sees no more than the
+/// one given.
+///
+/// The server puts a slot's snapshot together from the WAL: while transactions
+/// come and go, `xmin` follows the oldest that runs, and `xmax` only those that
+/// commit. If the newest rolled back, `xmin` is past `xmax`, as in `7366:7365:`.
+/// To see rows that is no harm, but the type refuses it. A fence may see less than
+/// was there, and then recovery repeats; it must never see more. So the end is
+/// the smaller of the two, and what runs below it still runs.
+fn in_order(snapshot: String) -> String {
+    let parts: Vec<&str> = snapshot.split(':').collect();
+    let [xmin, xmax, running] = parts[..] else {
+        return snapshot;
+    };
+    let (Ok(xmin), Ok(xmax)) = (xmin.parse::<u64>(), xmax.parse::<u64>()) else {
+        return snapshot;
+    };
+    if xmin <= xmax {
+        return snapshot;
+    }
+    let running = running.split(',').filter_map(|xid| xid.parse().ok());
+    let running: Vec<u64> = running.filter(|xid| *xid < xmax).collect();
+    let xmin = running.iter().copied().min().unwrap_or(xmax);
+    let running: Vec<String> = running.iter().map(u64::to_string).collect();
+    format!("{xmin}:{xmax}:{}", running.join(","))
+}
+
+/// A slot begins when every transaction that was open has ended.
+async fn open_transaction(client: &Client, contract: &Contract) -> Result<Error> {
+    let sql = "SELECT format('process %s of database \"%s\" has been in one since %s', pid, datname, \
+                             date_trunc('second', xact_start)) \
+               FROM pg_stat_activity WHERE backend_xid IS NOT NULL AND pid <> pg_backend_pid() \
+               UNION ALL \
+               SELECT format('\"%s\" of database \"%s\" has been prepared since %s', gid, database, \
+                             date_trunc('second', prepared)) \
+               FROM pg_prepared_xacts LIMIT 3";
+    let rows = client
+        .query(sql, &[])
+        .await
+        .map_err(|error| sort("look for open transactions", error))?;
+    let found: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
+    let named = match found.is_empty() {
+        true => "pg_stat_activity names it in backend_xid".to_owned(),
+        false => found.join(", "),
+    };
+    Ok(Error::new(
+        ErrorKind::Slot,
+        format!(
+            "{} was not made, as a transaction stayed open for {PATIENCE}: {named}; end it and run `postbox setup` again",
+            object(contract)
+        ),
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_snapshot_in_order_stays_as_it_is() {
+        for text in ["5:5:", "5:9:", "5:9:5,7", "nonsense", "5:x:"] {
+            assert_eq!(in_order(text.to_owned()), text);
+        }
+    }
+
+    #[test]
+    fn a_snapshot_that_ends_before_it_begins_sees_what_both_its_ends_see() {
+        for (text, expected) in [
+            ("7366:7365:", "7365:7365:"),
+            ("9:5:6,7", "5:5:"),
+            ("9:5:3,4,7", "3:5:3,4"),
+        ] {
+            assert_eq!(in_order(text.to_owned()), expected);
+        }
+    }
+}
