@@ -4,6 +4,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::{Fixture, PATIENCE, postbox};
@@ -11,6 +12,8 @@ use super::{Fixture, PATIENCE, postbox};
 pub(crate) struct Relay {
     child: Child,
     log: Arc<Mutex<Vec<String>>>,
+    /// Ends with what the child has to say.
+    reader: Option<JoinHandle<()>>,
 }
 
 impl Relay {
@@ -46,12 +49,16 @@ impl Relay {
         let stderr = child.stderr.take().unwrap();
         let log = Arc::new(Mutex::new(Vec::new()));
         let lines = Arc::clone(&log);
-        std::thread::spawn(move || {
+        let reader = std::thread::spawn(move || {
             for line in BufReader::new(stderr).lines().map_while(Result::ok) {
                 lines.lock().unwrap().push(line);
             }
         });
-        Self { child, log }
+        Self {
+            child,
+            log,
+            reader: Some(reader),
+        }
     }
 
     pub(crate) fn pid(&self) -> u32 {
@@ -114,8 +121,9 @@ impl Relay {
         let deadline = Instant::now() + PATIENCE;
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
-                // The reader of its log is a moment behind.
-                tokio::time::sleep(Duration::from_millis(50)).await;
+                if let Some(reader) = self.reader.take() {
+                    reader.join().unwrap();
+                }
                 return status.code().unwrap_or(-1);
             }
             assert!(Instant::now() < deadline, "does not end:\n{}", self.log());
