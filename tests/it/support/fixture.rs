@@ -242,8 +242,8 @@ impl Fixture {
 
     /// Enters what was inserted by hand, in that order, into the oracle's ledger.
     pub(crate) async fn enter_in_ledger(&self) {
-        let sql = "INSERT INTO postbox_oracle.ledger SELECT id, aggregate_id, seq FROM postbox.outbox \
-                   WHERE id NOT IN (SELECT id FROM postbox_oracle.ledger)";
+        let sql = "INSERT INTO postbox_oracle.ledger SELECT id, aggregate_id, seq FROM postbox.outbox AS o \
+                   WHERE NOT EXISTS (SELECT FROM postbox_oracle.ledger AS l WHERE l.id = o.id)";
         self.client.batch_execute(sql).await.unwrap();
     }
 
