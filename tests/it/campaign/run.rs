@@ -2,13 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-use postbox::oracle::{self, Load, Reader, Seen, Verdict};
+use postbox::oracle::{self, Load, Seen, Verdict};
 use postbox::timestamp::Timestamp;
 use tokio::task::block_in_place;
 
 use super::schedule::{Action, BURST_EVENTS, Schedule};
 use super::world::World;
-use crate::support::{Fixture, PATIENCE, Relay};
+use crate::support::{Fixture, Relay};
 
 /// What a run has shown.
 #[derive(Debug)]
@@ -18,7 +18,7 @@ pub(super) struct Outcome {
     pub(super) restarts: usize,
     /// The most records repeated after one of them.
     pub(super) repeated_max: usize,
-    /// How many may have been: see [`bound`].
+    /// How many may have been: see [`Run::repeated`].
     pub(super) bound: usize,
     /// The longest time in which nothing reached Kafka, harm included.
     pub(super) longest_stall: Duration,
@@ -132,7 +132,7 @@ impl Run<'_> {
         relay.kill();
     }
 
-    /// SIGTERM to all; it may take as long as what it waits for is away, so it is
+    /// SIGTERM; it may take as long as what it waits for is away, so it is
     /// not waited for: the next relay stands by.
     fn end_relay(&mut self) {
         self.wake();
@@ -217,7 +217,7 @@ impl Run<'_> {
             relay.drain().await;
         }
         let ledger = self.fixture.ledger().await;
-        let records = self.records().await;
+        let records = self.fixture.records().await;
         let mut starts: Vec<i64> = self.logs.iter().flat_map(|log| starts(log)).collect();
         starts.sort_unstable();
         let (repeated_max, bound) = self.repeated(&records, &starts);
@@ -232,14 +232,6 @@ impl Run<'_> {
             bound,
             longest_stall: Duration::from_millis(stall),
         }
-    }
-
-    async fn records(&self) -> Vec<Seen> {
-        let (kafka, topic) = (self.fixture.kafka_settings(), self.fixture.topic.clone());
-        let read = tokio::task::spawn_blocking(move || {
-            Reader::open(&kafka, &topic, Instant::now() + PATIENCE)?.read_to_end()
-        });
-        read.await.unwrap().unwrap()
     }
 
     /// The most records that were repeated after one restart, and how many it may
