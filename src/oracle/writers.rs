@@ -1,10 +1,11 @@
 //! Applications that write events, and what they committed.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use postgres_protocol::escape::escape_identifier;
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Statement, Transaction};
@@ -79,7 +80,7 @@ struct Shared {
     load: Load,
     committed: AtomicU64,
     rolled_back: AtomicU64,
-    stop: AtomicBool,
+    stop: watch::Sender<bool>,
     started: Instant,
 }
 
@@ -125,7 +126,7 @@ impl Writers {
             load,
             committed: AtomicU64::new(0),
             rolled_back: AtomicU64::new(0),
-            stop: AtomicBool::new(false),
+            stop: watch::Sender::new(false),
             started: Instant::now(),
         });
         let mut tasks = JoinSet::new();
@@ -150,7 +151,7 @@ impl Writers {
     /// # Errors
     /// If a writer failed for a reason that waiting will not mend.
     pub async fn stop(mut self) -> Result<()> {
-        self.shared.stop.store(true, Ordering::Relaxed);
+        self.shared.stop.send_replace(true);
         while let Some(writer) = self.tasks.join_next().await {
             writer.map_err(|error| {
                 Error::new(ErrorKind::Unexpected, "a writer panicked").caused_by(error)
@@ -163,7 +164,7 @@ impl Writers {
 /// One session after another, until told to stop.
 async fn write(shared: Arc<Shared>, writer: u64) -> Result<()> {
     let mut choices = Choices::new(shared.load.seed.wrapping_mul(1000) + writer);
-    while !shared.stop.load(Ordering::Relaxed) {
+    while !*shared.stop.borrow() {
         match session(&shared, &mut choices).await {
             // Deadlocks and servers that go away are part of the harm.
             Err(error) if error.kind().is_transient() => {
@@ -186,7 +187,7 @@ async fn session(shared: &Shared, choices: &mut Choices) -> Result<()> {
     let (insert, large) = prepared
         .await
         .map_err(|error| database::sort("prepare to write", error))?;
-    while !shared.stop.load(Ordering::Relaxed) {
+    while !*shared.stop.borrow() {
         let written = match choices.below(1000) < shared.load.large_per_mille {
             true => large_transaction(shared, &session.client, &large).await,
             false => transaction(shared, &mut session.client, &insert, choices).await,
@@ -267,7 +268,8 @@ impl Shared {
         let due = self.committed.load(Ordering::Relaxed) as f64 / self.load.events_per_second;
         let ahead = due - self.started.elapsed().as_secs_f64();
         if ahead > 0.0 {
-            tokio::time::sleep(Duration::from_secs_f64(ahead)).await;
+            let stopped = async { self.stop.subscribe().wait_for(|stop| *stop).await.is_ok() };
+            let _ = tokio::time::timeout(Duration::from_secs_f64(ahead), stopped).await;
         }
     }
 }

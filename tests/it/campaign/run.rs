@@ -6,7 +6,7 @@ use postbox::oracle::{self, Load, Seen, Verdict};
 use postbox::timestamp::Timestamp;
 use tokio::task::block_in_place;
 
-use super::schedule::{Action, BURST_EVENTS, Schedule};
+use super::schedule::{Action, BURST_EVENTS_MAX, Schedule};
 use super::world::World;
 use crate::support::{Fixture, Relay};
 
@@ -118,7 +118,7 @@ impl Run<'_> {
             Action::ResumeKafka => self.world.resume_kafka(),
             Action::Network(side, weather) => self.world.proxy(side).weather(weather),
             Action::Cut(side) => self.world.proxy(side).cut(),
-            Action::Burst => self.burst().await,
+            Action::Burst(events) => self.burst(events).await,
         }
         for relay in &mut self.relays {
             assert!(relay.is_running(), "ended by itself:\n{}", relay.log());
@@ -174,7 +174,7 @@ impl Run<'_> {
         }
     }
 
-    async fn burst(&self) {
+    async fn burst(&self, events: i32) {
         if !self.world.postgres_runs() {
             return;
         }
@@ -182,7 +182,7 @@ impl Run<'_> {
             seed: self.schedule.seed + 1_000_000,
             writers: 1,
             large_per_mille: 1000,
-            large_rounds: BURST_EVENTS / self.schedule.load.keys as i32,
+            large_rounds: events / self.schedule.load.keys as i32,
             events_per_second: 1.0,
             ..self.schedule.load.clone()
         };
@@ -262,7 +262,7 @@ impl Run<'_> {
         let large = u64::from(load.large_rounds.unsigned_abs()) * load.keys;
         let transaction = large
             .max(load.events_max)
-            .max(BURST_EVENTS.unsigned_abs().into());
+            .max(BURST_EVENTS_MAX.unsigned_abs().into());
         let bound = bound + self.schedule.in_flight_max + transaction as usize;
         (repeated.into_iter().max().unwrap_or(0), bound)
     }

@@ -45,8 +45,8 @@ pub(super) enum Action {
     /// What happens to the bytes between relay and server.
     Network(Side, Weather),
     Cut(Side),
-    /// Many events at once.
-    Burst,
+    /// So many events in one transaction.
+    Burst(i32),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,8 +58,8 @@ pub(super) enum Side {
 /// How long writers write.
 const LENGTH: Duration = Duration::from_secs(6);
 
-/// How many events a burst has.
-pub(super) const BURST_EVENTS: i32 = 5_000;
+/// How many events a burst has, at most.
+pub(super) const BURST_EVENTS_MAX: i32 = 20_000;
 
 impl Schedule {
     pub(super) fn draw(seed: u64, mut load: Load) -> Self {
@@ -71,12 +71,12 @@ impl Schedule {
         load.rollback_percent = choices.between(0, 30);
         load.savepoint_percent = choices.between(0, 30);
         load.pause_percent = choices.of(&[0, 2, 10]);
-        load.large_per_mille = choices.of(&[0, 2, 10]);
+        load.large_per_mille = choices.of(&[0, 10, 50]);
         load.large_rounds = choices.between(20, 60) as i32;
-        load.events_per_second = choices.of(&[500.0, 2_000.0, 5_000.0]);
+        load.events_per_second = choices.of(&[500.0, 2_000.0, 10_000.0]);
         let in_flight_max = choices.of(&[20, 500, 10_000]);
         let mut steps = Vec::new();
-        for _ in 0..choices.between(3, 7) {
+        for _ in 0..choices.between(3, 8) {
             harm(&mut choices, &mut steps);
         }
         steps.sort_by_key(|step| step.at);
@@ -99,6 +99,7 @@ fn harm(choices: &mut Choices, steps: &mut Vec<Step>) {
     // Beyond what either side waits for a sign of life, or below it.
     let lasting = choices.of(&[200, 1_000, 2_500, 6_000]);
     let side = choices.of(&[Side::Postgres, Side::Kafka]);
+    let burst = choices.of(&[1_000, 5_000, BURST_EVENTS_MAX]);
     match choices.below(16) {
         0..=1 => step(0, Action::KillRelay),
         2 => step(0, Action::EndRelay),
@@ -148,10 +149,10 @@ fn harm(choices: &mut Choices, steps: &mut Vec<Step>) {
             step(lasting, Action::Network(side, Weather::Fair));
         }
         14 => {
-            step(0, Action::Burst);
+            step(0, Action::Burst(burst));
             step(choices.between(10, 300), Action::KillRelay);
         }
-        _ => step(0, Action::Burst),
+        _ => step(0, Action::Burst(burst)),
     }
 }
 
