@@ -87,15 +87,16 @@ CREATE TABLE :"schema".checkpoint (
 COMMENT ON TABLE :"schema".checkpoint IS 'where each relay is: one row per relay';
 COMMENT ON COLUMN :"schema".checkpoint.name IS 'the relay; with mode wal, its replication slot';
 COMMENT ON COLUMN :"schema".checkpoint.lsn IS
-    'everything that committed before it is delivered. Mode wal and null: set-up has not finished, and the slot, if it exists, was never read';
+    'everything that committed before it is delivered. Mode wal and null: set-up or recovery has not finished, and the slot, if it exists, was never read';
 COMMENT ON COLUMN :"schema".checkpoint.snapshot IS
     'every row it sees is delivered or given up: recovery publishes the others';
-COMMENT ON COLUMN :"schema".checkpoint.second_snapshot IS 'polling: end of the window being read';
-COMMENT ON COLUMN :"schema".checkpoint.seq IS 'polling: how far the window has been read';
+COMMENT ON COLUMN :"schema".checkpoint.second_snapshot IS
+    'end of the window being read from the table: with polling, and after a recovery';
+COMMENT ON COLUMN :"schema".checkpoint.seq IS 'how far that window has been delivered';
 COMMENT ON COLUMN :"schema".checkpoint.system_identifier IS
-    'the cluster that lsn and snapshots belong to; in another one they mean nothing';
+    'the cluster that lsn and snapshots belong to; in another one they mean nothing. Null: set-up has not finished';
 COMMENT ON COLUMN :"schema".checkpoint.publication_identity IS
-    'see publication_identity(). Null: take the publication as it is at the next start';
+    'what publication_identity() said when the slot was made: any change since may have hidden rows from it';
 COMMENT ON COLUMN :"schema".checkpoint.owner IS 'polling: the process that holds the lease';
 COMMENT ON COLUMN :"schema".checkpoint.epoch IS 'polling: rises with each owner, and each write names its own';
 COMMENT ON COLUMN :"schema".checkpoint.expires_at IS 'polling: end of the lease, by this server''s clock';

@@ -25,15 +25,17 @@ BEGIN
     IF at.lsn IS NOT NULL THEN
         IF there.slot_name IS NULL THEN
             RAISE 'replication slot "%" is gone, and is not made again: a new one would skip what was committed since %', wanted, at.lsn
-            USING HINT = 'Those rows are still in the outbox. To give them up, delete the checkpoint and run this again with backfill = none.';
+            USING HINT = 'Those rows are still in the outbox. Run postbox recover, which loses none of them.';
         END IF;
-        IF at.publication_identity IS DISTINCT FROM publication_identity(at.publication::name)
-            AND at.publication_identity IS NOT NULL
-        THEN
+        IF at.publication_identity IS DISTINCT FROM publication_identity(at.publication::name) THEN
             RAISE 'publication "%" is not what it was when the slot was set up', at.publication
-            USING HINT = 'Run postbox setup, which says what changed and how to go on.';
+            USING HINT = 'Run postbox setup, which says what changed, and then postbox recover.';
         END IF;
         RETURN;
+    END IF;
+    IF at.system_identifier IS NOT NULL THEN
+        RAISE 'the recovery of replication slot "%" has not finished', wanted
+        USING HINT = 'Run postbox recover again.';
     END IF;
     IF at.name IS NULL AND there.slot_name IS NOT NULL THEN
         RAISE 'replication slot "%" exists, but no checkpoint names it', wanted

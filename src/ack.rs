@@ -74,7 +74,7 @@ impl<E, P> AckQueue<E, P> {
     /// Adds an event that weighs `bytes` and returns its sequence number, by
     /// which its delivery is reported.
     pub fn push_event(&mut self, event: E, bytes: usize) -> u64 {
-        let sequence = self.head + self.entries.len() as u64;
+        let sequence = self.end();
         self.entries.push_back(Entry::InFlight { event, bytes });
         self.in_flight.add(bytes);
         self.held.add(bytes);
@@ -133,6 +133,11 @@ impl<E, P> AckQueue<E, P> {
     /// How many entries have left: it rises with progress, and only with it.
     pub fn head(&self) -> u64 {
         self.head
+    }
+
+    /// How many entries have been added.
+    pub fn end(&self) -> u64 {
+        self.head + self.entries.len() as u64
     }
 
     /// The event in flight with this sequence number.

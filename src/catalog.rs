@@ -25,11 +25,13 @@ use crate::contract::Contract;
 use crate::database::sort;
 use crate::error::{Error, ErrorKind, Result};
 
-pub use checkpoint::{Checkpoint, Stored, store_heartbeat, store_timeline, stored};
+pub use checkpoint::{
+    Checkpoint, Gap, Stored, store_fence, store_position, store_seq, store_timeline, stored,
+};
 pub use publication::{check_publication, publication_identity};
 pub use slot::{SlotState, find_slot, slot_state};
 
-pub(crate) use checkpoint::reconcile_publication;
+pub(crate) use checkpoint::compare_publication;
 pub(crate) use publication::{PUBLICATION, exists as publication_exists};
 
 /// The oldest Postgres whose pgoutput sends logical messages.
@@ -49,8 +51,7 @@ pub struct System {
 
 /// Checks everything a relay in WAL mode stands on, and returns where it is.
 ///
-/// A checkpoint without a publication identity takes the present one. Another
-/// timeline is a warning; [`store_timeline`] stores it once the stream runs.
+/// Another timeline is a warning; [`store_timeline`] stores it once the stream runs.
 ///
 /// # Errors
 ///
@@ -63,6 +64,7 @@ pub async fn check(client: &Client, contract: &Contract) -> Result<Checkpoint> {
     check_schema_version(client, contract).await?;
     let checkpoint = match stored(client, contract).await? {
         Stored::At(checkpoint) => checkpoint,
+        Stored::Recovering(_) => return Err(recovery_is_unfinished(contract)),
         Stored::Unfinished | Stored::Missing => return Err(not_set_up(contract)),
     };
     checkpoint.check_system(contract, &system(client).await?)?;
@@ -70,7 +72,8 @@ pub async fn check(client: &Client, contract: &Contract) -> Result<Checkpoint> {
     let slot = slot.ok_or_else(|| checkpoint.slot_is_gone(contract))?;
     slot.check(&contract.slot)?;
     slot.check_unused(&contract.slot)?;
-    reconcile_publication(client, contract, checkpoint).await
+    compare_publication(client, contract, &checkpoint).await?;
+    Ok(checkpoint)
 }
 
 /// Checks that the server can do logical replication at all.
@@ -148,7 +151,7 @@ pub(crate) async fn schema_version(client: &Client, contract: &Contract) -> Resu
 
 /// A relay needs what its version of the schema has. A later version may have
 /// more: set-up comes before the relays when both are upgraded.
-async fn check_schema_version(client: &Client, contract: &Contract) -> Result<()> {
+pub(crate) async fn check_schema_version(client: &Client, contract: &Contract) -> Result<()> {
     let Some(version) = schema_version(client, contract).await? else {
         return Err(not_set_up(contract));
     };
@@ -171,7 +174,16 @@ async fn check_schema_version(client: &Client, contract: &Contract) -> Result<()
     Ok(())
 }
 
-fn not_set_up(contract: &Contract) -> Error {
+/// A recovery was interrupted, and its slot lacks what it was made for.
+pub(crate) fn recovery_is_unfinished(contract: &Contract) -> Error {
+    let message = format!(
+        "the recovery of replication slot \"{}\" has not finished: run `postbox recover` again",
+        contract.slot
+    );
+    Error::new(ErrorKind::Slot, message)
+}
+
+pub(crate) fn not_set_up(contract: &Contract) -> Error {
     Error::new(
         ErrorKind::Slot,
         format!(

@@ -6,6 +6,7 @@ mod completions;
 mod demo;
 mod logging;
 mod quantity;
+mod recover;
 mod relay;
 mod setup;
 
@@ -33,6 +34,7 @@ struct Arguments {
 enum Command {
     Setup(setup::SetupCommand),
     Relay(relay::RelayCommand),
+    Recover(recover::RecoverCommand),
     #[cfg(feature = "demo")]
     Demo(demo::DemoCommand),
     Completions(completions::CompletionsCommand),
@@ -56,6 +58,7 @@ pub(crate) fn main() -> ExitCode {
     let result = match arguments.command {
         Command::Setup(arguments) => arguments.run(),
         Command::Relay(arguments) => arguments.run(),
+        Command::Recover(arguments) => arguments.run(),
         #[cfg(feature = "demo")]
         Command::Demo(arguments) => arguments.run(),
         Command::Completions(arguments) => arguments.run(),

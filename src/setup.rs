@@ -13,6 +13,7 @@
 mod grants;
 mod migrations;
 mod print;
+mod recover;
 mod slot;
 
 use std::fmt;
@@ -27,6 +28,7 @@ use crate::database::{Database, sort, sort_replication};
 use crate::error::{Error, ErrorKind, Result};
 
 pub use print::print_sql;
+pub use recover::recover;
 
 /// How long set-up waits for a lock, or for another's transaction to end.
 const PATIENCE: &str = "60s";
@@ -144,6 +146,7 @@ pub async fn setup(
             migrations::apply(client, contract, &mut report).await?;
             slot::check(client, contract, checkpoint, &mut report).await?;
         }
+        Stored::Recovering(_) => return Err(catalog::recovery_is_unfinished(contract)),
         Stored::Missing | Stored::Unfinished => {
             // Before anything is written: it may be refused.
             let replication = Box::pin(open_replication(database, client, contract)).await?;
@@ -181,7 +184,7 @@ async fn lock(client: &Client) -> Result<()> {
     let sql = format!("SET lock_timeout = '{PATIENCE}'; SELECT pg_advisory_lock({LOCK})");
     client.batch_execute(&sql).await.map_err(|error| {
         if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) {
-            let message = "another `postbox setup` is at work in this database";
+            let message = "another `postbox setup` or `recover` is at work in this database";
             return Error::new(ErrorKind::Database, message).caused_by(error);
         }
         sort("wait for another `postbox setup`", error)

@@ -5,6 +5,7 @@
 //! told to Postgres, stays inside; the relay only brings it back.
 
 mod columns;
+mod gap;
 mod messages;
 pub mod wal;
 
@@ -36,7 +37,8 @@ pub struct Row {
 }
 
 /// A row's place in the stream, the same after every restart: WAL positions of
-/// rows are not, as the rows of one COPY share theirs.
+/// rows are not, as the rows of one COPY share theirs. A row that was read from
+/// the table stands at LSN 0, and its ordinal is its `seq`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Place {
     /// Where the transaction's commit begins.
@@ -50,7 +52,16 @@ pub struct Place {
 pub struct Position {
     /// The end of a commit, or of what the server has read while it was idle.
     pub lsn: PgLsn,
-    /// The `pg_snapshot` of a heartbeat that ends here: everything visible in it
-    /// lies before.
-    pub fence: Option<String>,
+    /// What the checkpoint says once all before is delivered, beside the LSN.
+    pub mark: Option<Mark>,
+}
+
+/// How far a source has come, other than by LSN.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Mark {
+    /// The `pg_snapshot` of a heartbeat that ends here, or of the slot that begins
+    /// here: everything visible in it lies before.
+    Fence(String),
+    /// The last row read from the table, by its `seq`.
+    Seq(i64),
 }

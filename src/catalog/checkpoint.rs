@@ -1,6 +1,5 @@
 //! The checkpoint: what the relay has stored about itself.
 
-use postgres_protocol::escape::escape_literal;
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::{PgLsn, Type};
@@ -26,9 +25,23 @@ pub struct Checkpoint {
     pub system: System,
     /// The publication the slot was set up with.
     pub publication: String,
-    /// What that publication was then; `None`: take it as it is now, and what the
-    /// one before hid is given up.
-    pub publication_identity: Option<String>,
+    /// What that publication was then: see `publication_identity()` in
+    /// `sql/0001_outbox.sql`.
+    pub publication_identity: String,
+    /// What was committed between a lost slot and the present one, as far as it
+    /// is not delivered yet.
+    pub gap: Option<Gap>,
+}
+
+/// Rows that no slot gives: those that one snapshot sees and another does not.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Gap {
+    /// The `pg_snapshot` whose rows are delivered.
+    pub since: String,
+    /// The `pg_snapshot` at which the slot begins.
+    pub until: String,
+    /// Rows of the gap up to this `seq` are delivered.
+    pub seq: i64,
 }
 
 /// What the database has stored under the relay's name.
@@ -39,6 +52,9 @@ pub enum Stored {
     /// A set-up began and has not finished. Its slot, if it got that far, was
     /// never read.
     Unfinished,
+    /// A recovery began and has not finished: `lsn` is zero. Its slot, if it got
+    /// that far, was never read.
+    Recovering(Checkpoint),
     /// The relay has a slot and a position.
     At(Checkpoint),
 }
@@ -46,7 +62,8 @@ pub enum Stored {
 /// Reads the checkpoint of the contract's slot.
 pub async fn stored(client: &Client, contract: &Contract) -> Result<Stored> {
     let sql = contract.sql(
-        "SELECT mode, lsn, snapshot::text, system_identifier, timeline, publication, publication_identity \
+        "SELECT mode, lsn, snapshot::text, system_identifier, timeline, publication, publication_identity, \
+                second_snapshot::text, seq \
          FROM :\"schema\".checkpoint WHERE name = $1",
     );
     let rows = match client
@@ -67,32 +84,64 @@ pub async fn stored(client: &Client, contract: &Contract) -> Result<Stored> {
             format!("relay \"{}\" was set up with mode {mode}", contract.slot),
         ));
     }
-    let (Some(lsn), Some(snapshot)) = (row.get(1), row.get(2)) else {
+    let (Some(snapshot), Some(identifier)) = (row.get::<_, Option<String>>(2), row.get(3)) else {
         return Ok(Stored::Unfinished);
     };
-    Ok(Stored::At(Checkpoint {
+    let lsn: Option<PgLsn> = row.get(1);
+    let checkpoint = Checkpoint {
         mode,
-        lsn,
+        lsn: lsn.unwrap_or_else(|| PgLsn::from(0)),
+        gap: row.get::<_, Option<String>>(7).map(|until| Gap {
+            since: snapshot.clone(),
+            until,
+            seq: row.get::<_, Option<i64>>(8).unwrap_or_default(),
+        }),
         snapshot,
         system: System {
-            identifier: row.get::<_, Option<String>>(3).unwrap_or_default(),
+            identifier,
             timeline: row.get::<_, Option<i32>>(4).unwrap_or_default(),
         },
         publication: row.get::<_, Option<String>>(5).unwrap_or_default(),
-        publication_identity: row.get(6),
-    }))
+        publication_identity: row.get::<_, Option<String>>(6).unwrap_or_default(),
+    };
+    Ok(match lsn {
+        Some(_) => Stored::At(checkpoint),
+        None => Stored::Recovering(checkpoint),
+    })
+}
+
+/// Stores that everything before `lsn` is delivered.
+pub async fn store_position(client: &Client, contract: &Contract, lsn: PgLsn) -> Result<()> {
+    let sql = contract.sql(
+        "UPDATE :\"schema\".checkpoint SET lsn = greatest(lsn, $2), updated_at = now() \
+         WHERE name = $1 AND lsn IS NOT NULL RETURNING name",
+    );
+    let parameters = [(&contract.slot as _, Type::TEXT), (&lsn as _, Type::PG_LSN)];
+    update(client, contract, &sql, &parameters).await
+}
+
+/// Stores that the gap's rows up to this `seq` are delivered.
+pub async fn store_seq(client: &Client, contract: &Contract, seq: i64) -> Result<()> {
+    let sql = contract.sql(
+        "UPDATE :\"schema\".checkpoint SET seq = $2, updated_at = now() \
+         WHERE name = $1 AND second_snapshot IS NOT NULL RETURNING name",
+    );
+    let parameters = [(&contract.slot as _, Type::TEXT), (&seq as _, Type::INT8)];
+    update(client, contract, &sql, &parameters).await
 }
 
 /// Stores that everything before `lsn`, and every row that `snapshot` sees, is
-/// delivered. Recovery starts from there if the slot is lost.
-pub async fn store_heartbeat(
+/// delivered, which ends a gap. Recovery starts from there if the slot is lost.
+pub async fn store_fence(
     client: &Client,
     contract: &Contract,
     lsn: PgLsn,
     snapshot: &str,
 ) -> Result<()> {
     let sql = contract.sql(
-        "UPDATE :\"schema\".checkpoint SET lsn = $2, snapshot = $3::pg_snapshot, updated_at = now() \
+        "UPDATE :\"schema\".checkpoint \
+         SET lsn = greatest(lsn, $2), snapshot = $3::pg_snapshot, second_snapshot = NULL, seq = NULL, \
+             updated_at = now() \
          WHERE name = $1 AND lsn IS NOT NULL RETURNING name",
     );
     let parameters = [
@@ -126,45 +175,19 @@ pub async fn store_timeline(
 }
 
 /// Refuses a publication that is not the one the slot was set up with, or is not
-/// right. Stores the present one's identity where the checkpoint has none.
-pub(crate) async fn reconcile_publication(
+/// right.
+pub(crate) async fn compare_publication(
     client: &Client,
     contract: &Contract,
-    checkpoint: Checkpoint,
-) -> Result<Checkpoint> {
+    checkpoint: &Checkpoint,
+) -> Result<()> {
     checkpoint.check_publication_name(contract)?;
     let present = publication_identity(client, contract).await?;
-    if let Some(stored) = &checkpoint.publication_identity
-        && Some(stored) != present.as_ref()
-    {
+    let stored = &checkpoint.publication_identity;
+    if present.as_ref() != Some(stored) {
         return Err(publication::changed(client, contract, stored, present.as_deref()).await?);
     }
-    check_publication(client, contract).await?;
-    if checkpoint.publication_identity.is_none()
-        && let Some(present) = &present
-    {
-        store_publication_identity(client, contract, present).await?;
-    }
-    Ok(Checkpoint {
-        publication_identity: present,
-        ..checkpoint
-    })
-}
-
-async fn store_publication_identity(
-    client: &Client,
-    contract: &Contract,
-    identity: &str,
-) -> Result<()> {
-    let sql = contract.sql(
-        "UPDATE :\"schema\".checkpoint SET publication_identity = $2, updated_at = now() \
-         WHERE name = $1 AND publication_identity IS NULL RETURNING name",
-    );
-    let parameters = [
-        (&contract.slot as _, Type::TEXT),
-        (&identity as _, Type::TEXT),
-    ];
-    update(client, contract, &sql, &parameters).await
+    check_publication(client, contract).await
 }
 
 async fn update(
@@ -230,11 +253,8 @@ impl Checkpoint {
         Error::new(
             ErrorKind::Slot,
             format!(
-                "replication slot \"{}\" is gone: {AFTER_LOSS}; to give that up, \
-                 DELETE FROM {} WHERE name = {}; then run `postbox setup --backfill none`",
-                contract.slot,
-                contract.table("checkpoint"),
-                escape_literal(&contract.slot)
+                "replication slot \"{}\" is gone: {AFTER_LOSS}",
+                contract.slot
             ),
         )
     }

@@ -1,6 +1,6 @@
 //! The publication.
 
-use postgres_protocol::escape::{escape_identifier, escape_literal};
+use postgres_protocol::escape::escape_identifier;
 use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
@@ -64,11 +64,9 @@ pub(super) async fn changed(
         ErrorKind::Publication,
         format!(
             "publication \"{}\" {}: the slot may skip rows committed since, which are still in the outbox; \
-             {mend}to go on without them: UPDATE {} SET publication_identity = NULL WHERE name = {}",
+             {mend}run `postbox recover`",
             contract.publication,
             what.join(", and "),
-            contract.table("checkpoint"),
-            escape_literal(&contract.slot)
         ),
     ))
 }

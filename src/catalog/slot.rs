@@ -88,8 +88,7 @@ impl SlotState {
             return Err(refused(
                 slot,
                 &format!(
-                    "was invalidated by the server ({reason}) and can no longer be read: {AFTER_LOSS}; \
-                     SELECT pg_drop_replication_slot('{slot}'), and the next start says how to go on"
+                    "was invalidated by the server ({reason}) and can no longer be read: {AFTER_LOSS}"
                 ),
             ));
         }
@@ -150,4 +149,4 @@ fn refused(slot: &str, why: &str) -> Error {
 
 /// What to say when the slot can no longer be read.
 pub(super) const AFTER_LOSS: &str =
-    "what was committed since is still in the outbox, and a new slot would skip it";
+    "what was committed since is still in the outbox; run `postbox recover`";

@@ -135,11 +135,9 @@ fn sort_refusal(sqlstate: &str, message: &str) -> (ErrorKind, Option<&'static st
         "3F000" | "42P01" | "42883" | "42703" => (ErrorKind::Database, Some(RUN_SETUP)),
         // An object without a state of its own.
         "42704" if message.contains("replication slot") => (ErrorKind::Slot, None),
-        // Of a publication that is missing now, the checks tell. This is a slot of
-        // before Postgres 18 that met a change from a time when there was none.
+        // Before Postgres 18, of a change from a time when there was none.
         "42704" if message.contains("publication") => {
-            let next_step = "there was none at this point of the WAL, which the slot cannot pass: drop the slot, \
-                             and the next start says how to go on";
+            let next_step = "there was none at this point of the WAL, which the slot cannot pass: run `postbox recover`";
             (ErrorKind::Publication, Some(next_step))
         }
         "42704" => (ErrorKind::Database, None),

@@ -12,7 +12,7 @@ use tracing::info;
 use super::heartbeat::Heartbeat;
 use super::window::{Stop, Window};
 use super::{Relay, RelaySettings};
-use crate::catalog;
+use crate::catalog::{self, Checkpoint};
 use crate::database::Session;
 use crate::envelope::Encoder;
 use crate::error::{Error, ErrorKind, Result};
@@ -105,7 +105,7 @@ impl<'r> Attempt<'r> {
         let checkpoint = catalog::check(&session.client, &settings.contract).await?;
         let publisher = reach_brokers(relay).await?;
         let nonce = uuid::Uuid::new_v4().to_string();
-        let stream = open_stream(&settings, &session, &nonce).await?;
+        let stream = open_stream(&settings, &session, &checkpoint, &nonce).await?;
         catalog::store_timeline(&session.client, &settings.contract, &checkpoint).await?;
         info!(
             slot = settings.contract.slot,
@@ -276,10 +276,11 @@ impl<'r> Attempt<'r> {
             self.stream.confirm(lsn);
             if progress.has_events {
                 self.events_end = lsn;
+                self.heartbeat.confirmed(lsn);
             }
         }
-        if let Some(fence) = progress.fence {
-            self.heartbeat.reached(fence);
+        if let Some(mark) = progress.mark {
+            self.heartbeat.reached(mark);
         }
         Ok(())
     }
@@ -346,12 +347,11 @@ impl<'r> Attempt<'r> {
         if u64::from(confirmed) == 0 {
             return Ok(());
         }
-        let slot = &self.relay.settings.contract.slot;
         let sent = async {
             self.stream.confirmation_sent().await;
             // A status message that was written is not yet read; closing could
             // still discard it.
-            self.heartbeat.confirmed(slot, confirmed).await
+            self.heartbeat.flush(confirmed).await
         };
         tokio::select! {
             confirmed = sent => confirmed?,
@@ -401,7 +401,12 @@ async fn reach_brokers(relay: &Relay) -> Result<Publisher> {
 
 /// The stream, unless the ordinary session ends first: the server is then going
 /// away, or is not the one that was checked.
-async fn open_stream(settings: &RelaySettings, session: &Session, nonce: &str) -> Result<Stream> {
+async fn open_stream(
+    settings: &RelaySettings,
+    session: &Session,
+    checkpoint: &Checkpoint,
+    nonce: &str,
+) -> Result<Stream> {
     let wal = WalSettings {
         slot: settings.contract.slot.clone(),
         source: Source {
@@ -410,6 +415,8 @@ async fn open_stream(settings: &RelaySettings, session: &Session, nonce: &str) -
             publication: settings.contract.publication.clone(),
             nonce: nonce.to_owned(),
         },
+        start: checkpoint.lsn,
+        gap: checkpoint.gap.clone(),
         status_interval: settings.status_interval,
         wal_sender_timeout: settings.wal_sender_timeout,
     };

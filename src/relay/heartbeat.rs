@@ -1,13 +1,16 @@
-//! The relay's ordinary session: it compares the publication, writes fences, and
-//! tells at once when Postgres goes away.
+//! The relay's ordinary session: it compares the publication, writes fences,
+//! stores how far the relay is, and tells at once when Postgres goes away.
 //!
 //! A *fence* is a logical message that carries `pg_current_snapshot()`. When it
 //! comes out of the slot, everything visible in that snapshot lies before it, so
 //! once all that is delivered the snapshot is stored in the checkpoint: from it
-//! a lost slot is recovered from the table.
+//! a lost slot is recovered from the table. The first is written at the start, so
+//! that a relay that never lives for long still leaves some behind.
+//!
+//! The confirmed position is stored too, as the server may forget it in a crash.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -20,26 +23,33 @@ use crate::contract::Contract;
 use crate::database::{self, Session};
 use crate::error::{Error, ErrorKind, Result};
 use crate::metrics::Metrics;
-use crate::source::{HEARTBEAT_PREFIX, Position};
+use crate::source::{HEARTBEAT_PREFIX, Mark};
 
 /// How often the slot is looked at for the metrics.
 const SLOT_INTERVAL: Duration = Duration::from_secs(5);
 
+/// How often the confirmed position is stored while events flow: what a crash of
+/// Postgres repeats, and one small write.
+const STORE_INTERVAL: Duration = Duration::from_secs(1);
+
 pub(super) struct Heartbeat {
-    session: Arc<Session>,
+    shared: Arc<Shared>,
     task: JoinSet<Error>,
-    traffic: Arc<AtomicBool>,
-    fence: watch::Sender<Option<Position>>,
+    mark: watch::Sender<Option<Reached>>,
 }
 
-struct Task {
-    session: Arc<Session>,
+/// A mark, and where it stands.
+pub(super) type Reached = (Mark, PgLsn);
+
+struct Shared {
+    session: Session,
     contract: Contract,
     checkpoint: Checkpoint,
     nonce: String,
     metrics: Arc<Metrics>,
-    traffic: Arc<AtomicBool>,
-    fence: watch::Receiver<Option<Position>>,
+    traffic: AtomicBool,
+    confirmed: AtomicU64,
+    stored: AtomicU64,
 }
 
 impl Heartbeat {
@@ -52,26 +62,20 @@ impl Heartbeat {
         nonce: String,
         metrics: Arc<Metrics>,
     ) -> Self {
-        let session = Arc::new(session);
-        let traffic = Arc::new(AtomicBool::new(false));
-        let (fence, fences) = watch::channel(None);
-        let task = Task {
-            session: Arc::clone(&session),
+        let shared = Arc::new(Shared {
+            session,
             contract,
             checkpoint,
             nonce,
             metrics,
-            traffic: Arc::clone(&traffic),
-            fence: fences,
-        };
-        let mut tasks = JoinSet::new();
-        tasks.spawn(task.run(interval));
-        Self {
-            session,
-            task: tasks,
-            traffic,
-            fence,
-        }
+            traffic: AtomicBool::new(true),
+            confirmed: AtomicU64::new(0),
+            stored: AtomicU64::new(0),
+        });
+        let (mark, marks) = watch::channel(None);
+        let mut task = JoinSet::new();
+        task.spawn(run(Arc::clone(&shared), marks, interval));
+        Self { shared, task, mark }
     }
 
     /// Resolves with the reason when the session is gone or the publication is
@@ -85,18 +89,28 @@ impl Heartbeat {
 
     /// There were events: the next beat writes a fence.
     pub(super) fn had_traffic(&self) {
-        self.traffic.store(true, Ordering::Relaxed);
+        self.shared.traffic.store(true, Ordering::Relaxed);
     }
 
-    /// Everything before this fence is delivered: store it.
-    pub(super) fn reached(&self, fence: Position) {
-        self.fence.send_replace(Some(fence));
+    /// Everything before this mark is delivered: store it.
+    pub(super) fn reached(&self, mark: Reached) {
+        self.mark.send_replace(Some(mark));
     }
 
-    /// Waits until the slot has confirmed this position.
-    pub(super) async fn confirmed(&self, slot: &str, lsn: PgLsn) -> Result<()> {
+    /// Events are delivered up to this position: store it in time.
+    pub(super) fn confirmed(&self, lsn: PgLsn) {
+        self.shared.confirmed.store(lsn.into(), Ordering::Relaxed);
+    }
+
+    /// Stores the last mark, and waits until the slot has confirmed this position.
+    pub(super) async fn flush(&self, lsn: PgLsn) -> Result<()> {
+        let mark = self.mark.borrow().clone();
+        if let Some(mark) = mark {
+            self.shared.store_mark(mark).await?;
+        }
         loop {
-            let state = catalog::slot_state(&self.session.client, slot).await?;
+            let slot = &self.shared.contract.slot;
+            let state = catalog::slot_state(&self.shared.session.client, slot).await?;
             if state.confirmed_flush_lsn >= Some(lsn) {
                 return Ok(());
             }
@@ -105,35 +119,43 @@ impl Heartbeat {
     }
 }
 
-impl Task {
-    async fn run(mut self, interval: Duration) -> Error {
-        let mut beat = tokio::time::interval(interval);
-        let mut slot = tokio::time::interval(SLOT_INTERVAL);
-        // A session that waits for a lock, or for a synchronous standby, compares
-        // nothing: then it is as good as gone.
-        let patience = interval.max(SLOT_INTERVAL);
-        loop {
-            let session = Arc::clone(&self.session);
-            let result = tokio::select! {
-                error = session.ended() => return error,
-                _ = beat.tick() => tokio::time::timeout(patience, self.beat()).await,
-                _ = slot.tick() => tokio::time::timeout(patience, self.look_at_slot()).await,
-                Ok(()) = self.fence.changed() => tokio::time::timeout(patience, self.store_fence()).await,
-            };
-            match result {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => return error,
-                Err(_) => {
-                    let message = format!(
-                        "the heartbeat's session does not answer within {} s",
-                        patience.as_secs()
-                    );
-                    return Error::new(ErrorKind::DatabaseAway, message);
-                }
+async fn run(
+    shared: Arc<Shared>,
+    mut mark: watch::Receiver<Option<Reached>>,
+    interval: Duration,
+) -> Error {
+    let mut beat = tokio::time::interval(interval);
+    let mut slot = tokio::time::interval(SLOT_INTERVAL);
+    let mut store = tokio::time::interval(STORE_INTERVAL);
+    // A session that waits for a lock, or for a synchronous standby, compares
+    // nothing: then it is as good as gone.
+    let patience = interval.max(SLOT_INTERVAL);
+    loop {
+        let result = tokio::select! {
+            error = shared.session.ended() => return error,
+            _ = beat.tick() => tokio::time::timeout(patience, shared.beat()).await,
+            _ = slot.tick() => tokio::time::timeout(patience, shared.look_at_slot()).await,
+            _ = store.tick() => tokio::time::timeout(patience, shared.store_position()).await,
+            Ok(()) = mark.changed() => {
+                let Some(mark) = mark.borrow_and_update().clone() else { continue };
+                tokio::time::timeout(patience, shared.store_mark(mark)).await
+            }
+        };
+        match result {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => return error,
+            Err(_) => {
+                let message = format!(
+                    "the heartbeat's session does not answer within {} s",
+                    patience.as_secs()
+                );
+                return Error::new(ErrorKind::DatabaseAway, message);
             }
         }
     }
+}
 
+impl Shared {
     async fn beat(&self) -> Result<()> {
         let client = &self.session.client;
         self.compare_publication().await?;
@@ -149,9 +171,7 @@ impl Task {
     }
 
     async fn compare_publication(&self) -> Result<()> {
-        let (client, checkpoint) = (&self.session.client, self.checkpoint.clone());
-        catalog::reconcile_publication(client, &self.contract, checkpoint).await?;
-        Ok(())
+        catalog::compare_publication(&self.session.client, &self.contract, &self.checkpoint).await
     }
 
     async fn look_at_slot(&self) -> Result<()> {
@@ -164,19 +184,26 @@ impl Task {
         Ok(())
     }
 
-    async fn store_fence(&mut self) -> Result<()> {
-        let fence = self.fence.borrow_and_update().clone();
-        let Some(Position {
-            lsn,
-            fence: Some(snapshot),
-        }) = fence
-        else {
-            return Ok(());
-        };
-        debug!(%lsn, snapshot, "fence reached");
-        // Between the last beat and the fence it may have changed and hidden rows
-        // that the fence sees: then the older fence stays.
-        self.compare_publication().await?;
-        catalog::store_heartbeat(&self.session.client, &self.contract, lsn, &snapshot).await
+    async fn store_position(&self) -> Result<()> {
+        let confirmed = self.confirmed.load(Ordering::Relaxed);
+        if confirmed > self.stored.swap(confirmed, Ordering::Relaxed) {
+            let client = &self.session.client;
+            catalog::store_position(client, &self.contract, confirmed.into()).await?;
+        }
+        Ok(())
+    }
+
+    async fn store_mark(&self, (mark, lsn): Reached) -> Result<()> {
+        let (client, contract) = (&self.session.client, &self.contract);
+        match mark {
+            Mark::Seq(seq) => catalog::store_seq(client, contract, seq).await,
+            Mark::Fence(snapshot) => {
+                debug!(%lsn, snapshot, "fence reached");
+                // Between the last beat and the fence it may have changed and hidden
+                // rows that the fence sees: then the older fence stays.
+                self.compare_publication().await?;
+                catalog::store_fence(client, contract, lsn, &snapshot).await
+            }
+        }
     }
 }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use rdkafka::error::RDKafkaErrorCode;
 use tokio_postgres::types::PgLsn;
 
+use super::heartbeat::Reached;
 use super::partitions::Partitions;
 use crate::ack::AckQueue;
 use crate::envelope::Record;
@@ -15,15 +16,16 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::health::Health;
 use crate::metrics::{Metrics, TopicMetrics};
 use crate::publisher::{Destination, Publisher, Report, SendError, Topic, Verdict, verdict};
-use crate::source::{Place, Position, Row};
+use crate::source::{Mark, Place, Position, Row};
 use crate::timestamp::Timestamp;
 
 /// The publisher, and the queue of what it was given.
 pub(super) struct Window {
     pub(super) publisher: Publisher,
     queue: AckQueue<Sent, PgLsn>,
-    /// Fences that were read and not yet reached.
-    fences: VecDeque<Position>,
+    /// Marks that were read and not yet reached, with how many entries the queue
+    /// had taken before each.
+    marks: VecDeque<(u64, Mark, PgLsn)>,
     topics: Vec<TopicMetrics>,
     partitions: Partitions,
     reports: Vec<Report>,
@@ -68,8 +70,8 @@ struct Failed {
 pub(super) struct Progress {
     /// Everything before it is delivered.
     pub(super) confirm: Option<PgLsn>,
-    /// The newest fence that lies before it.
-    pub(super) fence: Option<Position>,
+    /// The newest mark that was reached, and its position.
+    pub(super) mark: Option<Reached>,
     /// Whether events lie between it and the position before.
     pub(super) has_events: bool,
 }
@@ -101,7 +103,7 @@ impl Window {
         Self {
             publisher,
             queue: AckQueue::default(),
-            fences: VecDeque::new(),
+            marks: VecDeque::new(),
             topics: Vec::new(),
             partitions: Partitions::default(),
             reports: Vec::new(),
@@ -216,8 +218,8 @@ impl Window {
         }
         self.newest = position.lsn;
         self.queue.push_position(position.lsn);
-        if position.fence.is_some() {
-            self.fences.push_back(position);
+        if let Some(mark) = position.mark {
+            self.marks.push_back((self.queue.end(), mark, position.lsn));
         }
     }
 
@@ -271,13 +273,15 @@ impl Window {
         let Some(lsn) = reached else {
             return Progress::default();
         };
-        let mut fence = None;
-        while self.fences.front().is_some_and(|fence| fence.lsn <= lsn) {
-            fence = self.fences.pop_front();
+        let mut mark = None;
+        while let Some((end, ..)) = self.marks.front()
+            && *end <= self.queue.head()
+        {
+            mark = self.marks.pop_front().map(|(_, mark, lsn)| (mark, lsn));
         }
         Progress {
             confirm: Some(lsn),
-            fence,
+            mark,
             has_events: std::mem::take(&mut self.delivered_since),
         }
     }

@@ -29,8 +29,7 @@ pub fn print_sql(contract: &Contract, options: &SetupOptions) -> String {
     }
     script.push_str(REFUSE_NEWER);
     let publication_is_missing = "SELECT NOT EXISTS (SELECT FROM pg_publication WHERE pubname = :'publication')\n    \
-         AND NOT EXISTS (SELECT FROM :\"schema\".checkpoint WHERE name = :'slot' AND lsn IS NOT NULL\n    \
-         AND publication_identity IS NOT NULL) AS missing \\gset";
+         AND NOT EXISTS (SELECT FROM :\"schema\".checkpoint WHERE name = :'slot' AND lsn IS NOT NULL) AS missing \\gset";
     section(&mut script, publication_is_missing, PUBLICATION);
     script.push('\n');
     script.push_str(SLOT);

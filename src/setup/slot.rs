@@ -6,7 +6,7 @@
 //! | checkpoint | slot    | what it means, what is done                                  |
 //! | ---------- | ------- | ------------------------------------------------------------ |
 //! | at an LSN  | there   | set up: checked                                              |
-//! | at an LSN  | missing | lost: refused                                                |
+//! | at an LSN  | missing | lost: refused, `recover.rs` makes it anew                    |
 //! | none       | missing | new: a slot is made                                          |
 //! | unfinished | missing | interrupted before the slot: the slot is made                |
 //! | unfinished | there   | interrupted after it; nobody has read it: it is made anew    |
@@ -17,14 +17,14 @@
 //! the slot of an interrupted set-up has confirmed nothing and can be dropped.
 
 mod foreign;
-mod start;
+pub(super) mod start;
 
 use pgwire_replication::ReplicationClient;
 use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
-use self::start::Start;
-use super::{Report, State, create_publication};
+use self::start::{SEES_NOTHING, Start};
+use super::{Report, State};
 use crate::catalog::{self, Checkpoint, Stored, System};
 use crate::contract::Contract;
 use crate::database::{sort, sort_replication};
@@ -41,14 +41,8 @@ pub(super) async fn check(
     let slot = catalog::find_slot(client, &contract.slot).await?;
     let slot = slot.ok_or_else(|| checkpoint.slot_is_gone(contract))?;
     slot.check(&contract.slot)?;
-    checkpoint.check_publication_name(contract)?;
-    let publication = match checkpoint.publication_identity {
-        Some(_) => State::AlreadyThere,
-        // What the one before hid was given up, so there may be a new one.
-        None => create_publication(client, contract).await?,
-    };
-    catalog::reconcile_publication(client, contract, checkpoint).await?;
-    report.add(super::publication(contract), publication);
+    catalog::compare_publication(client, contract, &checkpoint).await?;
+    report.add(super::publication(contract), State::AlreadyThere);
     report.add(object(contract), State::AlreadyThere);
     Ok(())
 }
@@ -86,7 +80,7 @@ pub(super) async fn create(
     if existing.is_some() {
         drop_slot(&mut replication, contract).await?;
     }
-    let start = start::create_slot(client, &mut replication, contract).await?;
+    let start = start::create_slot(client, &mut replication, contract, SEES_NOTHING).await?;
     if start.rows_before > 0 && !backfill_none {
         drop_slot(&mut replication, contract).await?;
         forget_intention(client, contract).await?;
@@ -99,7 +93,7 @@ pub(super) async fn create(
     Ok(())
 }
 
-async fn identify_system(replication: &mut ReplicationClient) -> Result<System> {
+pub(super) async fn identify_system(replication: &mut ReplicationClient) -> Result<System> {
     let system = replication
         .identify_system()
         .await
@@ -110,7 +104,10 @@ async fn identify_system(replication: &mut ReplicationClient) -> Result<System> 
     })
 }
 
-async fn drop_slot(replication: &mut ReplicationClient, contract: &Contract) -> Result<()> {
+pub(super) async fn drop_slot(
+    replication: &mut ReplicationClient,
+    contract: &Contract,
+) -> Result<()> {
     let command = format!("DROP_REPLICATION_SLOT {}", contract.slot);
     replication
         .simple_query(&command)
@@ -134,7 +131,7 @@ async fn forget_intention(client: &Client, contract: &Contract) -> Result<()> {
     write(client, contract, &sql).await
 }
 
-async fn write(client: &Client, contract: &Contract, sql: &str) -> Result<()> {
+pub(super) async fn write(client: &Client, contract: &Contract, sql: &str) -> Result<()> {
     client
         .batch_execute(sql)
         .await
@@ -187,6 +184,6 @@ fn rows_before_the_slot(contract: &Contract, rows: i64) -> Error {
     )
 }
 
-fn object(contract: &Contract) -> String {
+pub(super) fn object(contract: &Contract) -> String {
     format!("replication slot \"{}\"", contract.slot)
 }

@@ -28,7 +28,7 @@ use pgwire_replication::client::ReplicationEvent;
 use tokio_postgres::types::PgLsn;
 
 use super::columns::{Columns, Unreadable};
-use super::{Item, Place, Position, Row};
+use super::{Item, Mark, Place, Position, Row};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Event;
 use crate::pgoutput::{self, Message, Relation};
@@ -73,6 +73,11 @@ impl Messages {
             tables: HashMap::new(),
             transaction: None,
         }
+    }
+
+    /// What rows of a table are made of, other than by a message.
+    pub(super) fn describe(&mut self, relation: &Relation) {
+        self.tables.insert(relation.id, Columns::of(relation));
     }
 
     /// Whether the rows given so far end within a transaction.
@@ -132,11 +137,14 @@ impl Messages {
     /// What a person needs to find the row: its id and number as far as they can
     /// be read, and its place.
     pub(super) fn name_of(&self, row: &Row) -> String {
-        let place = format!(
-            "commit LSN {}, row {}",
-            row.place.commit_lsn,
-            row.place.ordinal + 1
-        );
+        let place = match u64::from(row.place.commit_lsn) {
+            0 => "read from the table".to_owned(),
+            _ => format!(
+                "commit LSN {}, row {}",
+                row.place.commit_lsn,
+                row.place.ordinal + 1
+            ),
+        };
         let name = insert(row).ok().and_then(|insert| {
             let columns = self.tables.get(&insert.relation_id)?;
             Some(columns.name_of(&insert.row))
@@ -155,7 +163,7 @@ impl Messages {
         match pgoutput::decode(&bytes).map_err(protocol)? {
             Message::Relation(relation) => {
                 self.check_table(&relation)?;
-                self.tables.insert(relation.id, Columns::of(&relation));
+                self.describe(&relation);
             }
             Message::Update(_) => return Err(self.published("updates")),
             Message::Delete(_) => return Err(self.published("deletes")),
@@ -205,8 +213,10 @@ impl Messages {
 }
 
 fn position(lsn: Lsn, fence: Option<String>) -> Item {
-    let lsn = pg_lsn(lsn);
-    Item::Position(Position { lsn, fence })
+    Item::Position(Position {
+        lsn: pg_lsn(lsn),
+        mark: fence.map(Mark::Fence),
+    })
 }
 
 fn pg_lsn(lsn: Lsn) -> PgLsn {

@@ -9,6 +9,9 @@
 //! - A server that shuts down waits until the slot has confirmed everything, for
 //!   ever if the broker is away. It ends ordinary sessions first, so the relay
 //!   watches one, and lets go of the stream when that ends.
+//! - A slot's position is on the server's disk only now and then, up to 15 s old: after a
+//!   crash the server would repeat all since. So the relay stores its position in the
+//!   checkpoint too, and asks to begin there; the server takes the later of the two.
 //! - Since Postgres 18 a publication that is gone is no error: its rows are
 //!   skipped. The relay compares the publication's identity at every start and
 //!   heartbeat.
@@ -22,8 +25,10 @@ use pgwire_replication::client::ReplicationClient;
 use tokio_postgres::types::PgLsn;
 
 use super::columns::Unreadable;
+use super::gap::GapReader;
 use super::messages::{Messages, Source};
 use super::{Item, Row};
+use crate::catalog::Gap;
 use crate::database::{self, Database};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Event;
@@ -35,6 +40,10 @@ pub struct WalSettings {
     pub slot: String,
     /// What the slot is read for.
     pub source: Source,
+    /// Everything that committed before it is delivered.
+    pub start: PgLsn,
+    /// What is read from the table before anything is read from the slot.
+    pub gap: Option<Gap>,
     /// How often a new position is told to the server: what a crash repeats at
     /// least, and a status message each.
     pub status_interval: Duration,
@@ -53,13 +62,14 @@ pub struct Stream {
     client: ReplicationClient,
     settings: WalSettings,
     messages: Messages,
+    gap: Option<GapReader>,
     last_heard: Instant,
     received: PgLsn,
     confirmed: PgLsn,
 }
 
 impl Stream {
-    /// Opens the slot where it was last confirmed.
+    /// Opens the slot where it was last confirmed, or later if told so.
     ///
     /// # Errors
     /// If the server refuses; `SlotInUse` while another process reads the slot.
@@ -77,6 +87,7 @@ impl Stream {
         let config = config
             .with_options(options)
             .with_application_name(format!("postbox {}", settings.slot))
+            .with_start_lsn(Lsn::from_u64(settings.start.into()))
             .with_buffer_size(BUFFERED_ROWS)
             .with_status_interval(settings.status_interval)
             // Longer than the server's ping interval: its pings are what shows
@@ -92,9 +103,21 @@ impl Stream {
                 return Err(Error::new(ErrorKind::DatabaseAway, message));
             }
         }
+        let mut messages = Messages::new(settings.source.clone());
+        // Not before the slot is ours: only one relay may send these.
+        let gap = match settings.gap.clone() {
+            None => None,
+            Some(gap) => {
+                let opened = GapReader::open(database, &settings.source, gap, settings.start).await;
+                let (reader, relation) = opened?;
+                messages.describe(&relation);
+                Some(reader)
+            }
+        };
         Ok(Self {
             client,
-            messages: Messages::new(settings.source.clone()),
+            messages,
+            gap,
             settings,
             last_heard: Instant::now(),
             received: PgLsn::from(0),
@@ -108,6 +131,12 @@ impl Stream {
     /// # Errors
     /// If the stream ends or says what it should not.
     pub async fn next(&mut self) -> Result<Item> {
+        while let Some(gap) = &mut self.gap {
+            match gap.next().await? {
+                Some(item) => return Ok(item),
+                None => self.gap = None,
+            }
+        }
         loop {
             let message = match self.client.recv().await {
                 Ok(Some(message)) => message,
@@ -178,7 +207,7 @@ impl Stream {
     /// # Errors
     /// `DatabaseAway` if nothing came, not even a ping.
     pub fn check_alive(&mut self, reading: bool) -> Result<()> {
-        if !reading {
+        if !reading || self.gap.is_some() {
             self.last_heard = Instant::now();
         }
         let silence = self.last_heard.elapsed();

@@ -20,5 +20,6 @@ mod poison;
 mod promotion;
 mod publisher;
 mod records;
+mod recover;
 mod setup;
 mod stream;

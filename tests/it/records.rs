@@ -6,7 +6,7 @@ use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::message::{Headers, Message, OwnedMessage};
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 
-use crate::support::{Fixture, Relay};
+use crate::support::{Fixture, Relay, wait_until};
 
 /// The first `count` records of a topic with one key, in order.
 fn consume(fixture: &Fixture, topic: &str, count: usize) -> Vec<OwnedMessage> {
@@ -186,4 +186,52 @@ async fn a_payload_column_may_have_another_type() {
         );
     }
     relay.drain().await;
+}
+
+/// The same row, through the slot and from the table.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_row_read_from_the_table_makes_the_same_record() {
+    let fixture = Fixture::new().await;
+    let sql = "INSERT INTO postbox.outbox \
+               (aggregate_type, aggregate_id, event_type, payload, headers, schema_version, trace_id, \
+                correlation_id, causation_id, partition_key, traceparent, created_at) \
+               VALUES ($1, 'a', 'changed', '{ \"ü\" : 1.50,\n \"x\":null}', '{\"h\": \"1\"}', '2', 't', 'c', 'd', \
+                       'a', '00-x', '2026-01-02 03:04:05.678901+05:30'), \
+                      ($1, 'a', 'deleted', NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, '2026-01-02')";
+    // Formats that a role may have.
+    let odd = "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET datestyle = ''German, DMY''', current_database()); \
+               EXECUTE format('ALTER DATABASE %I SET timezone = ''Asia/Kathmandu''', current_database()); END $$";
+    fixture.client.batch_execute(odd).await.unwrap();
+    fixture
+        .client
+        .execute(sql, &[&fixture.topic])
+        .await
+        .unwrap();
+    let relay = Relay::streaming(&fixture, &[]).await;
+    fixture.wait_for_confirmation().await;
+    relay.drain().await;
+    let everything = "UPDATE postbox.checkpoint SET snapshot = '3:3:'";
+    fixture.client.batch_execute(everything).await.unwrap();
+    fixture.drop_slot().await;
+    fixture.recover(&[]).results();
+    let relay = Relay::streaming(&fixture, &[]).await;
+    wait_until("both are sent again", async || {
+        relay.published(&fixture.topic) == 2
+    })
+    .await;
+    relay.drain().await;
+    let records = consume(&fixture, &fixture.topic, 4);
+    let content = |record: &OwnedMessage| {
+        let headers = record.headers().into_iter().flat_map(Headers::iter);
+        let headers: Vec<String> = headers.map(|header| format!("{header:?}")).collect();
+        let (key, payload) = (record.key().map(<[u8]>::to_vec), record.payload());
+        (
+            key,
+            payload.map(<[u8]>::to_vec),
+            headers,
+            record.timestamp(),
+        )
+    };
+    let records: Vec<_> = records.iter().map(content).collect();
+    assert_eq!(records[..2], records[2..]);
 }

@@ -10,14 +10,11 @@ use tokio_postgres::Client;
 use tokio_postgres::types::PgLsn;
 
 use super::object;
-use super::start::Start;
+use super::start::{SEES_NOTHING, Start};
 use crate::catalog::SlotState;
 use crate::contract::Contract;
 use crate::database::sort;
 use crate::error::{Error, ErrorKind, Result};
-
-/// Transaction ids below 3 are reserved: this snapshot sees no row of ours.
-const SEES_NOTHING: &str = "3:3:";
 
 /// Where the slot begins for us, if it can be read without losing rows.
 pub(super) async fn take_over(

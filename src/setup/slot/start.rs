@@ -2,9 +2,8 @@
 //!
 //! A slot is created over the replication protocol, with an *exported snapshot*:
 //! it sees what committed before the slot's consistent point, and the slot streams
-//! the rest. Under that snapshot we read three things. Rows it sees would never be
-//! published, so any is an error unless they are given up. Itself, as text, is the
-//! first snapshot of the checkpoint. And the publication's identity is taken as of
+//! the rest. Under that snapshot we read three things. Rows it sees the slot will
+//! never give. Itself, as text, is what tells them from those it gives. And the publication's identity is taken as of
 //! the very point where the slot begins.
 
 use pgwire_replication::ReplicationClient;
@@ -18,19 +17,25 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::setup::PATIENCE;
 
 /// Where a slot begins.
-pub(super) struct Start {
-    pub(super) lsn: PgLsn,
-    pub(super) snapshot: String,
-    /// Of a slot that someone else made: rows that may be before it.
-    pub(super) rows_before: i64,
-    pub(super) publication_identity: Option<String>,
+pub(in crate::setup) struct Start {
+    pub(in crate::setup) lsn: PgLsn,
+    pub(in crate::setup) snapshot: String,
+    /// Rows that the slot does not give. Of a slot that someone else made: rows
+    /// that it may not give.
+    pub(in crate::setup) rows_before: i64,
+    pub(in crate::setup) publication_identity: Option<String>,
 }
 
-/// Makes the slot, and looks at what there was before it.
-pub(super) async fn create_slot(
+/// Transaction ids below 3 are reserved: this snapshot sees no row of ours.
+pub(super) const SEES_NOTHING: &str = "3:3:";
+
+/// Makes the slot, and looks at what there was before it that the snapshot `since`
+/// does not see.
+pub(in crate::setup) async fn create_slot(
     client: &mut Client,
     replication: &mut ReplicationClient,
     contract: &Contract,
+    since: &str,
 ) -> Result<Start> {
     let slot = &contract.slot;
     // The older syntax: Postgres 14 has no other, and all later ones know it.
@@ -62,7 +67,7 @@ pub(super) async fn create_slot(
             ),
         ));
     };
-    look_before(client, contract, lsn, exported)
+    look_before(client, contract, since, lsn, exported)
         .await
         .map_err(|error| {
             sort(
@@ -76,6 +81,7 @@ pub(super) async fn create_slot(
 async fn look_before(
     client: &mut Client,
     contract: &Contract,
+    since: &str,
     lsn: PgLsn,
     exported: &str,
 ) -> Result<Start, tokio_postgres::Error> {
@@ -90,10 +96,12 @@ async fn look_before(
         .batch_execute(&format!("SET TRANSACTION SNAPSHOT {exported}"))
         .await?;
     let sql = contract.sql(
-        "SELECT pg_current_snapshot()::text, (SELECT count(*) FROM :\"schema\".outbox), \
+        "SELECT pg_current_snapshot()::text, \
+                (SELECT count(*) FROM :\"schema\".outbox \
+                 WHERE NOT pg_visible_in_snapshot(xid, $1::text::pg_snapshot)), \
                 :\"schema\".publication_identity(:'publication')",
     );
-    let row = transaction.query_one(&sql, &[]).await?;
+    let row = transaction.query_one(&sql, &[&since]).await?;
     transaction.commit().await?;
     Ok(Start {
         lsn,

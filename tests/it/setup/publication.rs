@@ -1,8 +1,7 @@
 //! A publication that is wrong, and the statement that mends it.
 
-use super::script::script;
 use super::{all_there, assert_events_flow, count, forget_slot, slots, statement};
-use crate::support::{Fixture, Relay, run_script};
+use crate::support::{Fixture, Relay};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_wrong_publication_is_refused_with_the_statement_that_mends_it() {
@@ -143,10 +142,12 @@ async fn a_publication_changed_after_set_up_is_mended_by_what_it_says() {
         fixture.client.batch_execute(change).await.unwrap();
         let complaint = complaint(&fixture).await;
         assert!(complaint.contains(what), "after {change}: {complaint}");
-        for step in [mend, "UPDATE "].iter().filter(|step| !step.is_empty()) {
-            let step = statement(&complaint, step);
-            fixture.client.batch_execute(step).await.unwrap();
+        if !mend.is_empty() {
+            let mend = statement(&complaint, mend);
+            fixture.client.batch_execute(mend).await.unwrap();
         }
+        assert!(complaint.ends_with("run `postbox recover`"), "{complaint}");
+        fixture.recover(&[]).results();
         assert_eq!(fixture.setup(&[]).results(), all_there(&fixture));
     }
     assert_events_flow(&fixture, &[]).await;
@@ -161,68 +162,11 @@ async fn a_publication_that_is_gone_is_made_again_by_what_it_says() {
     let complaint = complaint(&fixture).await;
     let what = "publication \"postbox\" does not exist: the slot may skip rows";
     assert!(complaint.contains(what), "{complaint}");
-    for step in ["CREATE PUBLICATION", "UPDATE "] {
-        let step = statement(&complaint, step);
-        fixture.client.batch_execute(step).await.unwrap();
-    }
+    let mend = statement(&complaint, "CREATE PUBLICATION");
+    fixture.client.batch_execute(mend).await.unwrap();
+    fixture.recover(&[]).results();
     assert_eq!(fixture.setup(&[]).results(), all_there(&fixture));
     assert_events_flow(&fixture, &[]).await;
-}
-
-/// Before Postgres 18 a slot cannot be read past anything that was written while
-/// there was no publication.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_publication_whose_rows_are_given_up_is_made_again_by_set_up() {
-    for with_script in [false, true] {
-        let fixture = Fixture::empty().await;
-        fixture.setup(&[]).results();
-        fixture.insert("before", "{}").await;
-        let gone = "DROP PUBLICATION postbox";
-        fixture.client.batch_execute(gone).await.unwrap();
-        fixture.insert("hidden", "{}").await;
-        let setup = fixture.setup(&[]);
-        let give_up = statement(setup.complaint(5), "UPDATE ");
-        fixture.client.batch_execute(give_up).await.unwrap();
-        let made =
-            all_there(&fixture).replace("n \"postbox\": already there", "n \"postbox\": created");
-        if with_script {
-            run_script(&fixture.client, &script(&fixture, &[]))
-                .await
-                .unwrap();
-        } else {
-            assert_eq!(fixture.setup(&[]).results(), made);
-        }
-        assert_eq!(fixture.setup(&[]).results(), all_there(&fixture));
-
-        let mut relay = Relay::streaming(&fixture, &[]).await;
-        if version(&fixture).await < 180_000 {
-            assert_eq!(relay.exit_code().await, 5, "{}", relay.log());
-            let log = relay.log();
-            assert!(
-                log.contains("publication \"postbox\" does not exist"),
-                "{log}"
-            );
-            assert!(
-                log.contains("which the slot cannot pass: drop the slot, and"),
-                "{log}"
-            );
-            let slot = &fixture.contract.slot;
-            let drop = format!("SELECT pg_drop_replication_slot('{slot}')");
-            fixture.client.batch_execute(&drop).await.unwrap();
-            let setup = fixture.setup(&[]);
-            let give_up = statement(setup.complaint(4), "DELETE FROM");
-            fixture.client.batch_execute(give_up).await.unwrap();
-            fixture.setup(&["--backfill", "none"]).results();
-            relay = Relay::streaming(&fixture, &[]).await;
-        }
-        fixture.insert("after", "{}").await;
-        fixture.wait_for_confirmation().await;
-        relay.drain().await;
-        let records = fixture.records().await;
-        let mut keys: Vec<_> = records.into_iter().map(|seen| seen.key).collect();
-        keys.sort_unstable();
-        assert_eq!(keys, ["after", "before"], "with the script: {with_script}");
-    }
 }
 
 async fn version(fixture: &Fixture) -> i64 {

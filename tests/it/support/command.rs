@@ -52,7 +52,9 @@ pub(crate) fn run(command: &mut Command) -> Output {
     let pid = child.id().to_string();
     let (sender, ended) = mpsc::channel();
     std::thread::spawn(move || sender.send(child.wait_with_output()));
-    let Ok(output) = ended.recv_timeout(PATIENCE) else {
+    // Writers go on meanwhile, and the command may wait for them.
+    let output = tokio::task::block_in_place(|| ended.recv_timeout(PATIENCE));
+    let Ok(output) = output else {
         Command::new("kill").args(["-KILL", &pid]).status().unwrap();
         panic!("does not end: {command:?}");
     };

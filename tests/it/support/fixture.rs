@@ -129,7 +129,16 @@ impl Fixture {
 
     /// The same, by the role of this URL.
     pub(crate) fn setup_as(&self, database_url: &str, flags: &[&str]) -> Output {
-        let mut command = postbox(&["setup"]);
+        self.run("setup", database_url, flags)
+    }
+
+    /// `postbox recover` as a process, with these flags.
+    pub(crate) fn recover(&self, flags: &[&str]) -> Output {
+        self.run("recover", &self.database_url, flags)
+    }
+
+    fn run(&self, command: &str, database_url: &str, flags: &[&str]) -> Output {
+        let mut command = postbox(&[command]);
         command
             .args(flags)
             .env("POSTBOX_SCHEMA", &self.contract.schema)
@@ -137,6 +146,20 @@ impl Fixture {
             .env("POSTBOX_PUBLICATION", &self.contract.publication)
             .env("POSTBOX_DATABASE_URL", database_url);
         run(&mut command)
+    }
+
+    /// Drops the slot, whoever reads it.
+    pub(crate) async fn drop_slot(&self) {
+        let slot = &self.contract.slot;
+        let end_reader = "SELECT pg_terminate_backend(active_pid, 10000) FROM pg_replication_slots \
+                          WHERE slot_name = $1 AND active";
+        let drop = format!("SELECT pg_drop_replication_slot('{slot}')");
+        wait_until("the slot is dropped", async || {
+            let ended = self.client.execute(end_reader, &[slot]).await;
+            ended.unwrap();
+            self.client.batch_execute(&drop).await.is_ok()
+        })
+        .await;
     }
 
     /// Makes a role that may log in and nothing else: its name and its URL.

@@ -1,0 +1,40 @@
+//! `postbox recover`.
+
+use clap::Args;
+use clap::builder::BoolishValueParser;
+use postbox::setup;
+
+use super::arguments::{ContractArguments, DatabaseArguments};
+
+/// Makes a replication slot that was lost anew, without losing events.
+///
+/// For a slot that was dropped, invalidated, left behind by a fail-over, or hidden from by a change of
+/// the publication. Events committed since the last checkpoint are still in the outbox: the relay that
+/// starts next sends them first, and then reads the new slot. Those delivered within the last heartbeat
+/// interval are sent again. It changes nothing where nothing is lost, and may run any number of times.
+#[derive(Debug, Args)]
+pub(super) struct RecoverCommand {
+    #[command(flatten)]
+    database: DatabaseArguments,
+
+    #[command(flatten)]
+    contract: ContractArguments,
+
+    /// Leave the events committed since the last checkpoint unpublished, and say how many they are. The
+    /// variable is true or false.
+    #[arg(long, env = "POSTBOX_SKIP_MISSED", value_parser = BoolishValueParser::new())]
+    skip_missed: bool,
+}
+
+impl RecoverCommand {
+    pub(super) fn run(&self) -> anyhow::Result<()> {
+        let contract = self.contract.resolve()?;
+        let database = self.database.resolve()?;
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        let report = runtime.block_on(setup::recover(&database, &contract, self.skip_missed))?;
+        print!("{report}");
+        Ok(())
+    }
+}

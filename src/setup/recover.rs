@@ -1,0 +1,170 @@
+//! A new slot in place of one that was lost, and nothing lost with it.
+//!
+//! A slot can be dropped, invalidated (`max_slot_wal_keep_size`), left behind by a
+//! fail-over, or blind for a while because its publication was changed. What was
+//! committed since the last fence that came out of it is in the outbox still:
+//!
+//! ```text
+//!   commits  ───────┬──────────────────┬───────▶
+//!         checkpoint's snapshot   new slot's snapshot
+//!     delivered     │   the gap        │  streamed
+//! ```
+//!
+//! Recovery makes the slot and stores both snapshots; the relay that starts next
+//! reads the gap from the table before it reads the slot. What was delivered after
+//! the last fence is in the gap too, and is sent again: that of one heartbeat
+//! interval.
+//!
+//! The checkpoint's LSN is taken away first and comes back last. Without one, no
+//! relay starts, and a recovery that was interrupted begins again: the slot that
+//! it left has given nothing.
+
+use pgwire_replication::ReplicationClient;
+use tokio_postgres::Client;
+use tokio_postgres::types::Type;
+
+use super::slot::start::create_slot;
+use super::slot::{drop_slot, identify_system, object, write};
+use super::{Report, State, create_publication, lock, open_replication, publication};
+use crate::catalog::{self, Checkpoint, Gap, Stored};
+use crate::contract::Contract;
+use crate::database::{Database, sort};
+use crate::error::Result;
+
+/// Makes a lost slot anew, so that the next relay first sends what was committed
+/// since the last checkpoint. With `skip_missed` that is given up instead.
+///
+/// Does nothing where nothing is lost. Can be run again at any time, also after it
+/// was interrupted.
+///
+/// # Errors
+///
+/// `SlotInUse`: a relay reads the slot. `Slot`: there is no checkpoint to start
+/// from, or the slot is another's. `Database`: the checkpoint belongs to another
+/// cluster. `Publication`: it is wrong, and the message has the statement that
+/// mends it.
+pub async fn recover(
+    database: &Database,
+    contract: &Contract,
+    skip_missed: bool,
+) -> Result<Report> {
+    contract.validate()?;
+    let mut session = database.connect("postbox recover").await?;
+    let client = &mut session.client;
+    lock(client).await?;
+    catalog::check_server(client).await?;
+    catalog::check_schema_version(client, contract).await?;
+    let (checkpoint, finished) = match catalog::stored(client, contract).await? {
+        Stored::At(checkpoint) => (checkpoint, true),
+        Stored::Recovering(checkpoint) => (checkpoint, false),
+        Stored::Missing | Stored::Unfinished => return Err(catalog::not_set_up(contract)),
+    };
+    checkpoint.check_system(contract, &catalog::system(client).await?)?;
+    checkpoint.check_publication_name(contract)?;
+    let mut report = Report::default();
+    if finished && is_whole(client, contract, &checkpoint).await? {
+        let note = match (&checkpoint.gap, skip_missed) {
+            (Some(gap), true) => Some(skip_rest(client, contract, gap).await?),
+            _ => None,
+        };
+        report.add(publication(contract), State::AlreadyThere);
+        report.add_with_note(object(contract), State::AlreadyThere, note);
+        return Ok(report);
+    }
+    let replication = Box::pin(open_replication(database, client, contract)).await?;
+    let made = create_publication(client, contract).await?;
+    catalog::check_publication(client, contract).await?;
+    report.add(publication(contract), made);
+    let note = remake(client, replication, contract, &checkpoint, skip_missed).await?;
+    report.add_with_note(object(contract), State::Created, Some(note));
+    Ok(report)
+}
+
+/// Whether the slot still gives everything since it was set up.
+async fn is_whole(client: &Client, contract: &Contract, checkpoint: &Checkpoint) -> Result<bool> {
+    let Some(slot) = catalog::find_slot(client, &contract.slot).await? else {
+        return Ok(false);
+    };
+    slot.check_ours(&contract.slot)?;
+    slot.check_unused(&contract.slot)?;
+    let present = catalog::publication_identity(client, contract).await?;
+    Ok(present.as_ref() == Some(&checkpoint.publication_identity) && !slot.is_lost())
+}
+
+/// Drops what there is of the slot and makes it anew; says what there was between.
+async fn remake(
+    client: &mut Client,
+    mut replication: ReplicationClient,
+    contract: &Contract,
+    checkpoint: &Checkpoint,
+    skip_missed: bool,
+) -> Result<String> {
+    let system = identify_system(&mut replication).await?;
+    let begin = contract.sql(
+        "UPDATE :\"schema\".checkpoint \
+         SET lsn = NULL, second_snapshot = NULL, seq = NULL, updated_at = now() WHERE name = :'slot'",
+    );
+    write(client, contract, &begin).await?;
+    if catalog::find_slot(client, &contract.slot).await?.is_some() {
+        drop_slot(&mut replication, contract).await?;
+    }
+    let since = &checkpoint.snapshot;
+    let start = create_slot(client, &mut replication, contract, since).await?;
+    let rows = start.rows_before;
+    let keep_gap = rows > 0 && !skip_missed;
+    let (snapshot, until) = match keep_gap {
+        true => (since, Some(&start.snapshot)),
+        false => (&start.snapshot, None),
+    };
+    let sql = contract.sql(
+        "UPDATE :\"schema\".checkpoint \
+         SET lsn = $1, snapshot = $2::pg_snapshot, second_snapshot = $3::pg_snapshot, \
+             system_identifier = $4, timeline = $5, publication_identity = $6, updated_at = now() \
+         WHERE name = :'slot' AND lsn IS NULL",
+    );
+    let parameters = [
+        (&start.lsn as _, Type::PG_LSN),
+        (snapshot as _, Type::TEXT),
+        (&until as _, Type::TEXT),
+        (&system.identifier as _, Type::TEXT),
+        (&system.timeline as _, Type::INT4),
+        (&start.publication_identity as _, Type::TEXT),
+    ];
+    client
+        .query_typed(&sql, &parameters)
+        .await
+        .map_err(|error| sort(format!("write checkpoint \"{}\"", contract.slot), error))?;
+    let missed = format!("rows committed since the last checkpoint: {rows}");
+    Ok(match (rows, keep_gap) {
+        (0, _) => missed,
+        (_, true) => format!("{missed}; the relay sends them before all others"),
+        (_, false) => format!("{missed}; they stay unpublished"),
+    })
+}
+
+/// Gives up what a recovery has left to be sent.
+async fn skip_rest(client: &Client, contract: &Contract, gap: &Gap) -> Result<String> {
+    let sql = contract.sql(
+        "WITH ended AS (
+             UPDATE :\"schema\".checkpoint
+             SET snapshot = second_snapshot, second_snapshot = NULL, seq = NULL, updated_at = now()
+             WHERE name = :'slot' AND second_snapshot IS NOT NULL
+         )
+         SELECT count(*) FROM :\"schema\".outbox
+         WHERE NOT pg_visible_in_snapshot(xid, $1::pg_snapshot)
+           AND pg_visible_in_snapshot(xid, $2::pg_snapshot) AND seq > $3",
+    );
+    let parameters = [
+        (&gap.since as _, Type::TEXT),
+        (&gap.until as _, Type::TEXT),
+        (&gap.seq as _, Type::INT8),
+    ];
+    let rows = client
+        .query_typed(&sql, &parameters)
+        .await
+        .map_err(|error| sort(format!("write checkpoint \"{}\"", contract.slot), error))?;
+    let rows: i64 = rows.first().map_or(0, |row| row.get(0));
+    Ok(format!(
+        "rows of a recovery not sent yet: {rows}; they stay unpublished"
+    ))
+}

@@ -1,0 +1,241 @@
+//! Rows that no slot gives, read from the table.
+//!
+//! A slot that was lost is made anew, and what was committed in between is in
+//! neither. It is in the outbox, whose column `xid` tells which transaction wrote
+//! a row: the rows that the new slot's snapshot sees and the old checkpoint's
+//! does not are exactly those that one slot has not surely given and the other
+//! never will. They come in the order of `seq`, which is the order of commits for
+//! writers that wait for each other, as the writers of one key do.
+//!
+//! The two snapshots fix the set, so no transaction stays open while rows are
+//! sent, and each page is a statement of its own. A row becomes the message that
+//! a slot would have sent, so that all that follows knows one kind of row.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use bytes::{BufMut, Bytes, BytesMut};
+use postgres_protocol::escape::escape_identifier;
+use tokio::task::JoinSet;
+use tokio_postgres::types::{PgLsn, Type};
+use tokio_postgres::{Client, Statement};
+
+use super::messages::Source;
+use super::{Item, Mark, Place, Position, Row};
+use crate::catalog::Gap;
+use crate::database::{Database, Session, sort};
+use crate::error::{Error, ErrorKind, Result};
+use crate::pgoutput::{Column, Relation};
+use crate::timestamp::Timestamp;
+
+/// Rows in one page: as many as a stream buffers, for the same reason.
+const PAGE_ROWS: usize = 64;
+
+/// Rows between two marks: what a kill repeats beside what is in flight.
+const MARK_ROWS: usize = 1024;
+
+/// The oid of the table in its messages. No table has it.
+pub(super) const RELATION: u32 = 0;
+
+/// Reads the rows of a gap.
+pub(super) struct GapReader {
+    pages: Pages,
+    reading: JoinSet<Result<Vec<Row>>>,
+    page: VecDeque<Row>,
+    gap: Gap,
+    unmarked: usize,
+    /// Where the new slot begins.
+    end: PgLsn,
+    done: bool,
+}
+
+#[derive(Clone)]
+struct Pages {
+    session: Arc<Session>,
+    statement: Statement,
+    since: String,
+    until: String,
+}
+
+impl GapReader {
+    /// The reader, and what its rows are made of.
+    pub(super) async fn open(
+        database: &Database,
+        source: &Source,
+        gap: Gap,
+        end: PgLsn,
+    ) -> Result<(Self, Relation)> {
+        let session = database.connect("postbox gap").await?;
+        let prepared = prepare(&session.client, source).await;
+        let (statement, relation) = prepared.map_err(|error| sort(DOING, error))?;
+        let reader = Self {
+            pages: Pages {
+                session: Arc::new(session),
+                statement,
+                since: gap.since.clone(),
+                until: gap.until.clone(),
+            },
+            reading: JoinSet::new(),
+            page: VecDeque::new(),
+            gap,
+            unmarked: 0,
+            end,
+            done: false,
+        };
+        Ok((reader, relation))
+    }
+
+    /// The next row, or a position: at last the fence that ends the gap. Then
+    /// `None`. Cancel-safe.
+    pub(super) async fn next(&mut self) -> Result<Option<Item>> {
+        if self.page.is_empty() && !self.done {
+            if self.unmarked >= MARK_ROWS {
+                self.unmarked = 0;
+                return Ok(Some(self.position(Mark::Seq(self.gap.seq))));
+            }
+            self.read_page().await?;
+            if self.page.is_empty() {
+                self.done = true;
+                return Ok(Some(self.position(Mark::Fence(self.gap.until.clone()))));
+            }
+        }
+        Ok(self.page.pop_front().map(|row| {
+            self.unmarked += 1;
+            self.gap.seq = seq(&row);
+            Item::Row(row)
+        }))
+    }
+
+    fn position(&self, mark: Mark) -> Item {
+        Item::Position(Position {
+            lsn: self.end,
+            mark: Some(mark),
+        })
+    }
+
+    async fn read_page(&mut self) -> Result<()> {
+        if self.reading.is_empty() {
+            let pages = self.pages.clone();
+            let after = self.gap.seq;
+            self.reading.spawn(async move { pages.read(after).await });
+        }
+        if let Some(page) = self.reading.join_next().await {
+            let ended = |error| Error::new(ErrorKind::Unexpected, "a task ended").caused_by(error);
+            self.page = page.map_err(ended)??.into();
+        }
+        Ok(())
+    }
+}
+
+impl Pages {
+    async fn read(&self, after: i64) -> Result<Vec<Row>> {
+        let limit = PAGE_ROWS as i64;
+        let rows = self
+            .session
+            .client
+            .query(&self.statement, &[&self.since, &self.until, &after, &limit])
+            .await
+            .map_err(|error| sort(DOING, error))?;
+        Ok(rows.iter().map(row).collect())
+    }
+}
+
+const DOING: &str = "read the outbox where the slot was lost";
+
+/// The statement that reads a page, and the table it reads.
+async fn prepare(
+    client: &Client,
+    source: &Source,
+) -> Result<(Statement, Relation), tokio_postgres::Error> {
+    // As a stream's session has them.
+    let formats = "SET datestyle = ISO; SET intervalstyle = postgres; SET timezone = UTC; \
+                   SET extra_float_digits = 3; SET bytea_output = hex";
+    client.batch_execute(formats).await?;
+    let (schema, table) = (&source.schema, &source.table);
+    let outbox = format!("{}.{}", escape_identifier(schema), escape_identifier(table));
+    let sql = "SELECT attname::text, atttypid FROM pg_attribute \
+               WHERE attrelid = $1::text::regclass AND attnum > 0 AND NOT attisdropped ORDER BY attnum";
+    let columns = client.query_typed(sql, &[(&outbox, Type::TEXT)]).await?;
+    let columns: Vec<Column> = columns
+        .iter()
+        .map(|row| Column {
+            name: row.get(0),
+            type_oid: row.get(1),
+        })
+        .collect();
+    let texts: Vec<String> = columns
+        .iter()
+        .map(|column| format!("o.{}::text", escape_identifier(&column.name)))
+        .collect();
+    let sql = format!(
+        "SELECT o.seq, (extract(epoch FROM created_at) * 1000000)::bigint, {} FROM {outbox} AS o \
+         WHERE NOT pg_visible_in_snapshot(xid, $1::text::pg_snapshot) \
+           AND pg_visible_in_snapshot(xid, $2::text::pg_snapshot) AND o.seq > $3 ORDER BY o.seq LIMIT $4",
+        texts.join(", "),
+    );
+    let types = [Type::TEXT, Type::TEXT, Type::INT8, Type::INT8];
+    let statement = client.prepare_typed(&sql, &types).await?;
+    let relation = Relation {
+        id: RELATION,
+        schema: schema.clone(),
+        name: table.clone(),
+        columns,
+    };
+    Ok((statement, relation))
+}
+
+fn row(row: &tokio_postgres::Row) -> Row {
+    let seq: i64 = row.get(0);
+    let values = (2..row.len()).map(|column| row.get::<_, Option<&str>>(column));
+    Row {
+        bytes: insert(values),
+        place: Place {
+            commit_lsn: PgLsn::from(0),
+            ordinal: seq.cast_unsigned(),
+        },
+        // When it was committed nobody knows any more.
+        committed_at: Timestamp::from_unix_micros(row.get(1)),
+    }
+}
+
+fn seq(row: &Row) -> i64 {
+    row.place.ordinal.cast_signed()
+}
+
+/// The message Insert:
+/// <https://www.postgresql.org/docs/current/protocol-logicalrep-message-formats.html>.
+fn insert<'a>(values: impl ExactSizeIterator<Item = Option<&'a str>>) -> Bytes {
+    let mut bytes = BytesMut::new();
+    bytes.put_u8(b'I');
+    bytes.put_u32(RELATION);
+    bytes.put_u8(b'N');
+    bytes.put_u16(values.len() as u16);
+    for value in values {
+        match value {
+            None => bytes.put_u8(b'n'),
+            Some(text) => {
+                bytes.put_u8(b't');
+                bytes.put_u32(text.len() as u32);
+                bytes.put_slice(text.as_bytes());
+            }
+        }
+    }
+    bytes.freeze()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pgoutput::{Message, Value, decode};
+
+    #[test]
+    fn a_row_becomes_the_message_that_a_slot_would_have_sent() {
+        let bytes = insert([Some("a"), None, Some("")].into_iter());
+        let Ok(Message::Insert(insert)) = decode(&bytes) else {
+            panic!("not an insert");
+        };
+        assert_eq!(insert.relation_id, RELATION);
+        let values: Vec<_> = insert.row.values().collect();
+        assert_eq!(values, [Value::Text(b"a"), Value::Null, Value::Text(b"")]);
+    }
+}

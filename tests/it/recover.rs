@@ -1,0 +1,258 @@
+//! A slot that was lost: `postbox recover`, and the relay after it.
+
+use std::time::Duration;
+
+use postbox::oracle::Load;
+
+use crate::support::{Fixture, Relay, run_script, wait_until};
+
+const FAST: [&str; 4] = ["--heartbeat-interval", "1s", "--in-flight-max", "500"];
+
+/// What the last heartbeat interval may repeat, on a slow machine, and the window.
+fn repeats_max(load: &Load) -> usize {
+    load.events_per_second as usize * 5 + 500
+}
+
+fn load(fixture: &Fixture) -> Load {
+    Load {
+        events_per_second: 1_000.0,
+        rollback_percent: 20,
+        pause_percent: 10,
+        ..fixture.load()
+    }
+}
+
+/// How many rows recovery says it has found.
+fn missed(results: &str) -> usize {
+    let (_, rest) = results.split_once("since the last checkpoint: ").unwrap();
+    let digits = rest.find(|c: char| !c.is_ascii_digit()).unwrap();
+    rest[..digits].parse().unwrap()
+}
+
+async fn checkpoint(fixture: &Fixture) -> String {
+    let sql = "SELECT (c.*)::text FROM postbox.checkpoint AS c";
+    let row = fixture.client.query_one(sql, &[]).await;
+    row.unwrap().get(0)
+}
+
+/// The keys of the records, in their own order.
+async fn keys(fixture: &Fixture) -> Vec<String> {
+    let records = fixture.records().await;
+    let mut keys: Vec<String> = records.into_iter().map(|seen| seen.key).collect();
+    keys.sort_unstable();
+    keys
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slot_dropped_under_load_is_recovered_without_loss() {
+    let fixture = Fixture::new().await;
+    let load = load(&fixture);
+    let writers = fixture.writers(load.clone());
+    let mut relay = Relay::streaming(&fixture, &FAST).await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    fixture.drop_slot().await;
+    assert_eq!(relay.exit_code().await, 4, "{}", relay.log());
+    assert!(relay.log().contains("`postbox recover`"), "{}", relay.log());
+    // While nothing reads.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let recovery = fixture.recover(&[]);
+    assert!(missed(recovery.results()) > 200, "{recovery:?}");
+    let relay = Relay::streaming(&fixture, &FAST).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    writers.stop().await.unwrap();
+    let verdict = fixture.judge(relay).await;
+    assert!(verdict.is_clean(repeats_max(&load)), "{verdict}");
+    // Once.
+    let nothing = fixture.recover(&[]);
+    assert!(!nothing.results().contains("created"), "{nothing:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slot_that_the_server_gave_up_is_recovered_without_loss() {
+    let settings = ["max_slot_wal_keep_size=1MB", "min_wal_size=32MB"];
+    let fixture = Fixture::with_servers(&settings, &[]).await;
+    let load = load(&fixture);
+    let writers = fixture.writers(load.clone());
+    let relay = Relay::streaming(&fixture, &FAST).await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    // Not stopped: a walsender that is told to end while its client reads nothing
+    // waits for it for ever, and the checkpoint that told it waits too.
+    relay.kill();
+    let lost = "SELECT wal_status = 'lost' FROM pg_replication_slots";
+    wait_until("the slot is lost", async || {
+        let switch = "SELECT pg_switch_wal()";
+        fixture.client.batch_execute(switch).await.unwrap();
+        fixture.client.batch_execute("CHECKPOINT").await.unwrap();
+        fixture.client.query_one(lost, &[]).await.unwrap().get(0)
+    })
+    .await;
+    let mut relay = Relay::start(&fixture, &FAST);
+    assert_eq!(relay.exit_code().await, 4, "{}", relay.log());
+    let log = relay.log();
+    assert!(log.contains("was invalidated by the server"), "{log}");
+    assert!(log.contains("run `postbox recover`"), "{log}");
+    let recovery = fixture.recover(&[]);
+    assert!(missed(recovery.results()) > 0, "{recovery:?}");
+    let relay = Relay::streaming(&fixture, &FAST).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    writers.stop().await.unwrap();
+    let verdict = fixture.judge(relay).await;
+    assert!(verdict.is_clean(repeats_max(&load)), "{verdict}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_recovery_that_was_interrupted_begins_again() {
+    let fixture = Fixture::new().await;
+    let relay = Relay::streaming(&fixture, &FAST).await;
+    fixture.insert("a", "{}").await;
+    fixture.wait_for_confirmation().await;
+    relay.drain().await;
+    fixture.drop_slot().await;
+    fixture.insert("b", "{}").await;
+    fixture.recover(&[]).results();
+    fixture.insert("c", "{}").await;
+    // As if it had been killed after it made the slot.
+    let undo = "UPDATE postbox.checkpoint SET lsn = NULL, second_snapshot = NULL";
+    fixture.client.batch_execute(undo).await.unwrap();
+    let mut relay = Relay::start(&fixture, &FAST);
+    assert_eq!(relay.exit_code().await, 4, "{}", relay.log());
+    let why = "has not finished: run `postbox recover` again";
+    assert!(relay.log().contains(why), "{}", relay.log());
+    assert!(fixture.setup(&[]).complaint(4).contains(why));
+    let print = fixture.setup(&["--print"]);
+    let script = run_script(&fixture.client, print.results()).await;
+    let refused = script.unwrap_err();
+    let refused = refused.as_db_error().unwrap().message().to_owned();
+    assert!(refused.contains("has not finished"), "{refused}");
+    let reset = "SELECT pg_advisory_unlock_all(); RESET ALL";
+    fixture.client.batch_execute(reset).await.unwrap();
+
+    fixture.recover(&[]).results();
+    let relay = Relay::streaming(&fixture, &FAST).await;
+    fixture.wait_for_confirmation().await;
+    relay.drain().await;
+    let keys = keys(&fixture).await;
+    assert!(
+        ["b", "c"]
+            .iter()
+            .all(|key| keys.contains(&(*key).to_owned())),
+        "{keys:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_killed_while_it_reads_the_gap_goes_on_where_it_was() {
+    let fixture = Fixture::new().await;
+    fixture.drop_slot().await;
+    let many = "INSERT INTO postbox.outbox (aggregate_type, aggregate_id, event_type, payload) \
+                SELECT $1, (n % 100)::text, 'changed', json_build_object('version', n) \
+                FROM generate_series(1, 100000) AS n";
+    let many = fixture.client.execute(many, &[&fixture.topic]).await;
+    many.unwrap();
+    fixture.enter_in_ledger().await;
+    let recovery = fixture.recover(&[]);
+    assert_eq!(missed(recovery.results()), 100_000);
+    let kills = 3;
+    for kill in 1..=kills {
+        let relay = Relay::streaming(&fixture, &FAST).await;
+        wait_until("a part is delivered", async || {
+            relay.published(&fixture.topic) > 10_000
+        })
+        .await;
+        if kill == 1 {
+            relay.drain().await;
+        } else {
+            relay.kill();
+        }
+    }
+    let before = checkpoint(&fixture).await;
+    fixture.insert("after", "{}").await;
+    fixture.enter_in_ledger().await;
+    let relay = Relay::streaming(&fixture, &FAST).await;
+    wait_until("the gap ends", async || {
+        let ended = "SELECT second_snapshot IS NULL FROM postbox.checkpoint";
+        fixture.client.query_one(ended, &[]).await.unwrap().get(0)
+    })
+    .await;
+    let verdict = fixture.judge(relay).await;
+    // The window and the rows between two marks, and what a slow machine adds.
+    assert!(verdict.is_clean(2 * 5_000), "{verdict}\n{before}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_skipped_is_counted() {
+    let fixture = Fixture::new().await;
+    let relay = Relay::streaming(&fixture, &FAST).await;
+    fixture.insert("before", "{}").await;
+    fixture.wait_for_confirmation().await;
+    relay.drain().await;
+    fixture.drop_slot().await;
+    for key in ["missed", "missed too"] {
+        fixture.insert(key, "{}").await;
+    }
+    let recovery = fixture.recover(&["--skip-missed"]);
+    let results = recovery.results();
+    assert!(results.contains("; they stay unpublished)"), "{results}");
+    assert!((2..=3).contains(&missed(results)), "{results}");
+    fixture.insert("after", "{}").await;
+    let relay = Relay::streaming(&fixture, &FAST).await;
+    fixture.wait_for_confirmation().await;
+    relay.drain().await;
+    let keys = keys(&fixture).await;
+    assert_eq!(keys, ["after", "before"]);
+}
+
+/// A row of the gap that can never go out: what is left can be given up.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_event_of_the_gap_that_cannot_go_out_is_named_and_can_be_skipped() {
+    let fixture = Fixture::new().await;
+    fixture.drop_slot().await;
+    fixture.insert("a", "{}").await;
+    let unroutable = "INSERT INTO postbox.outbox (aggregate_type, aggregate_id, event_type, payload, topic) \
+                      VALUES ('x', 'b', 'changed', '{}', 'not a topic') RETURNING id::text, seq";
+    let row = fixture.client.query_one(unroutable, &[]).await.unwrap();
+    let (id, seq): (String, i64) = (row.get(0), row.get(1));
+    fixture.insert("c", "{}").await;
+    fixture.recover(&[]).results();
+    let mut relay = Relay::start(&fixture, &FAST);
+    assert_eq!(relay.exit_code().await, 8, "{}", relay.log());
+    let named = format!("event with seq {seq}, id {id} (read from the table) cannot go out");
+    assert!(relay.log().contains(&named), "{}", relay.log());
+    let skipped = fixture.recover(&["--skip-missed"]);
+    let results = skipped.results();
+    assert!(
+        results
+            .contains("already there (rows of a recovery not sent yet: 3; they stay unpublished)"),
+        "{results}"
+    );
+    fixture.insert("d", "{}").await;
+    let relay = Relay::streaming(&fixture, &FAST).await;
+    fixture.wait_for_confirmation().await;
+    relay.drain().await;
+    let keys = keys(&fixture).await;
+    assert_eq!(keys, ["a", "d"]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_is_done_where_nothing_is_lost() {
+    let fixture = Fixture::empty().await;
+    let never = fixture.recover(&[]);
+    let complaint = never.complaint(4);
+    assert!(complaint.contains("run `postbox setup`"), "{complaint}");
+    fixture.set_up().await;
+    let before = checkpoint(&fixture).await;
+    let nothing = fixture.recover(&["--skip-missed"]);
+    let slot = &fixture.contract.slot;
+    assert_eq!(
+        nothing.results(),
+        format!(
+            "publication \"postbox\": already there\nreplication slot \"{slot}\": already there\n"
+        )
+    );
+    assert_eq!(checkpoint(&fixture).await, before);
+    let relay = Relay::streaming(&fixture, &[]).await;
+    let in_use = fixture.recover(&[]);
+    let complaint = in_use.complaint(4);
+    assert!(complaint.contains("is in use by process"), "{complaint}");
+    relay.drain().await;
+}
