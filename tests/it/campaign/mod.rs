@@ -54,6 +54,13 @@ async fn campaign(first: u64, runs: u64, jobs: u64) -> Summary {
     summary
 }
 
+/// The first seeds, as part of every test run.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_short_campaign_is_clean() {
+    let summary = campaign(1, 8, 2).await;
+    assert!(summary.is_clean(), "{summary}");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 #[ignore = "takes as long as it is told to: make campaign"]
 async fn campaign_of_the_environment() {

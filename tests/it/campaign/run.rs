@@ -6,7 +6,7 @@ use postbox::oracle::{self, Load, Seen, Verdict};
 use postbox::timestamp::Timestamp;
 use tokio::task::block_in_place;
 
-use super::schedule::{Action, BURST_EVENTS_MAX, Schedule};
+use super::schedule::{Action, BURST_EVENTS_MAX, Schedule, Side};
 use super::world::World;
 use crate::support::{Fixture, Relay};
 
@@ -14,23 +14,54 @@ use crate::support::{Fixture, Relay};
 #[derive(Debug)]
 pub(super) struct Outcome {
     pub(super) verdict: Verdict,
-    /// How often a relay began to stream, after the first time.
-    pub(super) restarts: usize,
-    /// The most records repeated after one of them.
-    pub(super) repeated_max: usize,
-    /// How many may have been: see [`Run::repeated`].
-    pub(super) bound: usize,
+    /// Every time a relay began to stream again.
+    pub(super) restarts: Vec<Restart>,
     /// The longest time in which nothing reached Kafka, harm included.
     pub(super) longest_stall: Duration,
 }
 
+/// A relay began to stream again, and repeated what was delivered and not known
+/// to be.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Restart {
+    pub(super) cause: Cause,
+    pub(super) repeated: usize,
+    /// How many records it may have repeated.
+    pub(super) bound: usize,
+}
+
+/// What a restart goes on from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Cause {
+    /// From the slot's position, which the server remembers. It may repeat what
+    /// was in flight, the transaction that was being read, and what was delivered
+    /// since the last status message.
+    Relay,
+    /// From the checkpoint's position, after a crash of the server, which is up to
+    /// a second older.
+    Postgres,
+    /// From the checkpoint's snapshot: all since a fence, which is at most as old
+    /// as the stream before, and here the bound.
+    Slot,
+}
+
 const STATUS_INTERVAL: Duration = Duration::from_millis(50);
+
+/// How often the relay stores its position.
+const STORE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// What a timer may be late on a busy machine.
 const LATE: Duration = Duration::from_millis(500);
 
 /// How long a relay without harm may take until everything is confirmed.
 const RECOVERY_MAX: Duration = Duration::from_secs(120);
+
+impl Outcome {
+    pub(super) fn is_over_bound(&self) -> bool {
+        let mut restarts = self.restarts.iter();
+        restarts.any(|restart| restart.repeated > restart.bound)
+    }
+}
 
 struct Run<'w> {
     world: &'w mut World,
@@ -40,6 +71,8 @@ struct Run<'w> {
     /// The logs of those that ended.
     logs: Vec<String>,
     frozen: Option<u32>,
+    /// What takes the slot's position away, and when, in milliseconds since 1970.
+    losses: Vec<(i64, Cause)>,
 }
 
 /// Runs the schedule of this seed.
@@ -54,6 +87,7 @@ pub(super) async fn run(world: &mut World, seed: u64) -> Outcome {
         relays: Vec::new(),
         logs: Vec::new(),
         frozen: None,
+        losses: Vec::new(),
     };
     run.start_relay();
     run.relays[0].wait_for_log("streaming").await;
@@ -110,7 +144,13 @@ impl Run<'_> {
                 }
             }
             Action::TerminateWalsender => self.terminate_walsender().await,
-            Action::StopPostgres(how) => self.world.stop_postgres(how),
+            Action::StopPostgres(how) => {
+                if how != "fast" {
+                    self.losses.push((now(), Cause::Postgres));
+                }
+                self.world.stop_postgres(how);
+            }
+            Action::LoseSlot => self.lose_slot().await,
             Action::StartPostgres => self.world.start_postgres(),
             Action::StopKafka(how) => self.world.stop_kafka(how),
             Action::StartKafka => self.world.start_kafka(),
@@ -159,6 +199,22 @@ impl Run<'_> {
                 relay.signal("CONT");
             }
         }
+    }
+
+    async fn lose_slot(&mut self) {
+        if !self.world.postgres_runs() {
+            return;
+        }
+        while !self.relays.is_empty() {
+            self.kill_relay();
+        }
+        // Else a walsender may wait for what a stalled network does not pass.
+        self.world.proxy(Side::Postgres).cut();
+        self.fixture.reconnect().await;
+        self.fixture.drop_slot().await;
+        self.losses.push((now(), Cause::Slot));
+        self.fixture.recover(&[]).results();
+        self.start_relay();
     }
 
     async fn terminate_walsender(&self) {
@@ -222,52 +278,67 @@ impl Run<'_> {
         let records = self.fixture.records().await;
         let mut starts: Vec<i64> = self.logs.iter().flat_map(|log| starts(log)).collect();
         starts.sort_unstable();
-        let (repeated_max, bound) = self.repeated(&records, &starts);
+        let restarts = self.restarts(&records, &starts);
         let mut times: Vec<i64> = records.iter().map(|seen| seen.timestamp_millis).collect();
         times.sort_unstable();
         let gaps = times.windows(2).map(|pair| pair[1] - pair[0]);
         let stall = gaps.max().unwrap_or(0).unsigned_abs();
         Outcome {
             verdict: oracle::judge(&ledger, &records),
-            restarts: starts.len().saturating_sub(1),
-            repeated_max,
-            bound,
+            restarts,
             longest_stall: Duration::from_millis(stall),
         }
     }
 
-    /// The most records that were repeated after one restart, and how many it may
-    /// have been: what may be in flight, the largest transaction, and what was
-    /// delivered within one status interval before the restart.
-    fn repeated(&self, records: &[Seen], starts: &[i64]) -> (usize, usize) {
-        let mut seen = std::collections::HashSet::new();
-        let mut repeated = vec![0; starts.len() + 1];
-        let attempt = |millis: i64| starts.partition_point(|start| *start <= millis);
+    /// What was repeated after each start but the first, and how much might have
+    /// been.
+    fn restarts(&self, records: &[Seen], starts: &[i64]) -> Vec<Restart> {
         let mut in_order: Vec<&Seen> = records.iter().collect();
         in_order.sort_by_key(|record| record.timestamp_millis);
+        // How many records there were before this time.
+        let before = |millis: i64| in_order.partition_point(|seen| seen.timestamp_millis < millis);
+        let mut seen = std::collections::HashSet::new();
+        let mut is_repeated: Vec<bool> = Vec::with_capacity(in_order.len());
         for record in &in_order {
-            if !seen.insert(record.id) {
-                repeated[attempt(record.timestamp_millis)] += 1;
-            }
-        }
-        let mut bound = 0;
-        let window = (STATUS_INTERVAL + LATE).as_millis() as i64;
-        for start in starts {
-            let before = in_order.partition_point(|record| record.timestamp_millis < *start);
-            let last = before
-                .checked_sub(1)
-                .map_or(0, |at| in_order[at].timestamp_millis);
-            let from = in_order.partition_point(|record| record.timestamp_millis < last - window);
-            bound = bound.max(before - from);
+            is_repeated.push(!seen.insert(record.id));
         }
         let load = &self.schedule.load;
         let large = u64::from(load.large_rounds.unsigned_abs()) * load.keys;
-        let transaction = large
-            .max(load.events_max)
-            .max(BURST_EVENTS_MAX.unsigned_abs().into());
-        let bound = bound + self.schedule.in_flight_max + transaction as usize;
-        (repeated.into_iter().max().unwrap_or(0), bound)
+        let transaction = large.max(load.events_max).max(BURST_EVENTS_MAX as u64) as usize;
+        let ends = starts.iter().skip(2).copied().chain([i64::MAX]);
+        let mut restarts = Vec::new();
+        for (pair, end) in starts.windows(2).zip(ends) {
+            let [previous, start] = [pair[0], pair[1]];
+            let (first, last) = (before(start), before(end));
+            let repeated = is_repeated[first..last].iter().filter(|is| **is).count();
+            let losses = self.losses.iter();
+            let between = losses.filter(|(at, _)| (previous..start).contains(at));
+            let cause = between.map(|(_, cause)| *cause).max();
+            let cause = cause.unwrap_or(Cause::Relay);
+            let newest = first.checked_sub(1);
+            let newest = newest.map_or(0, |at| in_order[at].timestamp_millis);
+            let since = match cause {
+                Cause::Relay => newest - millis(STATUS_INTERVAL + LATE),
+                Cause::Postgres => newest - millis(STORE_INTERVAL + 2 * LATE),
+                Cause::Slot => previous,
+            };
+            restarts.push(Restart {
+                cause,
+                repeated,
+                bound: first - before(since) + self.schedule.in_flight_max + transaction,
+            });
+        }
+        restarts
     }
+}
+
+fn millis(duration: Duration) -> i64 {
+    duration.as_millis() as i64
+}
+
+fn now() -> i64 {
+    let since_epoch = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    millis(since_epoch.unwrap())
 }
 
 /// When the relay of this log began to stream, in milliseconds since 1970.

@@ -45,6 +45,8 @@ pub(super) enum Action {
     /// What happens to the bytes between relay and server.
     Network(Side, Weather),
     Cut(Side),
+    /// The slot is dropped, and recovered.
+    LoseSlot,
     /// So many events in one transaction.
     Burst(i32),
 }
@@ -100,7 +102,7 @@ fn harm(choices: &mut Choices, steps: &mut Vec<Step>) {
     let lasting = choices.of(&[200, 1_000, 2_500, 6_000]);
     let side = choices.of(&[Side::Postgres, Side::Kafka]);
     let burst = choices.of(&[1_000, 5_000, BURST_EVENTS_MAX]);
-    match choices.below(16) {
+    match choices.below(17) {
         0..=1 => step(0, Action::KillRelay),
         2 => step(0, Action::EndRelay),
         3 => {
@@ -152,6 +154,7 @@ fn harm(choices: &mut Choices, steps: &mut Vec<Step>) {
             step(0, Action::Burst(burst));
             step(choices.between(10, 300), Action::KillRelay);
         }
+        15 => step(0, Action::LoseSlot),
         _ => step(0, Action::Burst(burst)),
     }
 }

@@ -1,23 +1,25 @@
 //! What many runs have shown together.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
 
 use postbox::oracle::Load;
 
+use super::run::Cause;
 use super::{Outcome, Schedule};
 
 #[derive(Debug, Default)]
 pub(super) struct Summary {
     runs: usize,
     events: usize,
-    restarts: usize,
     lost: usize,
     inversions: usize,
     ghosts: usize,
     duplicates: usize,
-    /// The most after one restart, and what that run's bound was.
-    repeated_max: (usize, usize),
+    /// By what the restart went on from: how often, and the most it repeated with
+    /// that restart's bound.
+    repeated: BTreeMap<Cause, (usize, (usize, usize))>,
     over_bound: Vec<u64>,
     longest_stall: Duration,
     /// Seeds with a relay that ended, or was not done in time.
@@ -33,14 +35,16 @@ impl Summary {
         };
         let verdict = &outcome.verdict;
         self.events += verdict.committed;
-        self.restarts += outcome.restarts;
         self.lost += verdict.lost.len();
         self.inversions += verdict.inversions.len();
         self.ghosts += verdict.ghosts.len() + verdict.misplaced.len();
         self.duplicates += verdict.duplicates;
-        let repeated = (outcome.repeated_max, outcome.bound);
-        self.repeated_max = self.repeated_max.max(repeated);
-        if outcome.repeated_max > outcome.bound {
+        for restart in &outcome.restarts {
+            let (restarts, most) = self.repeated.entry(restart.cause).or_default();
+            *restarts += 1;
+            *most = (*most).max((restart.repeated, restart.bound));
+        }
+        if outcome.is_over_bound() {
             self.over_bound.push(seed);
         }
         self.longest_stall = self.longest_stall.max(outcome.longest_stall);
@@ -56,18 +60,23 @@ impl Summary {
 
 impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (repeated, bound) = self.repeated_max;
         writeln!(f, "runs                        {}", self.runs)?;
         writeln!(f, "events committed            {}", self.events)?;
-        writeln!(f, "restarts of the stream      {}", self.restarts)?;
         writeln!(f, "lost                        {}", self.lost)?;
         writeln!(f, "inversions                  {}", self.inversions)?;
         writeln!(f, "ghosts                      {}", self.ghosts)?;
         writeln!(f, "duplicates                  {}", self.duplicates)?;
-        writeln!(
-            f,
-            "most after one restart      {repeated} (that run's bound: {bound})"
-        )?;
+        for (cause, (restarts, (most, bound))) in &self.repeated {
+            writeln!(
+                f,
+                "restarts {:<19}{restarts}; most repeated after one {most} (its bound: {bound})",
+                match cause {
+                    Cause::Relay => "of the stream",
+                    Cause::Postgres => "after a crash",
+                    Cause::Slot => "after a recovery",
+                }
+            )?;
+        }
         writeln!(f, "runs over their bound       {:?}", self.over_bound)?;
         writeln!(
             f,
@@ -83,15 +92,15 @@ pub(super) fn report(seed: u64, outcome: &Outcome) {
     let Outcome {
         verdict,
         restarts,
-        repeated_max,
-        bound,
         longest_stall,
     } = outcome;
     eprintln!(
-        "seed {seed}: {verdict}; {restarts} restarts, {repeated_max} of {bound} repeated after one; stalled {:.1} s",
+        "seed {seed}: {verdict}; {} restarts; stalled {:.1} s",
+        restarts.len(),
         longest_stall.as_secs_f64()
     );
-    if !verdict.is_clean(usize::MAX) || repeated_max > bound {
-        eprintln!("{}", Schedule::draw(seed, Load::new("postbox", "events")));
+    if !verdict.is_clean(usize::MAX) || outcome.is_over_bound() {
+        let schedule = Schedule::draw(seed, Load::new("postbox", "events"));
+        eprintln!("{schedule}{restarts:?}");
     }
 }

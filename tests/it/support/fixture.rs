@@ -134,7 +134,12 @@ impl Fixture {
 
     /// `postbox recover` as a process, with these flags.
     pub(crate) fn recover(&self, flags: &[&str]) -> Output {
-        self.run("recover", &self.database_url, flags)
+        self.recover_as(&self.database_url, flags)
+    }
+
+    /// The same, by the role of this URL.
+    pub(crate) fn recover_as(&self, database_url: &str, flags: &[&str]) -> Output {
+        self.run("recover", database_url, flags)
     }
 
     fn run(&self, command: &str, database_url: &str, flags: &[&str]) -> Output {
