@@ -28,7 +28,7 @@ use tokio_postgres_rustls::MakeRustlsConnect;
 use crate::error::{Error, ErrorKind, Result};
 
 use super::parameters::Parameters;
-use super::verifier::Lenient;
+use super::verifier::{AnyName, Unchecked};
 
 /// Where systems keep their bundle; the list is Go's (`crypto/x509/root_linux.go`,
 /// `root_bsd.go`), the last entry serves Alpine, macOS and OpenBSD.
@@ -43,6 +43,7 @@ const BUNDLES: [&str; 6] = [
 
 const MODES: &str = "must be disable, prefer, require, verify-ca or verify-full";
 
+/// `sslmode`, as it is named.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Mode {
     Disable,
@@ -52,13 +53,22 @@ enum Mode {
     VerifyFull,
 }
 
+/// `sslmode`, with what it checks certificates against: what verifies cannot do
+/// without.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Trust {
+    Disable,
+    Prefer,
+    Require,
+    VerifyCa(PathBuf),
+    VerifyFull(PathBuf),
+}
+
 /// `sslmode` and its files, checked against each other.
 #[derive(Clone)]
 pub(super) struct Tls {
-    mode: Mode,
+    trust: Trust,
     on_unix_socket: bool,
-    /// Set where the chain is checked.
-    roots: Option<PathBuf>,
     /// Certificate and key.
     client: Option<(PathBuf, PathBuf)>,
     /// A name from the server's certificate, if the host's is not among them.
@@ -74,20 +84,23 @@ impl Tls {
         // What fights is refused also where there is no TLS.
         let (mode, client) = (mode(parameters)?, client(parameters)?);
         let mode = if on_unix_socket { Mode::Disable } else { mode };
-        let mut tls = Self {
-            mode,
-            on_unix_socket,
-            roots: None,
-            client: client.filter(|_| mode > Mode::Disable),
-            certificate_name: Arc::default(),
+        let roots = || match parameters.get("sslrootcert") {
+            None | Some("system") => system_bundle(env),
+            Some(file) => Ok(file.into()),
         };
-        if tls.mode >= Mode::VerifyCa {
-            tls.roots = Some(match parameters.get("sslrootcert") {
-                None | Some("system") => system_bundle(env)?,
-                Some(file) => file.into(),
-            });
-        }
-        Ok(tls)
+        let trust = match mode {
+            Mode::Disable => Trust::Disable,
+            Mode::Prefer => Trust::Prefer,
+            Mode::Require => Trust::Require,
+            Mode::VerifyCa => Trust::VerifyCa(roots()?),
+            Mode::VerifyFull => Trust::VerifyFull(roots()?),
+        };
+        Ok(Self {
+            client: client.filter(|_| trust != Trust::Disable),
+            trust,
+            on_unix_socket,
+            certificate_name: Arc::default(),
+        })
     }
 
     pub(super) fn on_unix_socket(&self) -> bool {
@@ -97,9 +110,9 @@ impl Tls {
     /// The ordinary client's part: whether to ask for TLS. What to check is in
     /// the connector.
     pub(super) fn ordinary_mode(&self) -> tokio_postgres::config::SslMode {
-        match self.mode {
-            Mode::Disable => tokio_postgres::config::SslMode::Disable,
-            Mode::Prefer => tokio_postgres::config::SslMode::Prefer,
+        match self.trust {
+            Trust::Disable => tokio_postgres::config::SslMode::Disable,
+            Trust::Prefer => tokio_postgres::config::SslMode::Prefer,
             _ => tokio_postgres::config::SslMode::Require,
         }
     }
@@ -131,17 +144,17 @@ impl Tls {
     /// The replication client's settings for a server called `host`.
     pub(super) fn replication(&self, host: &str) -> pgwire_replication::TlsConfig {
         let mut config = pgwire_replication::TlsConfig::disabled();
-        config.mode = match self.mode {
-            Mode::Disable => return config,
-            Mode::Prefer => pgwire_replication::SslMode::Prefer,
-            Mode::Require => pgwire_replication::SslMode::Require,
-            Mode::VerifyCa => pgwire_replication::SslMode::VerifyCa,
-            Mode::VerifyFull => pgwire_replication::SslMode::VerifyFull,
+        use pgwire_replication::SslMode;
+        (config.mode, config.ca_pem_path) = match &self.trust {
+            Trust::Disable => return config,
+            Trust::Prefer => (SslMode::Prefer, None),
+            Trust::Require => (SslMode::Require, None),
+            Trust::VerifyCa(roots) => (SslMode::VerifyCa, Some(roots.clone())),
+            Trust::VerifyFull(roots) => (SslMode::VerifyFull, Some(roots.clone())),
         };
         let seen = self.certificate_name.lock();
         let seen = seen.unwrap_or_else(PoisonError::into_inner).clone();
         config.sni_hostname = Some(seen.unwrap_or_else(|| host.to_owned()));
-        config.ca_pem_path = self.roots.clone();
         if let Some((certificate, key)) = &self.client {
             config = config.with_client_cert(certificate, key);
         }
@@ -149,19 +162,17 @@ impl Tls {
     }
 
     fn verifier(&self, provider: &Arc<CryptoProvider>) -> Result<Arc<dyn ServerCertVerifier>> {
-        let chain = match &self.roots {
-            None => None,
-            Some(file) => Some(verifier_of(file, provider)?),
-        };
-        Ok(match (self.mode, chain) {
-            (Mode::VerifyFull, Some(full)) => full,
-            (_, chain) => Arc::new(Lenient {
-                chain,
+        Ok(match &self.trust {
+            Trust::Disable | Trust::Prefer | Trust::Require => Arc::new(Unchecked {
                 schemes: provider
                     .signature_verification_algorithms
                     .supported_schemes(),
+            }),
+            Trust::VerifyCa(roots) => Arc::new(AnyName {
+                chain: verifier_of(roots, provider)?,
                 certificate_name: Arc::clone(&self.certificate_name),
             }),
+            Trust::VerifyFull(roots) => verifier_of(roots, provider)?,
         })
     }
 }
@@ -272,17 +283,23 @@ mod tests {
 
     #[test]
     fn sslrootcert_strengthens_an_unset_mode_and_require() {
-        let mode = |pairs| tls(pairs).unwrap().mode;
-        assert_eq!(mode("host=db"), Mode::Prefer);
-        assert_eq!(mode("sslmode=require"), Mode::Require);
-        assert_eq!(mode("sslrootcert=/ca"), Mode::VerifyCa);
-        assert_eq!(mode("sslrootcert=/ca sslmode=require"), Mode::VerifyCa);
-        assert_eq!(mode("sslrootcert=/ca sslmode=disable"), Mode::Disable);
-        assert_eq!(
-            mode("sslrootcert=/ca sslmode=verify-full"),
-            Mode::VerifyFull
-        );
-        assert_eq!(mode("sslrootcert=system"), Mode::VerifyFull);
+        let trust = |pairs| tls(pairs).unwrap().trust;
+        let (file, bundle) = (|| "/ca".into(), || "/bundle.pem".into());
+        for (pairs, expected) in [
+            ("host=db", Trust::Prefer),
+            ("sslmode=require", Trust::Require),
+            ("sslrootcert=/ca", Trust::VerifyCa(file())),
+            ("sslrootcert=/ca sslmode=require", Trust::VerifyCa(file())),
+            ("sslrootcert=/ca sslmode=disable", Trust::Disable),
+            (
+                "sslrootcert=/ca sslmode=verify-full",
+                Trust::VerifyFull(file()),
+            ),
+            ("sslrootcert=system", Trust::VerifyFull(bundle())),
+            ("sslmode=verify-ca", Trust::VerifyCa(bundle())),
+        ] {
+            assert_eq!(trust(pairs), expected, "{pairs}");
+        }
         let Err(error) = tls("sslrootcert=system sslmode=require") else {
             panic!("a weaker mode with system was taken");
         };
@@ -301,8 +318,11 @@ mod tests {
             "sslmode=verify-ca",
         ] {
             let tls = tls(pairs).unwrap();
-            assert_eq!(tls.roots.as_deref(), Some(Path::new("/bundle.pem")));
-            assert_eq!(tls.replication("db").ca_pem_path, tls.roots);
+            let (Trust::VerifyCa(roots) | Trust::VerifyFull(roots)) = &tls.trust else {
+                panic!("{pairs} checks nothing");
+            };
+            assert_eq!(roots, Path::new("/bundle.pem"));
+            assert_eq!(tls.replication("db").ca_pem_path.as_ref(), Some(roots));
         }
     }
 

@@ -7,35 +7,59 @@ use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, Server
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{CertificateError, DigitallySignedStruct, SignatureScheme};
 
-/// Checks less than everything.
-///
+/// `prefer` and `require`: encryption without trust. The handshake's signature is
+/// not checked either: it would prove that the server owns a certificate that
+/// nobody vouches for, and refuse the old ones (X.509 v1) that some servers have.
+#[derive(Debug)]
+pub(super) struct Unchecked {
+    pub(super) schemes: Vec<SignatureScheme>,
+}
+
+impl ServerCertVerifier for Unchecked {
+    fn verify_server_cert(
+        &self,
+        _certificate: &CertificateDer<'_>,
+        _intermediates: &[CertificateDer<'_>],
+        _name: &ServerName<'_>,
+        _ocsp: &[u8],
+        _now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _certificate: &CertificateDer<'_>,
+        _signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Ok(HandshakeSignatureValid::assertion())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        _message: &[u8],
+        _certificate: &CertificateDer<'_>,
+        _signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Ok(HandshakeSignatureValid::assertion())
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.schemes.clone()
+    }
+}
+
 /// `verify-ca`: all but the name. rustls checks the name last, so an error about
 /// it says that the chain holds.
-///
-/// `prefer` and `require`, which have no chain to check: encryption without
-/// trust. The handshake's signature is not checked either: it would prove that the
-/// server owns a certificate that nobody vouches for, and refuse the old ones
-/// (X.509 v1) that some servers have.
 #[derive(Debug)]
-pub(super) struct Lenient {
-    pub(super) chain: Option<Arc<WebPkiServerVerifier>>,
-    pub(super) schemes: Vec<SignatureScheme>,
+pub(super) struct AnyName {
+    pub(super) chain: Arc<WebPkiServerVerifier>,
     /// Keeps a name from the certificate, if the host's is not among them.
     pub(super) certificate_name: Arc<Mutex<Option<String>>>,
 }
 
-impl Lenient {
-    /// What `check` says of the chain or its signature, if there is one to check.
-    fn check<T>(
-        &self,
-        unchecked: T,
-        check: impl FnOnce(&WebPkiServerVerifier) -> Result<T, rustls::Error>,
-    ) -> Result<T, rustls::Error> {
-        self.chain.as_deref().map_or(Ok(unchecked), check)
-    }
-}
-
-impl ServerCertVerifier for Lenient {
+impl ServerCertVerifier for AnyName {
     fn verify_server_cert(
         &self,
         certificate: &CertificateDer<'_>,
@@ -44,9 +68,9 @@ impl ServerCertVerifier for Lenient {
         ocsp: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        let checked = self.check(ServerCertVerified::assertion(), |chain| {
-            chain.verify_server_cert(certificate, intermediates, name, ocsp, now)
-        });
+        let checked = self
+            .chain
+            .verify_server_cert(certificate, intermediates, name, ocsp, now);
         let seen = match &checked {
             Ok(_) => None,
             Err(rustls::Error::InvalidCertificate(CertificateError::NotValidForNameContext {
@@ -69,9 +93,8 @@ impl ServerCertVerifier for Lenient {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.check(HandshakeSignatureValid::assertion(), |chain| {
-            chain.verify_tls12_signature(message, certificate, signature)
-        })
+        self.chain
+            .verify_tls12_signature(message, certificate, signature)
     }
 
     fn verify_tls13_signature(
@@ -80,13 +103,12 @@ impl ServerCertVerifier for Lenient {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.check(HandshakeSignatureValid::assertion(), |chain| {
-            chain.verify_tls13_signature(message, certificate, signature)
-        })
+        self.chain
+            .verify_tls13_signature(message, certificate, signature)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.schemes.clone()
+        self.chain.supported_verify_schemes()
     }
 }
 
