@@ -13,6 +13,8 @@ use rustls::AlertDescription;
 
 use crate::error::{Error, ErrorKind};
 
+const SET_PASSWORD: &str = "set the right password in the database URL, PGPASSWORD or ~/.pgpass";
+
 const RUN_SETUP: &str = "run \"postbox setup\"";
 
 /// What rustls says of a certificate it does not accept. The replication client
@@ -124,8 +126,20 @@ fn refused(context: String, sqlstate: &str, message: &str) -> Error {
 /// resources (53), shutdown and cancelling (57), a standby before its promotion.
 fn sort_refusal(sqlstate: &str, message: &str) -> (ErrorKind, Option<&'static str>) {
     match sqlstate {
-        // No such role, no line in pg_hba.conf, wrong password; missing privilege.
-        state if state.starts_with("28") => (ErrorKind::Rights, None),
+        "28P01" => (ErrorKind::Rights, Some(SET_PASSWORD)),
+        // No such role, no line in pg_hba.conf; the words may be translated, then
+        // the next step is missing.
+        state if state.starts_with("28") => {
+            let next_step = match message {
+                text if text.contains("client certificate") => Some("set sslcert and sslkey"),
+                text if text.contains("no encryption") => {
+                    Some("if it is let in with TLS, set sslmode=verify-full")
+                }
+                _ => None,
+            };
+            (ErrorKind::Rights, next_step)
+        }
+        // A missing privilege.
         "42501" => {
             let next_step = "`postbox setup --grant-to ROLE`, run by the owner, gives a relay's role what it needs";
             (ErrorKind::Rights, Some(next_step))
@@ -188,6 +202,8 @@ fn not_trusted(context: &str, reason: &str) -> Error {
         }
         text if text.contains("UnsupportedCertVersion") => "; it must be X.509 v3",
         text if text.contains("not valid for any names") => "; it needs a subjectAltName",
+        text if text.contains("not valid for name") => "; connect to a name that it has",
+        text if text.contains("certificate expired") => "; renew it",
         _ => "",
     };
     let message = format!("{context}: the server's certificate is not trusted");
@@ -195,7 +211,9 @@ fn not_trusted(context: &str, reason: &str) -> Error {
 }
 
 fn not_accepted(context: &str, reason: String) -> Error {
-    let message = format!("{context}: the server does not accept our sslcert");
+    let message = format!(
+        "{context}: the server does not accept our sslcert; its ssl_ca_file must hold the CA that issued it"
+    );
     Error::new(ErrorKind::Rights, message).caused_by(reason)
 }
 
