@@ -30,6 +30,7 @@
 
 mod brokers;
 mod partitioner;
+mod refusals;
 mod reports;
 mod settings;
 mod topics;
@@ -37,6 +38,7 @@ mod topics;
 pub use reports::{Report, Verdict, verdict};
 pub use settings::{BATCH_BYTES, KafkaSettings};
 pub use topics::Topic;
+pub(crate) use topics::advice;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -210,7 +212,7 @@ impl Publisher {
     /// partitions.
     ///
     /// # Errors
-    /// If the brokers refuse our identity, which waiting will not mend.
+    /// If the brokers refuse us, which waiting will not mend.
     pub fn take_reports(&self, into: &mut Vec<Report>) -> Result<()> {
         self.reports.take(into)
     }

@@ -10,7 +10,8 @@ use rdkafka::producer::ProducerContext;
 use tokio::sync::Notify;
 use tracing::{debug, warn};
 
-use crate::error::{Error, ErrorKind, Result};
+use super::refusals::refusal;
+use crate::error::{Error, Result};
 
 /// What became of one record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,6 +65,7 @@ pub(super) struct Reports {
 struct Arrived {
     reports: Vec<Report>,
     refused: Option<Error>,
+    complaint: Option<String>,
 }
 
 impl Reports {
@@ -88,6 +90,10 @@ impl Reports {
         self.notify.notify_one();
     }
 
+    fn complain(&self, reason: &str) {
+        self.with(|arrived| arrived.complaint = Some(reason.to_owned()));
+    }
+
     pub(super) async fn arrived(&self) {
         self.notify.notified().await;
     }
@@ -105,10 +111,6 @@ impl Reports {
     }
 }
 
-/// What librdkafka says when a broker answered SaslAuthenticate with an error
-/// (`rd_kafka_handle_SaslAuthenticate` in `rdkafka_request.c`).
-const SASL_REFUSED: &str = "SASL authentication error: ";
-
 /// Receives what librdkafka calls back.
 pub(super) struct Context {
     reports: Arc<Reports>,
@@ -117,6 +119,11 @@ pub(super) struct Context {
 impl Context {
     pub(super) fn new(reports: Arc<Reports>) -> Self {
         Self { reports }
+    }
+
+    /// What librdkafka last complained of since this was asked.
+    pub(super) fn take_complaint(&self) -> Option<String> {
+        self.reports.with(|arrived| arrived.complaint.take())
     }
 }
 
@@ -144,15 +151,16 @@ impl ClientContext for Context {
     }
 
     fn error(&self, error: KafkaError, reason: &str) {
-        match error.rdkafka_error_code() {
-            // Only the broker's own answer to our credentials is definite. The same
-            // code is raised when a broker goes away during the handshake.
-            Some(RDKafkaErrorCode::Authentication | RDKafkaErrorCode::SaslAuthenticationFailed)
-                if reason.contains(SASL_REFUSED) =>
-            {
-                let message = format!("the brokers refuse our identity: {reason}");
-                self.reports.refuse(Error::new(ErrorKind::Rights, message));
-            }
+        let code = error.rdkafka_error_code();
+        if let Some(refusal) = code.and_then(|code| refusal(code, reason)) {
+            self.reports.refuse(refusal);
+            return;
+        }
+        // That all are down says less than why each is.
+        if code != Some(RDKafkaErrorCode::AllBrokersDown) {
+            self.reports.complain(reason);
+        }
+        match code {
             // Called twice for each event, and again for each attempt. What follows
             // from it is logged once, where it is handled.
             Some(

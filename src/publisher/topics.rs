@@ -95,12 +95,10 @@ async fn metadata(
     topic: Option<String>,
     timeout: Duration,
 ) -> Result<Result<u32, RDKafkaErrorCode>> {
-    let producer = producer.clone();
+    let asked = producer.clone();
     // librdkafka's call blocks.
     let answer = tokio::task::spawn_blocking(move || {
-        let metadata = producer
-            .client()
-            .fetch_metadata(topic.as_deref(), timeout)?;
+        let metadata = asked.client().fetch_metadata(topic.as_deref(), timeout)?;
         let found = metadata.topics().first().filter(|_| topic.is_some());
         let error = found.and_then(|found| found.error());
         let error = error.filter(|error| *error != RDKafkaRespErr::RD_KAFKA_RESP_ERR_NO_ERROR);
@@ -110,9 +108,13 @@ async fn metadata(
             None => Ok(u32::try_from(partitions).unwrap_or(u32::MAX)),
         })
     });
-    match answer.await {
+    let answer = answer.await;
+    // An older complaint is about what has passed.
+    let complaint = producer.context().take_complaint();
+    match answer {
         Ok(answer) => answer.map_err(|error| {
-            Error::new(ErrorKind::BrokerAway, "no broker answers").caused_by(error)
+            let cause = complaint.unwrap_or_else(|| error.to_string());
+            Error::new(ErrorKind::BrokerAway, "no broker answers").caused_by(cause)
         }),
         Err(error) => Err(Error::new(ErrorKind::Unexpected, "ask for metadata").caused_by(error)),
     }
@@ -133,7 +135,8 @@ async fn message_bytes_max(settings: &KafkaSettings, name: &str) -> Option<usize
     value.parse().ok()
 }
 
-fn advice(code: RDKafkaErrorCode) -> String {
+/// What is wrong with a topic or a record in it, and what to do.
+pub(crate) fn advice(code: RDKafkaErrorCode) -> String {
     match code {
         RDKafkaErrorCode::UnknownTopicOrPartition | RDKafkaErrorCode::UnknownTopic => {
             "does not exist and the brokers do not create topics: create it".to_owned()

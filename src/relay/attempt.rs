@@ -1,6 +1,7 @@
 //! One attempt: from opening the slot until something breaks or the relay is
 //! told to stop.
 
+use std::pin::pin;
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -389,7 +390,15 @@ impl<'r> Attempt<'r> {
 /// deliver.
 async fn reach_brokers(relay: &Relay) -> Result<Publisher> {
     let publisher = Publisher::new(relay.settings.kafka.clone(), relay.batch_bytes)?;
-    let answer = publisher.probe(PROBE_TIMEOUT).await;
+    let mut probe = pin!(publisher.probe(PROBE_TIMEOUT));
+    let answer = loop {
+        tokio::select! {
+            answer = &mut probe => break answer,
+            // Nothing was sent yet, so that this is a refusal: no need to wait for
+            // an answer.
+            () = publisher.reported() => publisher.take_reports(&mut Vec::new())?,
+        }
+    };
     publisher.take_reports(&mut Vec::new())?;
     if let Err(error) = answer {
         relay.health.brokers(Err(error.chain()));

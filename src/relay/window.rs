@@ -15,7 +15,9 @@ use crate::envelope::Record;
 use crate::error::{Error, ErrorKind, Result};
 use crate::health::Health;
 use crate::metrics::{Metrics, TopicMetrics};
-use crate::publisher::{Destination, Publisher, Report, SendError, Topic, Verdict, verdict};
+use crate::publisher::{
+    Destination, Publisher, Report, SendError, Topic, Verdict, advice, verdict,
+};
 use crate::source::{Mark, Place, Position, Row};
 use crate::timestamp::Timestamp;
 
@@ -343,7 +345,7 @@ impl Window {
             .publisher
             .topic_name(destination.topic)
             .unwrap_or_default();
-        Stop::Row(row, format!("topic \"{topic}\": {code}"))
+        Stop::Row(row, format!("topic \"{topic}\": {}", advice(code)))
     }
 }
 
