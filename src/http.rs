@@ -1,8 +1,9 @@
 //! `/metrics`, `/healthz` and `/readyz`.
 //!
-//! Whoever can reach the port can open connections and say nothing. So their
-//! number is bounded, and one that does not get to the end of a request's head in
-//! time is hung up: the relay keeps its files and its memory for itself.
+//! Whoever can reach the port can open connections, and say nothing or not listen to
+//! the answer. So their number is bounded, and each carries one request and is hung
+//! up when that takes too long: the relay keeps its files and its memory for itself,
+//! and those who wait get their turn.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,11 +14,11 @@ use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
 use axum::routing::get;
 use hyper::server::conn::http1;
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::TokioIo;
 use hyper_util::service::TowerToHyperService;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 use tracing::warn;
 
 use crate::health::Health;
@@ -35,8 +36,8 @@ pub struct Endpoints {
 /// The most connections at a time. Further ones wait to be accepted.
 const CONNECTIONS_MAX: usize = 256;
 
-/// How long a request's head may take, and how long a connection may be idle.
-const HEAD_MAX: Duration = Duration::from_secs(10);
+/// How long a request and its answer may take.
+const CONNECTION_MAX: Duration = Duration::from_secs(10);
 
 /// Pause after the system could not accept a connection, as it has no file left.
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
@@ -50,9 +51,7 @@ pub async fn serve(listener: TcpListener, endpoints: Endpoints) {
         .with_state(endpoints);
     let service = TowerToHyperService::new(router);
     let mut server = http1::Builder::new();
-    server
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEAD_MAX);
+    server.keep_alive(false);
     let room = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     loop {
         let Ok(permit) = Arc::clone(&room).acquire_owned().await else {
@@ -69,7 +68,7 @@ pub async fn serve(listener: TcpListener, endpoints: Endpoints) {
         let connection = server.serve_connection(TokioIo::new(stream), service.clone());
         tokio::spawn(async move {
             // What a client did wrong is answered to the client.
-            let _ = connection.await;
+            let _ = timeout(CONNECTION_MAX, connection).await;
             drop(permit);
         });
     }

@@ -36,6 +36,14 @@ const WITHOUT_DEFAULT: [&str; 7] = [
 ];
 
 #[test]
+fn http_is_for_this_machine_alone_unless_told_otherwise() {
+    let output = run(&mut postbox(&["relay", "--help"]));
+    let flags = flags(output.results());
+    let (_, http) = flags.iter().find(|(name, _)| *name == "http").unwrap();
+    assert!(http.contains("[default: 127.0.0.1:9464]"), "{http}");
+}
+
+#[test]
 fn help_tells_of_each_flag_its_variable_its_default_and_its_unit() {
     for (command, count) in [("relay", 18), ("setup", 10), ("demo", 6)] {
         let output = run(&mut postbox(&[command, "--help"]));

@@ -367,6 +367,45 @@ async fn malformed_requests_and_silent_clients_stop_neither_http_nor_the_relay()
     drop(open);
 }
 
+/// As many as are served at a time, of each kind.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clients_that_never_finish_or_never_read_do_not_shut_others_out() {
+    let fixture = Fixture::empty().await;
+    let mut relay = Relay::start(
+        &fixture,
+        &["--database-url", "postgresql://app@127.0.0.1:1/app"],
+    );
+    relay.wait_for_log("serving http").await;
+    let address = relay.address();
+    // More answers than the system's buffers take.
+    let requests = "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n".repeat(2000);
+    let deaf: Vec<TcpStream> = (0..256)
+        .map(|_| {
+            let mut stream = TcpStream::connect(&address).unwrap();
+            stream.set_nonblocking(true).unwrap();
+            let _ = stream.write(requests.as_bytes());
+            stream
+        })
+        .collect();
+    assert_eq!(relay.get("/healthz").0, 200);
+    let slow: Vec<TcpStream> = (0..256)
+        .map(|_| TcpStream::connect(&address).unwrap())
+        .collect();
+    let dripping = std::thread::spawn(move || {
+        let still_served = |mut stream: &TcpStream| stream.write_all(b"G").is_ok();
+        while slow.iter().filter(|stream| still_served(stream)).count() > 0 {
+            std::thread::sleep(Duration::from_millis(500));
+        }
+    });
+    assert_eq!(relay.get("/healthz").0, 200);
+    wait_until("those that drip are hung up", async || {
+        dripping.is_finished()
+    })
+    .await;
+    drop(deaf);
+    assert_eq!(relay.stop().await, 0);
+}
+
 fn is_hung_up(mut stream: &TcpStream) -> bool {
     stream.set_nonblocking(true).unwrap();
     let mut rest = [0; 1024];
