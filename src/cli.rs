@@ -10,8 +10,6 @@ mod recover;
 mod relay;
 mod setup;
 
-use std::process::ExitCode;
-
 use clap::{Parser, Subcommand};
 use postbox::Error;
 
@@ -49,7 +47,8 @@ Exit codes:
   2  usage or settings       6  rights or authentication
   3  database                7  broker";
 
-pub(crate) fn main() -> ExitCode {
+/// The exit code.
+pub(crate) fn main() -> u8 {
     let arguments = Arguments::parse();
     if let Err(error) = arguments.logging.start() {
         return fail(&error, false);
@@ -64,14 +63,14 @@ pub(crate) fn main() -> ExitCode {
         Command::Completions(arguments) => arguments.run(),
     };
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => 0,
         Err(error) => fail(&error, json),
     }
 }
 
 /// Prints an error once, with its causes, and finds its exit code. Where logs are
 /// JSON it is a line of the log, as what reads them takes nothing else.
-fn fail(error: &anyhow::Error, json: bool) -> ExitCode {
+fn fail(error: &anyhow::Error, json: bool) -> u8 {
     let ours = error.downcast_ref::<Error>();
     let chain = ours.map_or_else(|| format!("{error:#}"), Error::chain);
     let exit_code = ours.map_or(1, |ours| ours.kind().exit_code());
@@ -80,7 +79,7 @@ fn fail(error: &anyhow::Error, json: bool) -> ExitCode {
     } else {
         eprintln!("error: {chain}");
     }
-    ExitCode::from(exit_code)
+    exit_code
 }
 
 #[cfg(test)]
