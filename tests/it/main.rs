@@ -21,5 +21,6 @@ mod promotion;
 mod publisher;
 mod records;
 mod recover;
+mod security;
 mod setup;
 mod stream;

@@ -26,6 +26,11 @@ impl Relay {
 
     /// Starts a relay with these flags.
     pub(crate) fn start(fixture: &Fixture, flags: &[&str]) -> Self {
+        Self::spawn(&mut Self::command(fixture, flags))
+    }
+
+    /// The command that starts a relay with these flags.
+    pub(crate) fn command(fixture: &Fixture, flags: &[&str]) -> Command {
         let mut command = postbox(&["relay"]);
         command
             .args(flags)
@@ -35,7 +40,7 @@ impl Relay {
             .env("POSTBOX_DATABASE_URL", &fixture.database_url)
             .env("POSTBOX_BROKERS", &fixture.brokers)
             .env("POSTBOX_HTTP", "127.0.0.1:0");
-        Self::spawn(&mut command)
+        command
     }
 
     /// Starts a command that does not end by itself.
