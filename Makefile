@@ -1,8 +1,10 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test campaign lint
+.PHONY: help demo test test-matrix campaign lint
+
+VERSIONS ?= 14 15 16 17 18
 
 help: ## Show this list.
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: ## Start throw-away servers, harm them while events flow, and judge the result. ARGS go to `postbox demo`.
 	@dev/bootstrap
@@ -15,6 +17,12 @@ test: ## Run all tests, on real Postgres and Kafka.
 	@test -n "$$DATABASE_URL" -a -n "$$KAFKA_BROKERS" || dev/fetch
 	cargo test --locked
 	cargo test --locked --no-default-features --lib
+
+test-matrix: ## Run the tests that need servers, or those that TESTS names, on each Postgres of VERSIONS in turn.
+	@dev/bootstrap
+	@dev/fetch kafka $(VERSIONS:%=postgres %)
+	@cargo test --locked --test it --no-run
+	@dev/matrix "$(VERSIONS)" $(TESTS)
 
 campaign: ## Harm everything, at random but for SEED, in RUNS runs, JOBS at a time, and sum up what the oracle finds.
 	@dev/bootstrap
