@@ -46,10 +46,10 @@ pub(super) async fn resolve(
     name: String,
 ) -> Result<Topic> {
     let asked = tokio::time::Instant::now();
-    let partitions = loop {
+    let leaders = loop {
         let code = match metadata(&producer, Some(name.clone()), REQUEST_TIMEOUT).await? {
-            Ok(0) => RDKafkaErrorCode::LeaderNotAvailable,
-            Ok(partitions) => break partitions,
+            Ok(leaders) if leaders.is_empty() => RDKafkaErrorCode::LeaderNotAvailable,
+            Ok(leaders) => break leaders,
             Err(code) => code,
         };
         let patient = asked.elapsed() < UNKNOWN_MAX;
@@ -67,7 +67,9 @@ pub(super) async fn resolve(
         }
         tokio::time::sleep(PAUSE).await;
     };
-    let message_bytes_max = message_bytes_max(&settings, &name).await;
+    let partitions = u32::try_from(leaders.len()).unwrap_or(u32::MAX);
+    let leader = leaders.into_iter().find(|leader| *leader >= 0);
+    let message_bytes_max = message_bytes_max(&settings, &name, leader).await;
     debug!(
         topic = name,
         partitions, message_bytes_max, "topic resolved"
@@ -89,12 +91,13 @@ pub(super) async fn probe(
     metadata(&producer, known_topic, timeout).await.map(drop)
 }
 
-/// How many partitions the topic has, or what is wrong with it.
+/// The leader of each of the topic's partitions, -1 where there is none now, or what
+/// is wrong with the topic.
 async fn metadata(
     producer: &ThreadedProducer<Context>,
     topic: Option<String>,
     timeout: Duration,
-) -> Result<Result<u32, RDKafkaErrorCode>> {
+) -> Result<Result<Vec<i32>, RDKafkaErrorCode>> {
     let asked = producer.clone();
     // librdkafka's call blocks.
     let answer = tokio::task::spawn_blocking(move || {
@@ -102,10 +105,10 @@ async fn metadata(
         let found = metadata.topics().first().filter(|_| topic.is_some());
         let error = found.and_then(|found| found.error());
         let error = error.filter(|error| *error != RDKafkaRespErr::RD_KAFKA_RESP_ERR_NO_ERROR);
-        let partitions = found.map_or(0, |found| found.partitions().len());
+        let partitions = found.map_or(&[][..], |found| found.partitions());
         Ok::<_, KafkaError>(match error {
             Some(error) => Err(RDKafkaErrorCode::from(error)),
-            None => Ok(u32::try_from(partitions).unwrap_or(u32::MAX)),
+            None => Ok(partitions.iter().map(|found| found.leader()).collect()),
         })
     });
     let answer = answer.await;
@@ -122,9 +125,19 @@ async fn metadata(
 
 /// The topic's limit; `None` if we are not allowed to ask or nobody answers, as
 /// the relay can live without.
-async fn message_bytes_max(settings: &KafkaSettings, name: &str) -> Option<usize> {
+///
+/// Any broker knows it, so a leader is asked, which the relay must reach anyway:
+/// librdkafka would wait for the controller.
+async fn message_bytes_max(
+    settings: &KafkaSettings,
+    name: &str,
+    leader: Option<i32>,
+) -> Option<usize> {
     let admin: AdminClient<DefaultClientContext> = settings.client().ok()?.create().ok()?;
-    let options = AdminOptions::new().request_timeout(Some(REQUEST_TIMEOUT));
+    let mut options = AdminOptions::new().request_timeout(Some(REQUEST_TIMEOUT));
+    if let Some(leader) = leader {
+        options = options.broker_id(leader);
+    }
     let answer = admin
         .describe_configs(&[ResourceSpecifier::Topic(name)], &options)
         .await;
