@@ -17,6 +17,7 @@ mod examples;
 mod faults;
 mod http;
 mod poison;
+mod produce_errors;
 mod promotion;
 mod publisher;
 mod records;

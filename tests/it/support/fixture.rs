@@ -78,6 +78,17 @@ impl Fixture {
         fixture
     }
 
+    /// On the Postgres that all tests share and these brokers, set up.
+    pub(crate) async fn with_brokers(brokers: &str) -> Self {
+        let addresses = Addresses {
+            database_url: shared().database_url.clone(),
+            brokers: brokers.to_owned(),
+        };
+        let fixture = Self::on(&addresses, None, None).await;
+        fixture.set_up().await;
+        fixture
+    }
+
     /// On these servers, set up. They outlive the fixture.
     pub(crate) async fn beside(postgres: &Server, brokers: &str) -> Self {
         let addresses = Addresses {
