@@ -1,53 +1,103 @@
 //! Whether the relay does its work, in words: what `/readyz` says.
 //!
-//! A relay that is alive and does nothing is what operators fear most, so
-//! readiness is about progress: red when the stream is down, when the brokers do
-//! not answer, or when nothing has moved for [`STALL`] while there is something to
-//! do.
+//! A relay that is alive and does nothing is what operators fear most, and
+//! whatever hangs reports nothing. So readiness waits for no error. While the relay
+//! streams, each server is asked for a sign of life every few seconds, and the
+//! oldest event that waits must change: red is what was not heard of, or has not
+//! moved, for [`SILENCE_MAX`], whoever hangs, the relay itself included. An error
+//! that is reported is red at once, and is the better reason.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use tracing::{info, warn};
 
-/// How long nothing may move while there is something to do.
-pub const STALL: Duration = Duration::from_secs(15);
+use crate::error::{Error, ErrorKind};
+
+/// How long a server may be silent, and how long nothing may move while there is
+/// something to do. Servers are asked every 5 s at least, and a probe that sees a
+/// stall should see it within 15 s.
+pub const SILENCE_MAX: Duration = Duration::from_secs(10);
 
 /// What the relay knows about itself, shared with the http endpoints.
 #[derive(Debug)]
 pub struct Health(Mutex<State>);
 
+/// One of the two servers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Server {
+    /// The database, in the relay's ordinary session. The replication stream has a
+    /// limit of its own, after which it is given up.
+    Postgres,
+    /// Any broker.
+    Kafka,
+}
+
 #[derive(Debug)]
 struct State {
     stream: Link,
     brokers: Link,
-    has_work: bool,
+    /// When Postgres and Kafka last said anything, or were first asked.
+    heard: [Instant; 2],
+    /// What the oldest event that is not confirmed waits for.
+    waiting: Option<String>,
     moved: Instant,
 }
 
-/// A connection: up, or down for a reason.
+/// Up, or down for a reason.
 type Link = Result<(), String>;
 
 impl Default for Health {
     fn default() -> Self {
+        let now = Instant::now();
         Self(Mutex::new(State {
-            stream: Err("not connected yet".to_owned()),
+            stream: Err("postgres: not connected yet".to_owned()),
             brokers: Err("not connected yet".to_owned()),
-            has_work: false,
-            moved: Instant::now(),
+            heard: [now; 2],
+            waiting: None,
+            moved: now,
         }))
     }
 }
 
 impl Health {
-    /// The stream from Postgres came up, or went down for this reason.
-    pub fn stream(&self, link: Link) {
-        self.with(|state| state.stream = link);
+    /// The stream from Postgres came up.
+    pub fn streaming(&self) {
+        self.with(|state| {
+            state.stream = Ok(());
+            // Nobody asked in between.
+            state.heard = [Instant::now(); 2];
+        });
+    }
+
+    /// The stream went down, or could not come up.
+    pub fn stopped(&self, error: &Error) {
+        let side = match error.kind() {
+            ErrorKind::Broker | ErrorKind::BrokerAway => "kafka",
+            ErrorKind::Event | ErrorKind::NotDrained | ErrorKind::Unexpected => "relay",
+            _ => "postgres",
+        };
+        self.with(|state| state.stream = Err(format!("{side}: {}", error.chain())));
+    }
+
+    /// A server gave a sign of life.
+    pub fn heard(&self, server: Server) {
+        self.with(|state| state.heard[server as usize] = Instant::now());
+    }
+
+    /// How long a server has been silent.
+    pub fn silence(&self, server: Server) -> Duration {
+        self.with(|state| state.heard[server as usize].elapsed())
     }
 
     /// A broker answered, or none does for this reason. Logs the change.
     pub fn brokers(&self, link: Link) {
-        let before = self.with(|state| std::mem::replace(&mut state.brokers, link.clone()));
+        let before = self.with(|state| {
+            if link.is_ok() {
+                state.heard[Server::Kafka as usize] = Instant::now();
+            }
+            std::mem::replace(&mut state.brokers, link.clone())
+        });
         match (before, link) {
             (Ok(()), Err(reason)) => warn!("waiting for kafka: {reason}"),
             (Err(_), Ok(())) => info!("kafka answers"),
@@ -60,23 +110,24 @@ impl Health {
         self.with(|state| state.moved = Instant::now());
     }
 
-    /// Whether anything waits to be delivered or confirmed.
-    pub fn has_work(&self, has_work: bool) {
+    /// What the oldest event that is not confirmed waits for; `None` if there is
+    /// nothing to do.
+    pub fn waiting(&self, waiting: Option<String>) {
         self.with(|state| {
             // The clock of a stall starts when there is something to do.
-            if has_work && !state.has_work {
+            if state.waiting.is_none() {
                 state.moved = Instant::now();
             }
-            state.has_work = has_work;
+            state.waiting = waiting;
         });
     }
 
     /// How long nothing has moved while there was something to do; zero if there
     /// is nothing.
     pub fn stalled_for(&self) -> Duration {
-        self.with(|state| match state.has_work {
-            true => state.moved.elapsed(),
-            false => Duration::ZERO,
+        self.with(|state| match state.waiting {
+            Some(_) => state.moved.elapsed(),
+            None => Duration::ZERO,
         })
     }
 
@@ -86,17 +137,24 @@ impl Health {
         self.with(|state| {
             let mut complaints = Vec::new();
             if let Err(reason) = &state.stream {
-                complaints.push(format!("postgres: {reason}"));
+                complaints.push(reason.clone());
             }
             if let Err(reason) = &state.brokers {
                 complaints.push(format!("kafka: {reason}"));
             }
-            if stalled > STALL {
-                complaints.push(format!(
-                    "no progress for {} s while events wait",
-                    stalled.as_secs()
-                ));
+            for (server, name) in [(Server::Postgres, "postgres"), (Server::Kafka, "kafka")] {
+                let silence = state.heard[server as usize].elapsed();
+                if state.stream.is_ok() && silence > SILENCE_MAX {
+                    complaints.push(format!("{name}: no answer for {} s", silence.as_secs()));
+                }
             }
+            if let Some(waiting) = &state.waiting
+                && stalled > SILENCE_MAX
+            {
+                let seconds = stalled.as_secs();
+                complaints.push(format!("no progress for {seconds} s: {waiting}"));
+            }
+            complaints.dedup();
             complaints
         })
     }
@@ -111,6 +169,13 @@ impl Health {
 mod tests {
     use super::*;
 
+    fn streaming() -> Health {
+        let health = Health::default();
+        health.streaming();
+        health.brokers(Ok(()));
+        health
+    }
+
     #[test]
     fn says_what_is_down_and_why() {
         let health = Health::default();
@@ -118,26 +183,46 @@ mod tests {
             health.complaints(),
             ["postgres: not connected yet", "kafka: not connected yet"]
         );
-        health.stream(Ok(()));
+        health.streaming();
         health.brokers(Ok(()));
         assert!(health.complaints().is_empty());
         health.brokers(Err("no broker answers".to_owned()));
         assert_eq!(health.complaints(), ["kafka: no broker answers"]);
+        // The same reason twice is said once.
+        health.stopped(&Error::new(ErrorKind::BrokerAway, "no broker answers"));
+        assert_eq!(health.complaints(), ["kafka: no broker answers"]);
+        health.stopped(&Error::new(ErrorKind::SlotInUse, "slot \"a\" is in use"));
+        assert_eq!(health.complaints()[0], "postgres: slot \"a\" is in use");
+    }
+
+    #[test]
+    fn a_server_that_says_nothing_is_complained_of_while_it_is_asked() {
+        let health = streaming();
+        health.with(|state| state.heard[0] -= SILENCE_MAX * 2);
+        assert_eq!(health.complaints(), ["postgres: no answer for 20 s"]);
+        health.heard(Server::Postgres);
+        assert!(health.complaints().is_empty());
+        health.with(|state| state.heard[1] -= SILENCE_MAX * 2);
+        assert_eq!(health.complaints(), ["kafka: no answer for 20 s"]);
+        health.stopped(&Error::new(ErrorKind::DatabaseAway, "gone"));
+        assert_eq!(health.complaints(), ["postgres: gone"]);
+        health.streaming();
+        assert!(health.complaints().is_empty());
     }
 
     #[test]
     fn standing_still_is_only_wrong_with_something_to_do() {
-        let health = Health::default();
-        health.stream(Ok(()));
-        health.brokers(Ok(()));
-        health.with(|state| state.moved -= STALL * 2);
+        let health = streaming();
+        health.with(|state| state.moved -= SILENCE_MAX * 2);
         assert!(health.complaints().is_empty());
-        health.has_work(true);
+        let waiting = || Some("topic \"a\" is asked for".to_owned());
+        health.waiting(waiting());
         assert!(health.complaints().is_empty());
-        health.with(|state| state.moved -= STALL * 2);
+        health.with(|state| state.moved -= SILENCE_MAX * 2);
+        health.waiting(waiting());
         assert_eq!(
             health.complaints(),
-            ["no progress for 30 s while events wait"]
+            ["no progress for 20 s: topic \"a\" is asked for"]
         );
         health.moved();
         assert!(health.complaints().is_empty());

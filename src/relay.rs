@@ -108,7 +108,7 @@ impl Relay {
                 Ok(()) => return self.end(),
                 Err(error) => error,
             };
-            self.health.stream(Err(error.chain()));
+            self.health.stopped(&error);
             if !error.kind().is_transient() {
                 return Err(error);
             }

@@ -17,6 +17,7 @@ use crate::catalog::{self, Checkpoint};
 use crate::database::Session;
 use crate::envelope::Encoder;
 use crate::error::{Error, ErrorKind, Result};
+use crate::health::{SILENCE_MAX, Server};
 use crate::publisher::{Publisher, Topic};
 use crate::source::wal::{Stream, WalSettings};
 use crate::source::{Item, Row, Source};
@@ -80,6 +81,8 @@ impl<'r> Attempt<'r> {
         };
         let result = attempt.carry(shutdown).await;
         if let Err(error) = &result {
+            // Before leave is taken, which takes a while.
+            attempt.relay.health.stopped(error);
             attempt.take_leave(error.kind()).await;
         }
         attempt.update_gauges();
@@ -103,17 +106,18 @@ impl<'r> Attempt<'r> {
         relay.metrics.in_flight_events.set(0);
         let name = format!("postbox {} control", settings.contract.slot);
         let session = settings.database.connect(&name).await?;
-        let checkpoint = catalog::check(&session.client, &settings.contract).await?;
+        let checkpoint = answered(catalog::check(&session.client, &settings.contract)).await?;
         let publisher = reach_brokers(relay).await?;
         let nonce = uuid::Uuid::new_v4().to_string();
         let stream = open_stream(&settings, &session, &checkpoint, &nonce).await?;
-        catalog::store_timeline(&session.client, &settings.contract, &checkpoint).await?;
+        let stored = catalog::store_timeline(&session.client, &settings.contract, &checkpoint);
+        answered(stored).await?;
         info!(
             slot = settings.contract.slot,
             database = settings.database.display(),
             "streaming"
         );
-        relay.health.stream(Ok(()));
+        relay.health.streaming();
         Ok(Self {
             heartbeat: Heartbeat::start(
                 session,
@@ -122,6 +126,7 @@ impl<'r> Attempt<'r> {
                 settings.heartbeat_interval,
                 nonce,
                 relay.metrics.clone(),
+                relay.health.clone(),
             ),
             stream,
             encoder: Encoder::new(settings.format, settings.route),
@@ -290,19 +295,31 @@ impl<'r> Attempt<'r> {
         let may_read = self.may_read();
         self.stream.check_alive(may_read)?;
         self.update_gauges();
-        let has_work = self.window.has_work() || self.held.is_some();
-        self.relay.health.has_work(has_work);
-        if self.window.heard.elapsed() > PROBE_INTERVAL && self.probing.is_empty() {
+        let health = &self.relay.health;
+        health.waiting(self.waiting());
+        if health.silence(Server::Kafka) > PROBE_INTERVAL && self.probing.is_empty() {
             self.probing
                 .spawn(self.window.publisher.probe(PROBE_TIMEOUT));
         }
         Ok(())
     }
 
-    fn probed(&mut self, alive: Result<()>) {
-        if alive.is_ok() {
-            self.window.heard = std::time::Instant::now();
+    /// What the oldest event waits for, if there is any.
+    fn waiting(&self) -> Option<String> {
+        let settings = &self.relay.settings;
+        let (events_max, bytes_max) = (settings.in_flight_max, settings.in_flight_bytes_max);
+        let mut waiting = match (self.window.waiting(), &self.held) {
+            (Some(waiting), _) => waiting,
+            (None, Some(row)) => format!("{} waits for its topic", self.stream.name_of(row)),
+            (None, None) => return None,
+        };
+        if !self.window.has_room(events_max, bytes_max) {
+            waiting += ", as many as may be in flight: no more are read";
         }
+        Some(waiting)
+    }
+
+    fn probed(&mut self, alive: Result<()>) {
         let link = alive.map_err(|error| error.chain());
         self.relay.health.brokers(link);
     }
@@ -382,6 +399,19 @@ impl<'r> Attempt<'r> {
         match stop {
             Stop::Row(row, why) => poison(&self.stream, &row, why),
             Stop::Attempt(error) => error,
+        }
+    }
+}
+
+/// What Postgres answers before there is a heartbeat. A connection that died without
+/// a word would be waited for until the system gives it up.
+async fn answered<T>(answer: impl Future<Output = Result<T>>) -> Result<T> {
+    match tokio::time::timeout(SILENCE_MAX, answer).await {
+        Ok(answer) => answer,
+        Err(_) => {
+            let seconds = SILENCE_MAX.as_secs();
+            let message = format!("read what was set up: no answer within {seconds} s");
+            Err(Error::new(ErrorKind::DatabaseAway, message))
         }
     }
 }

@@ -22,6 +22,7 @@ use crate::catalog::{self, Checkpoint};
 use crate::contract::Contract;
 use crate::database::{self, Session};
 use crate::error::{Error, ErrorKind, Result};
+use crate::health::{Health, Server};
 use crate::metrics::Metrics;
 use crate::source::{HEARTBEAT_PREFIX, Mark};
 
@@ -47,6 +48,7 @@ struct Shared {
     checkpoint: Checkpoint,
     nonce: String,
     metrics: Arc<Metrics>,
+    health: Arc<Health>,
     traffic: AtomicBool,
     confirmed: AtomicU64,
     stored: AtomicU64,
@@ -61,6 +63,7 @@ impl Heartbeat {
         interval: Duration,
         nonce: String,
         metrics: Arc<Metrics>,
+        health: Arc<Health>,
     ) -> Self {
         let shared = Arc::new(Shared {
             session,
@@ -68,6 +71,7 @@ impl Heartbeat {
             checkpoint,
             nonce,
             metrics,
+            health,
             traffic: AtomicBool::new(true),
             confirmed: AtomicU64::new(0),
             stored: AtomicU64::new(0),
@@ -135,14 +139,17 @@ async fn run(
             error = shared.session.ended() => return error,
             _ = beat.tick() => tokio::time::timeout(patience, shared.beat()).await,
             _ = slot.tick() => tokio::time::timeout(patience, shared.look_at_slot()).await,
-            _ = store.tick() => tokio::time::timeout(patience, shared.store_position()).await,
+            _ = store.tick() => {
+                if shared.position_is_stored() { continue }
+                tokio::time::timeout(patience, shared.store_position()).await
+            }
             Ok(()) = mark.changed() => {
                 let Some(mark) = mark.borrow_and_update().clone() else { continue };
                 tokio::time::timeout(patience, shared.store_mark(mark)).await
             }
         };
         match result {
-            Ok(Ok(())) => {}
+            Ok(Ok(())) => shared.health.heard(Server::Postgres),
             Ok(Err(error)) => return error,
             Err(_) => {
                 let message = format!(
@@ -184,12 +191,15 @@ impl Shared {
         Ok(())
     }
 
+    fn position_is_stored(&self) -> bool {
+        self.confirmed.load(Ordering::Relaxed) <= self.stored.load(Ordering::Relaxed)
+    }
+
     async fn store_position(&self) -> Result<()> {
         let confirmed = self.confirmed.load(Ordering::Relaxed);
-        if confirmed > self.stored.swap(confirmed, Ordering::Relaxed) {
-            let client = &self.session.client;
-            catalog::store_position(client, &self.contract, confirmed.into()).await?;
-        }
+        let client = &self.session.client;
+        catalog::store_position(client, &self.contract, confirmed.into()).await?;
+        self.stored.store(confirmed, Ordering::Relaxed);
         Ok(())
     }
 

@@ -37,8 +37,6 @@ pub(super) struct Window {
     /// The row that is being sent alone.
     alone: Option<(u64, Row)>,
     failed: Option<Failed>,
-    /// When the brokers last reported anything.
-    pub(super) heard: Instant,
     /// Whether anything was delivered at all.
     pub(super) has_delivered: bool,
     /// Whether anything was delivered since the last position was released.
@@ -112,7 +110,6 @@ impl Window {
             suspects,
             alone: None,
             failed: None,
-            heard: Instant::now(),
             has_delivered: false,
             delivered_since: false,
             newest: PgLsn::from(0),
@@ -146,6 +143,17 @@ impl Window {
     /// Whether a delivery has failed, so that nothing more may be sent.
     pub(super) fn has_failed(&self) -> bool {
         self.failed.is_some()
+    }
+
+    /// What the oldest event that is not acknowledged waits for.
+    pub(super) fn waiting(&self) -> Option<String> {
+        let oldest = self.queue.get(self.queue.head())?.destination;
+        let topic = self.publisher.topic_name(oldest.topic).unwrap_or_default();
+        Some(format!(
+            "topic \"{topic}\", partition {}, has not acknowledged the oldest of {} events",
+            oldest.partition,
+            self.queue.held().events
+        ))
     }
 
     /// Whether anything is left that is not confirmed.
@@ -240,7 +248,6 @@ impl Window {
             }
             self.reports = reports;
             if delivered {
-                self.heard = Instant::now();
                 self.has_delivered = true;
                 self.delivered_since = true;
                 self.health.brokers(Ok(()));

@@ -52,10 +52,11 @@ async fn one_leader_is_stuck(harm: &str, mend: &str) {
     let filled_with = passed();
     assert!(filled_with > IN_FLIGHT_MAX / 10, "{filled_with} passed");
     let mut peak = 0;
+    let stuck = format!("topic \"{}\", partition 1, has not", fixture.topic);
     wait_until("readiness is red and says why", || {
         peak = peak.max(relay.memory());
         let (status, body) = relay.get("/readyz");
-        let says_why = status == 503 && body.contains("no progress for ");
+        let says_why = status == 503 && body.contains("no progress for ") && body.contains(&stuck);
         async move { says_why }
     })
     .await;

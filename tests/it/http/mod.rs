@@ -1,6 +1,7 @@
 //! `/metrics`, `/healthz` and `/readyz`, as probes and scrapers see them.
 
 mod scrape;
+mod stalls;
 
 #[cfg(target_os = "linux")]
 use std::collections::BTreeSet;

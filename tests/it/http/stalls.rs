@@ -1,0 +1,133 @@
+//! What stands still and says nothing: readiness is red within 15 s, says why, and is
+//! green again by itself.
+
+use std::time::{Duration, Instant};
+
+use crate::support::{Fixture, Proxy, Relay, Weather, wait_until};
+
+/// How long a stall may go unseen.
+const SEEN_WITHIN: Duration = Duration::from_secs(15);
+
+/// Readiness is red in time, and its body has a line with all of these.
+async fn assert_red(relay: &Relay, reason: &[&str]) {
+    let since = Instant::now();
+    loop {
+        let (status, body) = relay.get("/readyz");
+        let says_why = |line: &str| reason.iter().all(|part| line.contains(part));
+        if status == 503 && body.lines().any(says_why) {
+            return;
+        }
+        assert!(
+            since.elapsed() < SEEN_WITHIN,
+            "{status} without {reason:?}: {body}"
+        );
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+async fn wait_for_green(relay: &Relay) {
+    wait_until("readiness is green again", async || {
+        relay.get("/readyz").0 == 200
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_frozen_broker_is_seen_and_what_waits_for_it() {
+    let mut fixture = Fixture::with_servers(&[], &[]).await;
+    let relay = Relay::streaming(&fixture, &["--in-flight-max", "5"]).await;
+    let waits = format!("topic \"{}\", partition 0, ", fixture.topic);
+    fixture.insert("a", "{}").await;
+    fixture.wait_for_confirmation().await;
+    // Nothing waits, and more than may be in flight.
+    for (events, reason) in [
+        (0, ["kafka: no broker answers"].as_slice()),
+        (
+            20,
+            &["no progress for ", &waits, "5 events", "no more are read"],
+        ),
+    ] {
+        fixture.kafka("pause");
+        for _ in 0..events {
+            fixture.insert("a", "{}").await;
+        }
+        assert_red(&relay, reason).await;
+        fixture.kafka("resume");
+        wait_for_green(&relay).await;
+    }
+    fixture.wait_for_confirmation().await;
+    relay.drain().await;
+    assert_eq!(fixture.records().await.len(), 21);
+}
+
+/// A Postgres of the test's own, and the URL of its database through the proxy.
+async fn behind(proxy: &Proxy) -> (Fixture, String) {
+    let fixture = Fixture::with_postgres(&[]).await;
+    fixture.set_up().await;
+    let port = fixture.postgres.as_ref().unwrap().fact("port");
+    proxy.pass_on_to(&format!("127.0.0.1:{port}"));
+    let (address, database) = (proxy.address(), &fixture.contract.slot);
+    let url = format!("postgresql://postgres@{address}/{database}?sslmode=disable");
+    (fixture, url)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_postgres_that_says_nothing_is_seen() {
+    let proxy = Proxy::start().await;
+    let (fixture, url) = behind(&proxy).await;
+    // However long the stream itself would wait.
+    for timeout in ["8s", "10m"] {
+        let flags = ["--database-url", &url, "--wal-sender-timeout", timeout];
+        let relay = Relay::streaming(&fixture, &flags).await;
+        fixture.insert("a", "{}").await;
+        fixture.wait_for_confirmation().await;
+        wait_for_green(&relay).await;
+        proxy.weather(Weather::Stalled);
+        assert_red(&relay, &["postgres: "]).await;
+        proxy.weather(Weather::Fair);
+        wait_for_green(&relay).await;
+        fixture.insert("a", "{}").await;
+        fixture.wait_for_confirmation().await;
+        relay.drain().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn servers_that_accept_and_say_nothing_from_the_start_are_seen() {
+    let (postgres, kafka) = (Proxy::start().await, Proxy::start().await);
+    let (fixture, url) = behind(&postgres).await;
+    kafka.pass_on_to(&fixture.brokers);
+    postgres.weather(Weather::Stalled);
+    kafka.weather(Weather::Stalled);
+    let flags = ["--database-url", &url, "--brokers", kafka.address()];
+    let mut relay = Relay::start(&fixture, &flags);
+    relay.wait_for_log("serving http").await;
+    assert_red(&relay, &["postgres: connect to ", ": no answer within "]).await;
+    postgres.weather(Weather::Fair);
+    assert_red(&relay, &["kafka: no broker answers"]).await;
+    kafka.weather(Weather::Fair);
+    wait_for_green(&relay).await;
+    fixture.insert("a", "{}").await;
+    fixture.wait_for_confirmation().await;
+    relay.drain().await;
+}
+
+/// What was asked before a connection died is never answered: the relay asks again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_postgres_that_falls_silent_between_login_and_stream_is_given_up() {
+    let proxy = Proxy::start().await;
+    let (mut fixture, url) = behind(&proxy).await;
+    // The first question after the login waits for this lock.
+    let lock = "BEGIN; LOCK TABLE postbox.checkpoint IN ACCESS EXCLUSIVE MODE";
+    fixture.client.batch_execute(lock).await.unwrap();
+    let mut relay = Relay::start(&fixture, &["--database-url", &url]);
+    relay.wait_for_log("serving http").await;
+    assert_red(
+        &relay,
+        &["postgres: read what was set up: no answer within "],
+    )
+    .await;
+    fixture.reconnect().await;
+    wait_for_green(&relay).await;
+    relay.drain().await;
+}
