@@ -30,9 +30,10 @@ campaign: ## Harm everything, at random but for SEED, in RUNS runs, JOBS at a ti
 	SEED=$(or $(SEED),1) RUNS=$(or $(RUNS),20) JOBS=$(or $(JOBS),3) \
 		cargo test --release --locked --test it -- --ignored --exact campaign::campaign_of_the_environment --nocapture
 
-lint: ## Check format, lints and docs.
+lint: ## Check format, lints, docs, and that what is released has no failpoints.
 	@dev/bootstrap build
 	cargo fmt --check
 	cargo clippy --all-targets --all-features --locked -- -D warnings
 	cargo clippy --all-targets --no-default-features --locked -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --all-features --locked
+	test -z "$$(cargo tree --locked --edges normal --invert fail 2>/dev/null)"

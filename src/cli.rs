@@ -49,6 +49,8 @@ Exit codes:
 
 /// The exit code.
 pub(crate) fn main() -> u8 {
+    #[cfg(feature = "failpoints")]
+    postbox::failpoints::arm();
     let arguments = Arguments::parse();
     if let Err(error) = arguments.logging.start() {
         return fail(&error, false);

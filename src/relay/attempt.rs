@@ -107,9 +107,11 @@ impl<'r> Attempt<'r> {
         let name = format!("postbox {} control", settings.contract.slot);
         let session = settings.database.connect(&name).await?;
         let checkpoint = answered(catalog::check(&session.client, &settings.contract)).await?;
+        failpoint!("checked");
         let publisher = reach_brokers(relay).await?;
         let nonce = uuid::Uuid::new_v4().to_string();
         let stream = open_stream(&settings, &session, &checkpoint, &nonce).await?;
+        failpoint!("opened");
         let stored = catalog::store_timeline(&session.client, &settings.contract, &checkpoint);
         answered(stored).await?;
         info!(
@@ -209,8 +211,12 @@ impl<'r> Attempt<'r> {
 
     fn take(&mut self, item: Item) -> Result<()> {
         match item {
-            Item::Row(row) => self.offer(row),
+            Item::Row(row) => {
+                failpoint!("received");
+                self.offer(row)
+            }
             Item::Position(position) => {
+                failpoint!("positioned");
                 self.window.push_position(position);
                 Ok(())
             }
@@ -279,7 +285,9 @@ impl<'r> Attempt<'r> {
     fn settle(&mut self) -> Result<()> {
         let progress = self.window.settle().map_err(|stop| self.stopped(stop))?;
         if let Some(lsn) = progress.confirm {
+            failpoint!("confirming");
             self.stream.confirm(lsn);
+            failpoint!("confirmed");
             if progress.has_events {
                 self.events_end = lsn;
                 self.heartbeat.confirmed(lsn);
@@ -365,8 +373,10 @@ impl<'r> Attempt<'r> {
         if u64::from(confirmed) == 0 {
             return Ok(());
         }
+        failpoint!("drained");
         let sent = async {
             self.stream.confirmation_sent().await;
+            failpoint!("told");
             // A status message that was written is not yet read; closing could
             // still discard it.
             self.heartbeat.flush(confirmed).await

@@ -212,6 +212,7 @@ impl Shared {
                 // Between the last beat and the fence it may have changed and hidden
                 // rows that the fence sees: then the older fence stays.
                 self.compare_publication().await?;
+                failpoint!("fencing");
                 catalog::store_fence(client, contract, lsn, &snapshot).await
             }
         }

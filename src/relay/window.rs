@@ -202,8 +202,11 @@ impl Window {
             sent_at: Instant::now(),
         };
         let sequence = self.queue.push_event(sent, size);
+        failpoint!("sending");
         match self.publisher.send(record, destination.partition, sequence) {
-            Ok(()) => {}
+            Ok(()) => {
+                failpoint!("sent");
+            }
             Err(SendError::Row(code)) => {
                 return Err(self.refusal(row.clone(), destination, code));
             }
@@ -296,7 +299,9 @@ impl Window {
     }
 
     fn delivered(&mut self, sequence: u64, now: Timestamp) {
+        failpoint!("delivering");
         let sent = self.queue.delivered(sequence);
+        failpoint!("delivered");
         self.partitions.delivered(sent.destination, sent.sent_at);
         let topic = &self.topics[sent.destination.topic];
         topic.events.inc();
