@@ -59,6 +59,7 @@
 mod errors;
 mod parameters;
 mod pgpass;
+pub mod refusals;
 mod session;
 mod settings;
 mod tls;

@@ -3,13 +3,25 @@
 //! An error is either *transient*, and the relay tries again for as long as it
 //! takes, or *definite*, and the process ends with an exit code that says where
 //! to look. Unknown means transient: a relay that stops over a hiccup loses
-//! more than one that tries once too often.
+//! more than one that tries once too often. `docs/errors.md` lists them all.
 
 use std::error::Error as StdError;
 use std::fmt;
 
 /// The result of everything in this crate that can fail.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What a relay does about an error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Class {
+    /// It stands by, and takes over as soon as it can.
+    Wait,
+    /// It begins again where the slot was confirmed, after a pause that grows with
+    /// each attempt in vain.
+    Retry,
+    /// It ends with an exit code.
+    Stop,
+}
 
 /// Where an error belongs, which decides whether to retry and how to exit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -42,12 +54,34 @@ pub enum ErrorKind {
 }
 
 impl ErrorKind {
+    /// All of them.
+    pub const ALL: [Self; 12] = [
+        Self::SlotInUse,
+        Self::DatabaseAway,
+        Self::BrokerAway,
+        Self::Unexpected,
+        Self::Settings,
+        Self::Database,
+        Self::Slot,
+        Self::Publication,
+        Self::Rights,
+        Self::Broker,
+        Self::Event,
+        Self::NotDrained,
+    ];
+
+    /// What a relay does about it.
+    pub fn class(self) -> Class {
+        match self {
+            Self::SlotInUse => Class::Wait,
+            Self::DatabaseAway | Self::BrokerAway => Class::Retry,
+            _ => Class::Stop,
+        }
+    }
+
     /// Whether trying again can help.
     pub fn is_transient(self) -> bool {
-        matches!(
-            self,
-            Self::SlotInUse | Self::DatabaseAway | Self::BrokerAway
-        )
+        self.class() != Class::Stop
     }
 
     /// The exit code of a process that ends with this error. A one-shot command

@@ -29,16 +29,17 @@
 //! The publisher never sees an LSN.
 
 mod brokers;
+pub mod codes;
 mod partitioner;
 mod refusals;
 mod reports;
 mod settings;
 mod topics;
 
-pub use reports::{Report, Verdict, verdict};
+pub use codes::{Verdict, verdict};
+pub use reports::Report;
 pub use settings::{BATCH_BYTES, KafkaSettings};
 pub use topics::Topic;
-pub(crate) use topics::advice;
 
 use std::collections::HashMap;
 use std::sync::Arc;

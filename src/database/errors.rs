@@ -1,8 +1,6 @@
 //! Both clients' errors, sorted into ours in one place.
 //!
-//! What counts is the SQLSTATE: messages are translated by the server. Only where
-//! one state covers a slot and something else do we look at the words, and
-//! words we do not recognise leave the milder reading.
+//! What the server refuses is sorted by its SQLSTATE ([`refusals`]).
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -11,11 +9,8 @@ use std::io;
 use pgwire_replication::PgWireError;
 use rustls::AlertDescription;
 
+use super::refusals;
 use crate::error::{Error, ErrorKind};
-
-const SET_PASSWORD: &str = "set the right password in the database URL, PGPASSWORD or ~/.pgpass";
-
-const RUN_SETUP: &str = "run \"postbox setup\"";
 
 /// What rustls says of a certificate it does not accept. The replication client
 /// passes it on as text.
@@ -27,7 +22,7 @@ const INVALID_CERTIFICATE: &str = "invalid peer certificate";
 pub struct Refusal {
     sqlstate: String,
     message: String,
-    next_step: Option<&'static str>,
+    next_step: &'static str,
 }
 
 impl Refusal {
@@ -41,8 +36,8 @@ impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} (SQLSTATE {})", self.message, self.sqlstate)?;
         match self.next_step {
-            Some(next_step) => write!(f, "; {next_step}"),
-            None => Ok(()),
+            "" => Ok(()),
+            next_step => write!(f, "; {next_step}"),
         }
     }
 }
@@ -113,62 +108,12 @@ pub fn sort_replication(context: impl Into<String>, error: PgWireError) -> Error
 }
 
 fn refused(context: String, sqlstate: &str, message: &str) -> Error {
-    let (kind, next_step) = sort_refusal(sqlstate, message);
-    Error::new(kind, context).caused_by(Refusal {
+    let rule = refusals::find(sqlstate, message);
+    Error::new(rule.kind, context).caused_by(Refusal {
         sqlstate: sqlstate.to_owned(),
         message: message.to_owned(),
-        next_step,
+        next_step: rule.next_step,
     })
-}
-
-/// By <https://www.postgresql.org/docs/current/errcodes-appendix.html>. What is not
-/// listed may pass: connections (08), serialization and deadlocks (40),
-/// resources (53), shutdown and cancelling (57), a standby before its promotion.
-fn sort_refusal(sqlstate: &str, message: &str) -> (ErrorKind, Option<&'static str>) {
-    match sqlstate {
-        "28P01" => (ErrorKind::Rights, Some(SET_PASSWORD)),
-        // No such role, no line in pg_hba.conf; the words may be translated, then
-        // the next step is missing.
-        state if state.starts_with("28") => {
-            let next_step = match message {
-                text if text.contains("client certificate") => Some("set sslcert and sslkey"),
-                text if text.contains("no encryption") => {
-                    Some("if it is let in with TLS, set sslmode=verify-full")
-                }
-                _ => None,
-            };
-            (ErrorKind::Rights, next_step)
-        }
-        // A missing privilege.
-        "42501" => {
-            let next_step = "`postbox setup --grant-to ROLE`, run by the owner, gives a relay's role what it needs";
-            (ErrorKind::Rights, Some(next_step))
-        }
-        // No such database; schema, table, function or column.
-        "3D000" => (ErrorKind::Database, None),
-        "3F000" | "42P01" | "42883" | "42703" => (ErrorKind::Database, Some(RUN_SETUP)),
-        // An object without a state of its own.
-        "42704" if message.contains("replication slot") => (ErrorKind::Slot, None),
-        // Before Postgres 18, of a change from a time when there was none.
-        "42704" if message.contains("publication") => {
-            let next_step = "there was none at this point of the WAL, which the slot cannot pass: run `postbox recover`";
-            (ErrorKind::Publication, Some(next_step))
-        }
-        "42704" => (ErrorKind::Database, None),
-        "55006" => (ErrorKind::SlotInUse, None),
-        "53400" => {
-            let next_step = "raise max_replication_slots or drop a slot that is not used";
-            (ErrorKind::Slot, Some(next_step))
-        }
-        // An invalidated, foreign or physical slot; its WAL is gone.
-        "55000" if message.contains("replication slot") => (ErrorKind::Slot, None),
-        "58P01" if message.contains("WAL segment") => (ErrorKind::Slot, None),
-        "55000" if message.contains("wal_level") => {
-            let next_step = "set wal_level = logical and restart the server";
-            (ErrorKind::Database, Some(next_step))
-        }
-        _ => (ErrorKind::DatabaseAway, None),
-    }
 }
 
 /// The alerts by which a server refuses our certificate, or misses it.
@@ -298,7 +243,7 @@ mod tests {
     fn a_refusal_reads_as_one_line_with_the_next_step() {
         let error = server("relation \"postbox.outbox\" does not exist", "42P01");
         let line = "start replication: relation \"postbox.outbox\" does not exist \
-                    (SQLSTATE 42P01); run \"postbox setup\"";
+                    (SQLSTATE 42P01); run `postbox setup`";
         assert_eq!(error.chain(), line);
         let refusal = error
             .source()

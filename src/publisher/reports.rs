@@ -22,38 +22,6 @@ pub struct Report {
     pub error: Option<RDKafkaErrorCode>,
 }
 
-/// What a failed delivery is about.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Verdict {
-    /// The record itself, or the batch it was in.
-    Row,
-    /// The topic: unknown, not ours to write, not a legal name.
-    Topic,
-    /// The brokers, or a record before it; sending it again may work.
-    Retry,
-}
-
-/// Sorts a code by what it is about. What is not known is worth a retry.
-pub fn verdict(code: RDKafkaErrorCode) -> Verdict {
-    use RDKafkaErrorCode as Code;
-    match code {
-        Code::MessageSizeTooLarge
-        | Code::MessageBatchTooLarge
-        | Code::InvalidMessageSize
-        | Code::InvalidMessage
-        | Code::InvalidTimestamp
-        | Code::InvalidRecord
-        | Code::PolicyViolation
-        | Code::UnsupportedForMessageFormat => Verdict::Row,
-        Code::UnknownTopic
-        | Code::UnknownTopicOrPartition
-        | Code::UnknownPartition
-        | Code::InvalidTopic
-        | Code::TopicAuthorizationFailed => Verdict::Topic,
-        _ => Verdict::Retry,
-    }
-}
-
 /// Reports that wait to be taken.
 #[derive(Default)]
 pub(super) struct Reports {

@@ -9,7 +9,8 @@ use rdkafka::producer::{Producer, ThreadedProducer};
 use rdkafka::types::RDKafkaRespErr;
 use tracing::debug;
 
-use super::reports::{Context, Verdict, verdict};
+use super::codes::{self, Verdict, verdict};
+use super::reports::Context;
 use super::settings::KafkaSettings;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -56,7 +57,7 @@ pub(super) async fn resolve(
         match (verdict(code), code) {
             (Verdict::Topic, RDKafkaErrorCode::UnknownTopicOrPartition) if patient => {}
             (Verdict::Topic, _) => {
-                let message = format!("topic \"{name}\": {}", advice(code));
+                let message = format!("topic \"{name}\": {}", codes::explain(code));
                 return Err(Error::new(ErrorKind::Event, message));
             }
             _ if patient => {}
@@ -146,17 +147,4 @@ async fn message_bytes_max(
     let config = answer.ok()?.pop()?.ok()?;
     let value = config.get("max.message.bytes")?.value.as_ref()?;
     value.parse().ok()
-}
-
-/// What is wrong with a topic or a record in it, and what to do.
-pub(crate) fn advice(code: RDKafkaErrorCode) -> String {
-    match code {
-        RDKafkaErrorCode::UnknownTopicOrPartition | RDKafkaErrorCode::UnknownTopic => {
-            "does not exist and the brokers do not create topics: create it".to_owned()
-        }
-        RDKafkaErrorCode::TopicAuthorizationFailed => {
-            "not authorised: allow Write and Describe on it".to_owned()
-        }
-        code => format!("{code}"),
-    }
 }

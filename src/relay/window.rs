@@ -16,7 +16,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::health::Health;
 use crate::metrics::{Metrics, TopicMetrics};
 use crate::publisher::{
-    Destination, Publisher, Report, SendError, Topic, Verdict, advice, verdict,
+    Destination, Publisher, Report, SendError, Topic, Verdict, codes, verdict,
 };
 use crate::source::{Mark, Place, Position, Row};
 use crate::timestamp::Timestamp;
@@ -357,7 +357,7 @@ impl Window {
             .publisher
             .topic_name(destination.topic)
             .unwrap_or_default();
-        Stop::Row(row, format!("topic \"{topic}\": {}", advice(code)))
+        Stop::Row(row, format!("topic \"{topic}\": {}", codes::explain(code)))
     }
 }
 

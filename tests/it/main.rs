@@ -13,6 +13,7 @@ mod campaign;
 mod cli;
 mod compose;
 mod emit;
+mod errors;
 mod examples;
 mod faults;
 mod http;

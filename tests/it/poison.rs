@@ -183,7 +183,7 @@ async fn a_topic_that_nobody_creates_stops_the_relay() {
     let fixture = Fixture::with_servers(&[], &["auto.create.topics.enable=false"]).await;
     let relay = Relay::streaming(&fixture, &[]).await;
     let id = insert_returning_id(&fixture, "a", "{}").await;
-    assert_stopped_by(relay, &fixture, &id, "create it").await;
+    assert_stopped_by(relay, &fixture, &id, "create the topic").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -8,6 +8,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::{Fixture, PATIENCE, postbox};
+use crate::errors::assert_documented;
 
 pub(crate) struct Relay {
     child: Child,
@@ -121,7 +122,7 @@ impl Relay {
         assert_eq!(self.stop().await, 0, "{}", log.lock().unwrap().join("\n"));
     }
 
-    /// Waits until it ends.
+    /// Waits until it ends. What it ends with must be in the docs.
     pub(crate) async fn exit_code(&mut self) -> i32 {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -129,7 +130,9 @@ impl Relay {
                 if let Some(reader) = self.reader.take() {
                     reader.join().unwrap();
                 }
-                return status.code().unwrap_or(-1);
+                let code = status.code().unwrap_or(-1);
+                assert_documented(&self.log(), code);
+                return code;
             }
             assert!(Instant::now() < deadline, "does not end:\n{}", self.log());
             tokio::time::sleep(Duration::from_millis(10)).await;
