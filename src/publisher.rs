@@ -67,6 +67,7 @@ pub struct Publisher {
 struct Known {
     number: usize,
     partitions: u32,
+    message_bytes_max: Option<usize>,
 }
 
 /// Where a record goes.
@@ -115,12 +116,28 @@ impl Publisher {
         })
     }
 
-    /// The name of a topic that was resolved.
-    pub fn topic_name(&self, number: usize) -> Option<&str> {
+    /// Why a record of so many bytes was refused, in words: by the brokers if it was
+    /// sent, else by librdkafka.
+    pub fn refusal(
+        &self,
+        topic: usize,
+        size: usize,
+        code: RDKafkaErrorCode,
+        was_sent: bool,
+    ) -> String {
         let mut topics = self.topics.iter();
-        topics
-            .find(|(_, known)| known.number == number)
-            .map(|(name, _)| name.as_str())
+        let found = topics.find(|(_, known)| known.number == topic);
+        let (name, known) = found.expect("only what was resolved is sent to");
+        let (limit, max) = match was_sent {
+            true => ("max.message.bytes", known.message_bytes_max),
+            false => ("message.max.bytes", self.settings.message_bytes_max()),
+        };
+        let what = match (codes::is_too_large(code), max) {
+            (true, Some(max)) => format!("{size} bytes, and {limit} is {max}: "),
+            (true, None) => format!("{size} bytes: "),
+            (false, _) => String::new(),
+        };
+        format!("topic \"{name}\": {what}{}", codes::explain(code))
     }
 
     /// Asks the brokers about a topic, apart from this publisher so that it can
@@ -159,6 +176,7 @@ impl Publisher {
         let known = Known {
             number: self.topics.len(),
             partitions: topic.partitions,
+            message_bytes_max: topic.message_bytes_max,
         };
         self.topics
             .entry(topic.name.clone())
@@ -197,6 +215,7 @@ impl Publisher {
             KafkaError::MessageProduction(code) if verdict(code) == Verdict::Row => {
                 SendError::Row(code)
             }
+            KafkaError::MessageProduction(code) => SendError::Producer(self.failure(code)),
             error => SendError::Producer(
                 Error::new(ErrorKind::BrokerAway, "send a record").caused_by(error),
             ),
@@ -216,6 +235,21 @@ impl Publisher {
     /// If the brokers refuse us, which waiting will not mend.
     pub fn take_reports(&self, into: &mut Vec<Report>) -> Result<()> {
         self.reports.take(into)
+    }
+
+    /// Why deliveries fail. What was pipelined behind a failure, and what a producer
+    /// without an identity was given, is reported as purged: then librdkafka knows
+    /// more.
+    pub fn failure(&self, code: RDKafkaErrorCode) -> Error {
+        let fatal = self.producer.client().fatal_error();
+        match fatal.filter(|(fatal, _)| verdict(*fatal) == Verdict::Rights) {
+            Some((fatal, reason)) => {
+                let message = format!("the brokers refuse our producer: {reason}");
+                Error::new(ErrorKind::Rights, message).caused_by(codes::explain(fatal))
+            }
+            None => Error::new(ErrorKind::BrokerAway, "a delivery failed")
+                .caused_by(codes::explain(code)),
+        }
     }
 
     /// Asks a broker for a sign of life, apart from this publisher.

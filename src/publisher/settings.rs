@@ -142,6 +142,14 @@ impl KafkaSettings {
         Ok(config)
     }
 
+    /// The largest record that librdkafka takes, in bytes.
+    pub(super) fn message_bytes_max(&self) -> Option<usize> {
+        let name = "message.max.bytes";
+        let default = DEFAULTS.iter().find(|(names, _)| names.contains(&name));
+        let value = self.value(name).or(default.map(|(_, value)| *value));
+        value?.parse().ok()
+    }
+
     fn sets(&self, names: &[&str]) -> bool {
         names.iter().any(|name| self.value(name).is_some())
     }

@@ -12,11 +12,11 @@ use super::heartbeat::Reached;
 use super::partitions::Partitions;
 use crate::ack::AckQueue;
 use crate::envelope::Record;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::health::Health;
 use crate::metrics::{Metrics, TopicMetrics};
 use crate::publisher::{
-    Destination, Publisher, Report, SendError, Topic, Verdict, codes, verdict,
+    Destination, Publisher, Report, SendError, Topic, Verdict, verdict,
 };
 use crate::source::{Mark, Place, Position, Row};
 use crate::timestamp::Timestamp;
@@ -208,7 +208,8 @@ impl Window {
                 failpoint!("sent");
             }
             Err(SendError::Row(code)) => {
-                return Err(self.refusal(row.clone(), destination, code));
+                let why = self.publisher.refusal(destination.topic, size, code, false);
+                return Err(Stop::Row(row.clone(), why));
             }
             Err(SendError::Producer(error)) => {
                 // Reports that are still to come say what broke the producer, and
@@ -309,7 +310,10 @@ impl Window {
         let seconds = sent.sent_at.elapsed().as_secs_f64();
         self.metrics.publish_seconds.observe(seconds);
         // Two hosts' clocks may differ.
-        let micros = (now.unix_micros() - sent.committed_at.unix_micros()).max(0);
+        let micros = now
+            .unix_micros()
+            .saturating_sub(sent.committed_at.unix_micros())
+            .max(0);
         self.metrics
             .commit_to_delivery_seconds
             .observe(micros as f64 / 1e6);
@@ -325,15 +329,18 @@ impl Window {
     fn refused(&mut self, sequence: u64, code: RDKafkaErrorCode) -> Result<(), Stop> {
         let failures = &self.metrics.failures;
         failures.with_label_values(&[&format!("{code:?}")]).inc();
-        if verdict(code) != Verdict::Retry
+        if matches!(verdict(code), Verdict::Row | Verdict::Topic)
             && let Some(sent) = self.queue.get(sequence)
         {
             if let Some((_, row)) = self.alone.take_if(|(alone, _)| *alone == sequence) {
-                return Err(self.refusal(row, sent.destination, code));
+                let why = self
+                    .publisher
+                    .refusal(sent.destination.topic, sent.size, code, true);
+                return Err(Stop::Row(row, why));
             }
             self.suspects.insert(sent.place);
         }
-        self.fail(Error::new(ErrorKind::BrokerAway, "a delivery failed").caused_by(code));
+        self.fail(self.publisher.failure(code));
         Ok(())
     }
 
@@ -350,14 +357,6 @@ impl Window {
             }
         });
         failed.events += 1;
-    }
-
-    fn refusal(&self, row: Row, destination: Destination, code: RDKafkaErrorCode) -> Stop {
-        let topic = self
-            .publisher
-            .topic_name(destination.topic)
-            .unwrap_or_default();
-        Stop::Row(row, format!("topic \"{topic}\": {}", codes::explain(code)))
     }
 }
 

@@ -2,8 +2,11 @@
 
 use std::time::Duration;
 
+use postbox::ErrorKind;
 use postbox::envelope::{Header, Record};
 use postbox::publisher::{BATCH_BYTES, KafkaSettings, Publisher, Report, SendError};
+use rdkafka::mocking::MockCluster;
+use rdkafka::types::{RDKafkaApiKey, RDKafkaRespErr};
 use uuid::Uuid;
 
 use crate::support::Fixture;
@@ -64,5 +67,34 @@ async fn a_refused_record_ends_its_producer_before_anyone_looks() {
     let next = send(&publisher, &topic.name, 2000, b"{}");
     assert!(matches!(next, Err(SendError::Producer(_))), "{next:?}");
     assert_eq!(fixture.records().await.len(), 1);
+    publisher.close().await;
+}
+
+/// A role that may see a topic and not write to any. librdkafka asks in vain for a
+/// producer's identity, and reports what it was given as purged.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_producer_without_an_identity_is_refused_for_good() {
+    let cluster = MockCluster::new(1).unwrap();
+    cluster.create_topic("mock", 1, 1).unwrap();
+    let denied = RDKafkaRespErr::RD_KAFKA_RESP_ERR_CLUSTER_AUTHORIZATION_FAILED;
+    cluster.request_errors(RDKafkaApiKey::InitProducerId, &[denied; 10]);
+    let settings = KafkaSettings {
+        brokers: cluster.bootstrap_servers(),
+        properties: Vec::new(),
+    };
+    let mut publisher = Publisher::new(settings, BATCH_BYTES).unwrap();
+    let topic = publisher.resolve("mock").await.unwrap();
+    publisher.admit(&topic);
+    // Before or after librdkafka has its answer.
+    if send(&publisher, "mock", 0, b"{}").is_ok() {
+        let code = first_report(&publisher).await.error.unwrap();
+        let error = publisher.failure(code);
+        assert_eq!(error.kind(), ErrorKind::Rights, "{}", error.chain());
+    }
+    let next = send(&publisher, "mock", 1, b"{}");
+    assert!(
+        matches!(&next, Err(SendError::Producer(error)) if error.kind() == ErrorKind::Rights),
+        "{next:?}"
+    );
     publisher.close().await;
 }

@@ -94,3 +94,31 @@ async fn broker_and_relay_killed_together_lose_nothing() {
     let verdict = fixture.judge(relay).await;
     assert!(verdict.is_clean(2 * WINDOW), "{verdict}");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_password_that_the_brokers_refuse_stops_the_relay() {
+    let login = "org.apache.kafka.common.security.plain.PlainLoginModule required \
+                 username=\"broker\" password=\"own\" user_broker=\"own\" user_relay=\"right\";";
+    let login = format!("listener.name.plaintext.plain.sasl.jaas.config={login}");
+    let settings = [
+        "listener.security.protocol.map=PLAINTEXT:SASL_PLAINTEXT,CONTROLLER:PLAINTEXT",
+        "sasl.enabled.mechanisms=PLAIN",
+        "sasl.mechanism.inter.broker.protocol=PLAIN",
+        &login,
+    ];
+    let fixture = Fixture::with_servers(&[], &settings).await;
+    let flags = "security.protocol=SASL_PLAINTEXT\nsasl.mechanism=PLAIN\nsasl.username=relay\nsasl.password=";
+    let relay = |password| {
+        let properties = format!("{flags}{password}");
+        let flags: Vec<_> = properties.lines().flat_map(|line| ["-X", line]).collect();
+        Relay::start(&fixture, &flags)
+    };
+    fixture.insert("a", "{}").await;
+    let mut wrong = relay("wrong");
+    assert_eq!(wrong.exit_code().await, 6, "{}", wrong.log());
+    let log = wrong.log();
+    assert!(log.contains("the brokers refuse our identity"), "{log}");
+    let right = relay("right");
+    fixture.wait_for_confirmation().await;
+    right.drain().await;
+}
