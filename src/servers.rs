@@ -32,6 +32,14 @@ impl Server {
         Self::start("postgres", &[&["--"], settings].concat())
     }
 
+    /// Starts a Postgres of this major version with these settings.
+    ///
+    /// # Errors
+    /// If it does not start; its log is on stderr.
+    pub fn postgres_of(major: &str, settings: &[&str]) -> Result<Self> {
+        Self::start("postgres", &[&[major, "--"], settings].concat())
+    }
+
     /// Starts a Kafka broker with these settings, each `name=value`.
     ///
     /// # Errors

@@ -232,8 +232,11 @@ impl Checkpoint {
                 ErrorKind::Database,
                 format!(
                     "checkpoint \"{}\" belongs to the cluster with system identifier {}, and this one has {}: \
-                     its positions mean nothing here",
-                    contract.slot, self.system.identifier, system.identifier
+                     its positions mean nothing here; connect to that cluster, or {}",
+                    contract.slot,
+                    self.system.identifier,
+                    system.identifier,
+                    give_up(contract)
                 ),
             ));
         }
@@ -258,6 +261,15 @@ impl Checkpoint {
             ),
         )
     }
+}
+
+/// How to begin anew, without what was not published.
+fn give_up(contract: &Contract) -> String {
+    format!(
+        "to give up what was not published, DELETE FROM {} WHERE name = {}; then run `postbox setup --backfill none`",
+        contract.table("checkpoint"),
+        postgres_protocol::escape::escape_literal(&contract.slot)
+    )
 }
 
 fn is_missing(error: &tokio_postgres::Error) -> bool {

@@ -8,7 +8,7 @@ mod slot;
 use postbox::catalog::SCHEMA_VERSION;
 use postbox::contract::Contract;
 
-use crate::support::{Fixture, Relay, run_script};
+use crate::support::{Fixture, Relay, run_script, statement};
 
 /// What set-up says of an empty database.
 fn all_created(fixture: &Fixture) -> String {
@@ -33,15 +33,6 @@ fn all_there(fixture: &Fixture) -> String {
          publication \"{publication}\": already there\n\
          replication slot \"{slot}\": already there\n"
     )
-}
-
-/// The statement that an error ends with: from its first word to `;` or the end
-/// of the line.
-fn statement<'a>(complaint: &'a str, first_words: &str) -> &'a str {
-    let start = complaint.find(first_words);
-    let start = start.unwrap_or_else(|| panic!("no {first_words} in: {complaint}"));
-    let statement = complaint[start..].lines().next().unwrap();
-    statement.split(';').next().unwrap()
 }
 
 async fn count(fixture: &Fixture, sql: &str) -> i64 {

@@ -1,7 +1,7 @@
 //! A publication that is wrong, and the statement that mends it.
 
-use super::{all_there, assert_events_flow, count, forget_slot, slots, statement};
-use crate::support::{Fixture, Relay};
+use super::{all_there, assert_events_flow, count, forget_slot, slots};
+use crate::support::{Fixture, Relay, statement};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_wrong_publication_is_refused_with_the_statement_that_mends_it() {

@@ -39,6 +39,11 @@ pub(super) fn shared() -> &'static Addresses {
     addresses
 }
 
+/// The brokers of the Kafka that all tests share.
+pub(crate) fn shared_brokers() -> String {
+    shared().brokers.clone()
+}
+
 pub(super) fn socket_url(postgres: &Server) -> String {
     let (folder, port) = (postgres.fact("socket_dir"), postgres.fact("port"));
     format!("postgresql://postgres@/postgres?host={folder}&port={port}")

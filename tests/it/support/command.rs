@@ -65,3 +65,12 @@ pub(crate) fn run(command: &mut Command) -> Output {
         stderr: String::from_utf8(output.stderr).unwrap(),
     }
 }
+
+/// The statement that an error ends with: from its first word to `;` or the end
+/// of the line.
+pub(crate) fn statement<'a>(complaint: &'a str, first_words: &str) -> &'a str {
+    let start = complaint.find(first_words);
+    let start = start.unwrap_or_else(|| panic!("no {first_words} in: {complaint}"));
+    let statement = complaint[start..].lines().next().unwrap();
+    statement.split(';').next().unwrap()
+}

@@ -9,7 +9,8 @@ mod relay;
 
 use std::time::{Duration, Instant};
 
-pub(crate) use command::{Output, postbox, run};
+pub(crate) use addresses::shared_brokers;
+pub(crate) use command::{Output, postbox, run, statement};
 pub(crate) use fixture::{Fixture, connect};
 pub(crate) use proxy::{Proxy, Weather};
 pub(crate) use psql::run_script;
