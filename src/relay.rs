@@ -75,8 +75,8 @@ pub struct Relay {
     batch_bytes: usize,
     /// Whether the last attempt that read anything left it unconfirmed.
     left_unconfirmed: bool,
-    /// Whether the last attempt delivered anything.
-    delivered: bool,
+    /// Whether the last attempt delivered anything, or held for a while.
+    worked: bool,
 }
 
 impl Relay {
@@ -89,7 +89,7 @@ impl Relay {
             suspects: BTreeSet::new(),
             batch_bytes: BATCH_BYTES,
             left_unconfirmed: false,
-            delivered: false,
+            worked: false,
         }
     }
 
@@ -103,7 +103,7 @@ impl Relay {
         let mut backoff = backoff();
         let mut standing_by = false;
         loop {
-            self.delivered = false;
+            self.worked = false;
             let error = match Attempt::run(&mut self, &mut shutdown).await {
                 Ok(()) => return self.end(),
                 Err(error) => error,
@@ -115,7 +115,7 @@ impl Relay {
             let reason = error.kind().label();
             self.metrics.reconnects.with_label_values(&[reason]).inc();
             // An attempt that worked is not part of a series.
-            if self.delivered {
+            if self.worked {
                 backoff = self::backoff();
             }
             let pause = match error.kind() {

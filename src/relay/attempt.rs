@@ -12,7 +12,7 @@ use tracing::info;
 
 use super::heartbeat::Heartbeat;
 use super::window::{Stop, Window};
-use super::{Relay, RelaySettings};
+use super::{BACKOFF_MAX, Relay, RelaySettings};
 use crate::catalog::{self, Checkpoint};
 use crate::database::Session;
 use crate::envelope::Encoder;
@@ -37,6 +37,8 @@ pub(super) struct Attempt<'r> {
     probing: JoinSet<Result<()>>,
     /// The newest confirmed position that lies behind events.
     events_end: PgLsn,
+    /// Since when the stream is open.
+    began: Instant,
     stopping: bool,
 }
 
@@ -92,7 +94,7 @@ impl<'r> Attempt<'r> {
                 || attempt.window.has_work()
                 || attempt.stream.in_transaction()
                 || !attempt.stream.is_sent(attempt.events_end));
-        relay.delivered = attempt.window.has_delivered;
+        relay.worked = attempt.window.has_delivered || attempt.began.elapsed() > BACKOFF_MAX;
         attempt.stream.close().await;
         relay.suspects = attempt.window.close().await;
         if relay.suspects.len() > 1 {
@@ -143,6 +145,7 @@ impl<'r> Attempt<'r> {
             resolving: JoinSet::new(),
             probing: JoinSet::new(),
             events_end: PgLsn::from(0),
+            began: Instant::now(),
             stopping: false,
             relay,
         })

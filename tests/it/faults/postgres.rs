@@ -149,3 +149,34 @@ async fn a_stop_while_disconnected_with_nothing_left_to_confirm_is_orderly() {
     relay.signal("TERM");
     assert_eq!(relay.exit_code().await, 0, "{}", relay.log());
 }
+
+/// A stream that held for a while is not part of a series of failures, even if no
+/// event came.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_idle_relay_comes_back_as_fast_as_a_busy_one() {
+    let fixture = Fixture::new().await;
+    let mut relay = Relay::streaming(&fixture, &[]).await;
+    let terminate = "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = $1 AND active";
+    let lines = |relay: &Relay, what: &str| relay.log().matches(what).count();
+    for round in 0..5 {
+        wait_until("the stream is open again", async || {
+            lines(&relay, " streaming ") > round
+        })
+        .await;
+        if round == 4 {
+            tokio::time::sleep(Duration::from_millis(10_500)).await;
+        }
+        let slot = &fixture.contract.slot;
+        fixture.client.execute(terminate, &[slot]).await.unwrap();
+        wait_until("the stream is ended", async || {
+            lines(&relay, "trying again in ") > round
+        })
+        .await;
+    }
+    let log = relay.log();
+    let pause = log.rsplit("trying again in ").next().unwrap();
+    let seconds: f32 = pause.split(' ').next().unwrap().parse().unwrap();
+    assert!(seconds <= 0.2, "{log}");
+    relay.wait_for_log("streaming").await;
+    relay.drain().await;
+}
