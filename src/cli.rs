@@ -10,8 +10,10 @@ mod recover;
 mod relay;
 mod setup;
 
+use std::panic::{self, AssertUnwindSafe};
+
 use clap::{Parser, Subcommand};
-use postbox::Error;
+use postbox::{Error, ErrorKind};
 
 /// Carries events from a Postgres outbox to Kafka: in order, and none lost.
 ///
@@ -56,7 +58,7 @@ pub(crate) fn main() -> u8 {
         return fail(&error, false);
     }
     let json = arguments.logging.are_json();
-    let result = match arguments.command {
+    let run = || match arguments.command {
         Command::Setup(arguments) => arguments.run(),
         Command::Relay(arguments) => arguments.run(),
         Command::Recover(arguments) => arguments.run(),
@@ -64,6 +66,12 @@ pub(crate) fn main() -> u8 {
         Command::Demo(arguments) => arguments.run(),
         Command::Completions(arguments) => arguments.run(),
     };
+    // Libraries panic too, such as where a file is missing for a pipe: the exit codes
+    // are ours all the same.
+    let result = panic::catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|_| {
+        let message = "panicked, for the reason told above";
+        Err(Error::new(ErrorKind::Unexpected, message).into())
+    });
     match result {
         Ok(()) => 0,
         Err(error) => fail(&error, json),
