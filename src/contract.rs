@@ -106,7 +106,9 @@ pub(crate) fn check_name(what: &str, name: &str) -> Result<()> {
         0 => refuse("needs a name"),
         1..=NAME_BYTES_MAX if name.contains('\0') => refuse("has a NUL in its name"),
         1..=NAME_BYTES_MAX => Ok(()),
-        _ => refuse("has a name longer than 63 bytes"),
+        bytes => refuse(&format!(
+            "has a name of {bytes} bytes, longer than {NAME_BYTES_MAX} bytes"
+        )),
     }
 }
 

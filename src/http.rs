@@ -1,8 +1,8 @@
 //! `/metrics`, `/healthz` and `/readyz`.
 //!
 //! Whoever can reach the port can open connections, and say nothing or not listen to
-//! the answer. So their number is bounded, and each carries one request and is hung
-//! up when that takes too long: the relay keeps its files and its memory for itself,
+//! the answer. So their number is bounded, and each carries one request, whose head
+//! has a limit, and is hung up when that takes too long: the relay keeps its files and its memory for itself,
 //! and those who wait get their turn.
 
 use std::sync::Arc;
@@ -39,6 +39,10 @@ const CONNECTIONS_MAX: usize = 256;
 /// How long a request and its answer may take.
 const CONNECTION_MAX: Duration = Duration::from_secs(10);
 
+/// The longest head of a request; a browser's is a tenth of it. What a connection
+/// buffers is bounded by this too.
+const HEAD_BYTES_MAX: usize = 16 << 10;
+
 /// Pause after the system could not accept a connection, as it has no file left.
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 
@@ -51,7 +55,7 @@ pub async fn serve(listener: TcpListener, endpoints: Endpoints) {
         .with_state(endpoints);
     let service = TowerToHyperService::new(router);
     let mut server = http1::Builder::new();
-    server.keep_alive(false);
+    server.keep_alive(false).max_buf_size(HEAD_BYTES_MAX);
     let room = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     loop {
         let Ok(permit) = Arc::clone(&room).acquire_owned().await else {

@@ -17,6 +17,7 @@ mod errors;
 mod examples;
 mod faults;
 mod http;
+mod limits;
 mod poison;
 mod produce_errors;
 mod promotion;

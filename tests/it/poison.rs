@@ -18,7 +18,7 @@ fn admin(fixture: &Fixture) -> AdminClient<DefaultClientContext> {
         .unwrap()
 }
 
-async fn create_topic(fixture: &Fixture, message_bytes_max: &str) {
+pub(crate) async fn create_topic(fixture: &Fixture, message_bytes_max: &str) {
     let topic = NewTopic::new(&fixture.topic, 1, TopicReplication::Fixed(1))
         .set("max.message.bytes", message_bytes_max);
     let created = admin(fixture)
@@ -29,7 +29,7 @@ async fn create_topic(fixture: &Fixture, message_bytes_max: &str) {
 
 /// The relay ends with exit code 8, names the event, and has confirmed nothing
 /// of it.
-async fn assert_stopped_by(mut relay: Relay, fixture: &Fixture, id: &str, why: &str) {
+pub(crate) async fn assert_stopped_by(mut relay: Relay, fixture: &Fixture, id: &str, why: &str) {
     assert_eq!(relay.exit_code().await, 8, "{}", relay.log());
     let log = relay.log();
     assert!(log.contains("event with seq ") && log.contains(id), "{log}");
@@ -38,7 +38,7 @@ async fn assert_stopped_by(mut relay: Relay, fixture: &Fixture, id: &str, why: &
     assert!(fixture.confirmed().await < end);
 }
 
-async fn insert_returning_id(fixture: &Fixture, key: &str, payload: &str) -> String {
+pub(crate) async fn insert_returning_id(fixture: &Fixture, key: &str, payload: &str) -> String {
     let sql = "INSERT INTO postbox.outbox (aggregate_type, aggregate_id, event_type, payload) \
                VALUES ($1, $2, 'changed', $3::text::json) RETURNING id::text";
     let row = fixture

@@ -125,7 +125,7 @@ fn settings_that_cannot_work_are_refused_in_words() {
         (
             &["--publication", &"p".repeat(64)],
             &[],
-            &["longer than 63 bytes"],
+            &["has a name of 64 bytes, longer than 63 bytes"],
         ),
         // Postgres.
         (
