@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-matrix campaign lint
+.PHONY: help demo test test-matrix campaign fuzz lint
 
 VERSIONS ?= 14 15 16 17 18
 
@@ -29,6 +29,15 @@ campaign: ## Harm everything, at random but for SEED, in RUNS runs, JOBS at a ti
 	@dev/fetch
 	SEED=$(or $(SEED),1) RUNS=$(or $(RUNS),20) JOBS=$(or $(JOBS),3) \
 		cargo test --release --locked --test it -- --ignored --exact campaign::campaign_of_the_environment --nocapture
+
+fuzz: ## Look for input that breaks a promise of the decoder or the envelope: RUNS of each target, or SECONDS.
+	@dev/bootstrap build
+	@cargo fuzz --version >/dev/null 2>&1 || { echo "cargo-fuzz is missing: cargo install --locked cargo-fuzz" >&2; exit 1; }
+	@for target in message stream event; do \
+		mkdir -p fuzz/found/$$target; \
+		cargo fuzz run --sanitizer none $$target fuzz/found/$$target fuzz/corpus/$$target -- -max_len=4096 \
+			$(if $(SECONDS),-max_total_time=$(SECONDS),-runs=$(or $(RUNS),1000000)) || exit; \
+	done
 
 lint: ## Check format, lints, docs, and that what is released has no failpoints.
 	@dev/bootstrap build

@@ -76,6 +76,8 @@ pub mod oracle;
 pub mod outbox;
 #[cfg(feature = "relay")]
 pub mod pgoutput;
+#[cfg(all(feature = "relay", any(test, fuzzing)))]
+pub mod properties;
 #[cfg(feature = "relay")]
 pub mod publisher;
 #[cfg(feature = "relay")]

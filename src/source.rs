@@ -12,6 +12,9 @@ pub mod wal;
 pub use columns::Unreadable;
 pub use messages::{HEARTBEAT_PREFIX, Source};
 
+#[cfg(any(test, fuzzing))]
+pub(crate) use messages::Messages;
+
 use bytes::Bytes;
 use tokio_postgres::types::PgLsn;
 

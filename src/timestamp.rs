@@ -28,7 +28,7 @@ impl Timestamp {
     /// From microseconds since 2000, the epoch of the replication protocol.
     pub const fn from_postgres_micros(micros: i64) -> Self {
         const POSTGRES_EPOCH_SECONDS: i64 = 946_684_800;
-        Self(micros + POSTGRES_EPOCH_SECONDS * MICROS_PER_SECOND)
+        Self(micros.saturating_add(POSTGRES_EPOCH_SECONDS * MICROS_PER_SECOND))
     }
 
     /// Microseconds since 1970.

@@ -52,7 +52,7 @@ pub struct Source {
 }
 
 /// Follows the messages of one stream.
-pub(super) struct Messages {
+pub(crate) struct Messages {
     source: Source,
     tables: HashMap<u32, Columns>,
     transaction: Option<Transaction>,
@@ -67,7 +67,7 @@ struct Transaction {
 }
 
 impl Messages {
-    pub(super) fn new(source: Source) -> Self {
+    pub(crate) fn new(source: Source) -> Self {
         Self {
             source,
             tables: HashMap::new(),
@@ -81,12 +81,12 @@ impl Messages {
     }
 
     /// Whether the rows given so far end within a transaction.
-    pub(super) fn in_transaction(&self) -> bool {
+    pub(crate) fn in_transaction(&self) -> bool {
         self.transaction.is_some()
     }
 
     /// What a message means to the relay, if anything.
-    pub(super) fn accept(&mut self, message: ReplicationEvent) -> Result<Option<Item>> {
+    pub(crate) fn accept(&mut self, message: ReplicationEvent) -> Result<Option<Item>> {
         match message {
             ReplicationEvent::Begin {
                 final_lsn,
@@ -127,7 +127,7 @@ impl Messages {
     }
 
     /// The event of a row.
-    pub(super) fn event<'a>(&self, row: &'a Row) -> Result<Event<'a>, Unreadable> {
+    pub(crate) fn event<'a>(&self, row: &'a Row) -> Result<Event<'a>, Unreadable> {
         let insert = insert(row)?;
         let columns = self.tables.get(&insert.relation_id);
         let columns = columns.ok_or(Unreadable::Relation(insert.relation_id))?;
@@ -136,7 +136,7 @@ impl Messages {
 
     /// What a person needs to find the row: its id and number as far as they can
     /// be read, and its place.
-    pub(super) fn name_of(&self, row: &Row) -> String {
+    pub(crate) fn name_of(&self, row: &Row) -> String {
         let place = match u64::from(row.place.commit_lsn) {
             0 => "read from the table".to_owned(),
             _ => format!(

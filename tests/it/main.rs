@@ -12,6 +12,7 @@ mod support;
 mod campaign;
 mod cli;
 mod compose;
+mod corpus;
 mod emit;
 mod errors;
 mod examples;
