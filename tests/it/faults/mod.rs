@@ -5,7 +5,10 @@ mod failpoints;
 mod kafka;
 mod partition;
 mod postgres;
+mod publication;
 mod relay;
+mod restore;
+mod slot;
 
 use tokio_postgres::types::PgLsn;
 
@@ -22,4 +25,13 @@ async fn commit_behind(fixture: &Fixture) -> PgLsn {
     let position = fixture.wal_end().await;
     fixture.client.batch_execute("COMMIT").await.unwrap();
     position
+}
+
+/// What recovery begins with knows no row of this key, and the outbox holds it still.
+async fn assert_recoverable(fixture: &Fixture, key: &str) {
+    let sql = "SELECT count(*), count(*) FILTER (WHERE pg_visible_in_snapshot(o.xid, c.snapshot)) \
+               FROM postbox.outbox AS o, postbox.checkpoint AS c WHERE o.aggregate_id = $1";
+    let row = fixture.client.query_one(sql, &[&key]).await.unwrap();
+    let (rows, given_up): (i64, i64) = (row.get(0), row.get(1));
+    assert!(rows > 0 && given_up == 0, "{given_up} of {rows}");
 }
