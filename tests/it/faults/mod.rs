@@ -1,6 +1,7 @@
 //! Harm, and then the same questions: is anything lost, reordered, invented, or
 //! repeated beyond the window?
 
+mod exhaustion;
 mod failpoints;
 mod kafka;
 mod partition;

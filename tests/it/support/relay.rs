@@ -30,6 +30,21 @@ impl Relay {
         Self::spawn(&mut Self::command(fixture, flags))
     }
 
+    /// The same, behind a shell's `ulimit`.
+    pub(crate) fn limited(fixture: &Fixture, ulimit: &str, flags: &[&str]) -> Self {
+        let relay = Self::command(fixture, flags);
+        let mut shell = Command::new("sh");
+        shell.args(["-c", &format!("{ulimit} && exec \"$0\" \"$@\"")]);
+        shell.arg(relay.get_program()).args(relay.get_args());
+        for (name, value) in relay.get_envs() {
+            match value {
+                Some(value) => shell.env(name, value),
+                None => shell.env_remove(name),
+            };
+        }
+        Self::spawn(&mut shell)
+    }
+
     /// The command that starts a relay with these flags.
     pub(crate) fn command(fixture: &Fixture, flags: &[&str]) -> Command {
         let mut command = postbox(&["relay"]);
