@@ -142,9 +142,17 @@ impl Health {
             if let Err(reason) = &state.brokers {
                 complaints.push(format!("kafka: {reason}"));
             }
-            for (server, name) in [(Server::Postgres, "postgres"), (Server::Kafka, "kafka")] {
+            let asked = [
+                (Server::Postgres, "postgres", state.stream.is_ok()),
+                (
+                    Server::Kafka,
+                    "kafka",
+                    state.stream.is_ok() && state.brokers.is_ok(),
+                ),
+            ];
+            for (server, name, is_up) in asked {
                 let silence = state.heard[server as usize].elapsed();
-                if state.stream.is_ok() && silence > SILENCE_MAX {
+                if is_up && silence > SILENCE_MAX {
                     complaints.push(format!("{name}: no answer for {} s", silence.as_secs()));
                 }
             }
@@ -204,6 +212,9 @@ mod tests {
         assert!(health.complaints().is_empty());
         health.with(|state| state.heard[1] -= SILENCE_MAX * 2);
         assert_eq!(health.complaints(), ["kafka: no answer for 20 s"]);
+        health.brokers(Err("no broker answers".to_owned()));
+        assert_eq!(health.complaints(), ["kafka: no broker answers"]);
+        health.brokers(Ok(()));
         health.stopped(&Error::new(ErrorKind::DatabaseAway, "gone"));
         assert_eq!(health.complaints(), ["postgres: gone"]);
         health.streaming();
