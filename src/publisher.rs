@@ -125,9 +125,7 @@ impl Publisher {
         code: RDKafkaErrorCode,
         was_sent: bool,
     ) -> String {
-        let mut topics = self.topics.iter();
-        let found = topics.find(|(_, known)| known.number == topic);
-        let (name, known) = found.expect("only what was resolved is sent to");
+        let (name, known) = self.known(topic);
         let (limit, max) = match was_sent {
             true => ("max.message.bytes", known.message_bytes_max),
             false => ("message.max.bytes", self.settings.message_bytes_max()),
@@ -138,6 +136,21 @@ impl Publisher {
             (false, _) => String::new(),
         };
         format!("topic \"{name}\": {what}{}", codes::explain(code))
+    }
+
+    /// The name of a topic that was resolved.
+    ///
+    /// # Panics
+    /// If there is no such topic.
+    pub fn topic_name(&self, number: usize) -> &str {
+        self.known(number).0
+    }
+
+    fn known(&self, number: usize) -> (&str, &Known) {
+        let mut topics = self.topics.iter();
+        let found = topics.find(|(_, known)| known.number == number);
+        let (name, known) = found.expect("only what was resolved is sent to");
+        (name, known)
     }
 
     /// Asks the brokers about a topic, apart from this publisher so that it can

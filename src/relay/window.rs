@@ -15,9 +15,7 @@ use crate::envelope::Record;
 use crate::error::{Error, Result};
 use crate::health::Health;
 use crate::metrics::{Metrics, TopicMetrics};
-use crate::publisher::{
-    Destination, Publisher, Report, SendError, Topic, Verdict, verdict,
-};
+use crate::publisher::{Destination, Publisher, Report, SendError, Topic, Verdict, verdict};
 use crate::source::{Mark, Place, Position, Row};
 use crate::timestamp::Timestamp;
 
@@ -148,7 +146,7 @@ impl Window {
     /// What the oldest event that is not acknowledged waits for.
     pub(super) fn waiting(&self) -> Option<String> {
         let oldest = self.queue.get(self.queue.head())?.destination;
-        let topic = self.publisher.topic_name(oldest.topic).unwrap_or_default();
+        let topic = self.publisher.topic_name(oldest.topic);
         Some(format!(
             "topic \"{topic}\", partition {}, has not acknowledged the oldest of {} events",
             oldest.partition,
