@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-matrix campaign fuzz lint
+.PHONY: help demo test test-matrix campaign trials fuzz lint
 
 VERSIONS ?= 14 15 16 17 18
 
@@ -29,6 +29,11 @@ campaign: ## Harm everything, at random but for SEED, in RUNS runs, JOBS at a ti
 	@dev/fetch
 	SEED=$(or $(SEED),1) RUNS=$(or $(RUNS),20) JOBS=$(or $(JOBS),3) \
 		cargo test --release --locked --test it -- --ignored --exact campaign::campaign_of_the_environment --nocapture
+
+trials: ## Measure take-over and recovery TRIALS times each, against what is promised.
+	@dev/bootstrap
+	@dev/fetch
+	TRIALS=$(or $(TRIALS),20) cargo test --release --locked --test it -- --ignored --nocapture --test-threads 1 trials_of
 
 fuzz: ## Look for input that breaks a promise of the decoder or the envelope: RUNS of each target, or SECONDS.
 	@dev/bootstrap build

@@ -28,3 +28,4 @@ mod recover;
 mod security;
 mod setup;
 mod stream;
+mod takeover;

@@ -60,21 +60,10 @@ async fn a_frozen_broker_is_seen_and_what_waits_for_it() {
     assert_eq!(fixture.records().await.len(), 21);
 }
 
-/// A Postgres of the test's own, and the URL of its database through the proxy.
-async fn behind(proxy: &Proxy) -> (Fixture, String) {
-    let fixture = Fixture::with_postgres(&[]).await;
-    fixture.set_up().await;
-    let port = fixture.postgres.as_ref().unwrap().fact("port");
-    proxy.pass_on_to(&format!("127.0.0.1:{port}"));
-    let (address, database) = (proxy.address(), &fixture.contract.slot);
-    let url = format!("postgresql://postgres@{address}/{database}?sslmode=disable");
-    (fixture, url)
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_postgres_that_says_nothing_is_seen() {
     let proxy = Proxy::start().await;
-    let (fixture, url) = behind(&proxy).await;
+    let (fixture, url) = Fixture::behind(&proxy).await;
     // However long the stream itself would wait.
     for timeout in ["8s", "10m"] {
         let flags = ["--database-url", &url, "--wal-sender-timeout", timeout];
@@ -95,7 +84,7 @@ async fn a_postgres_that_says_nothing_is_seen() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn servers_that_accept_and_say_nothing_from_the_start_are_seen() {
     let (postgres, kafka) = (Proxy::start().await, Proxy::start().await);
-    let (fixture, url) = behind(&postgres).await;
+    let (fixture, url) = Fixture::behind(&postgres).await;
     kafka.pass_on_to(&fixture.brokers);
     postgres.weather(Weather::Stalled);
     kafka.weather(Weather::Stalled);
@@ -116,7 +105,7 @@ async fn servers_that_accept_and_say_nothing_from_the_start_are_seen() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_postgres_that_falls_silent_between_login_and_stream_is_given_up() {
     let proxy = Proxy::start().await;
-    let (mut fixture, url) = behind(&proxy).await;
+    let (mut fixture, url) = Fixture::behind(&proxy).await;
     // The first question after the login waits for this lock.
     let lock = "BEGIN; LOCK TABLE postbox.checkpoint IN ACCESS EXCLUSIVE MODE";
     fixture.client.batch_execute(lock).await.unwrap();

@@ -13,7 +13,7 @@ use tokio_postgres::Client;
 use tokio_postgres::types::PgLsn;
 
 use super::addresses::{Addresses, shared, socket_url, with_database};
-use super::{Output, PATIENCE, Relay, postbox, run, wait_until};
+use super::{Output, PATIENCE, Proxy, Relay, postbox, run, wait_until};
 
 pub(crate) struct Fixture {
     pub(crate) database: Database,
@@ -65,6 +65,17 @@ impl Fixture {
         let fixture = Self::on(&addresses, Some(postgres), Some(kafka)).await;
         fixture.set_up().await;
         fixture
+    }
+
+    /// On a Postgres of its own, set up, and the URL of its database through the proxy.
+    pub(crate) async fn behind(proxy: &Proxy) -> (Self, String) {
+        let fixture = Fixture::with_postgres(&[]).await;
+        fixture.set_up().await;
+        let port = fixture.postgres.as_ref().unwrap().fact("port");
+        proxy.pass_on_to(&format!("127.0.0.1:{port}"));
+        let (address, database) = (proxy.address(), &fixture.contract.slot);
+        let url = format!("postgresql://postgres@{address}/{database}?sslmode=disable");
+        (fixture, url)
     }
 
     /// On servers of its own, Kafka with two brokers, set up. `kafka` is the first of

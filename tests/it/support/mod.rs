@@ -6,6 +6,7 @@ mod fixture;
 mod proxy;
 mod psql;
 mod relay;
+mod trials;
 
 use std::time::{Duration, Instant};
 
@@ -15,6 +16,7 @@ pub(crate) use fixture::{Fixture, connect};
 pub(crate) use proxy::{Proxy, Weather};
 pub(crate) use psql::run_script;
 pub(crate) use relay::Relay;
+pub(crate) use trials::trials;
 
 /// What one crash may repeat: what the relay lets be in flight, and what was
 /// delivered since its last status message.

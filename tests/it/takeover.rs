@@ -1,0 +1,91 @@
+//! Two relays on one slot: what becomes of the active one, and how soon the other
+//! publishes.
+
+use std::time::{Duration, Instant};
+
+use postbox::oracle::Load;
+
+use crate::support::{Fixture, PATIENCE, Proxy, Relay, WINDOW, Weather, trials};
+
+/// What happens to the active relay.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Harm {
+    Kill,
+    /// SIGSTOP, and SIGCONT once the other publishes.
+    Freeze,
+    /// Its connection to Postgres passes nothing on until the other publishes.
+    Isolate,
+}
+
+/// From the harm until the other relay has delivered something.
+async fn take_over(harm: Harm) -> Duration {
+    let proxy = Proxy::start().await;
+    let (fixture, server) = Fixture::behind(&proxy).await;
+    let writers = fixture.writers(Load {
+        events_per_second: 200.0,
+        ..fixture.load()
+    });
+    let active = Relay::streaming(&fixture, &["--database-url", &server]).await;
+    let mut other = Relay::start(&fixture, &[]);
+    other.wait_for_log("standing by").await;
+    let since = Instant::now();
+    let frozen = match harm {
+        Harm::Kill => {
+            active.kill();
+            None
+        }
+        Harm::Freeze => {
+            active.signal("STOP");
+            Some(active)
+        }
+        Harm::Isolate => {
+            proxy.weather(Weather::Stalled);
+            Some(active)
+        }
+    };
+    while other.published(&fixture.topic) == 0 {
+        assert!(since.elapsed() < PATIENCE, "{}", other.log());
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let taken = since.elapsed();
+    proxy.weather(Weather::Fair);
+    if let Some(mut woken) = frozen {
+        woken.signal("CONT");
+        woken.wait_for_log("standing by").await;
+        // It has left things unconfirmed, which the other has delivered.
+        let code = woken.stop().await;
+        assert!([0, 9].contains(&code), "exit code {code}");
+    }
+    writers.stop().await.unwrap();
+    let verdict = fixture.judge(other).await;
+    assert!(verdict.is_clean(WINDOW), "{harm:?}: {verdict}");
+    taken
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_that_stands_by_takes_over_from_one_that_is_killed() {
+    take_over(Harm::Kill).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_that_stands_by_takes_over_from_one_that_is_frozen() {
+    take_over(Harm::Freeze).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_that_stands_by_takes_over_from_one_that_is_cut_off() {
+    take_over(Harm::Isolate).await;
+}
+
+/// How long it takes, and that it does not take longer than is promised.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "measures: make trials"]
+async fn trials_of_takeover() {
+    for (harm, promised) in [(Harm::Kill, 3), (Harm::Freeze, 10), (Harm::Isolate, 10)] {
+        let name = format!("{harm:?}: the other relay publishes after");
+        trials(&name, Duration::from_secs(promised), async || {
+            take_over(harm).await
+        })
+        .await;
+    }
+}
