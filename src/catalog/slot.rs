@@ -147,6 +147,6 @@ fn refused(slot: &str, why: &str) -> Error {
     )
 }
 
-/// What to say when the slot can no longer be read.
-pub(super) const AFTER_LOSS: &str =
-    "what was committed since is still in the outbox; run `postbox recover`";
+/// What to do when the slot can no longer be read.
+pub(super) const AFTER_LOSS: &str = "run `postbox recover`, which makes a new slot, and the relay first sends what the \
+                                     outbox holds since the last checkpoint";

@@ -11,9 +11,11 @@ mod relay;
 mod restore;
 mod slot;
 
+use std::collections::HashSet;
+
 use tokio_postgres::types::PgLsn;
 
-use crate::support::Fixture;
+use crate::support::{Fixture, Relay};
 
 /// Commits one event for each of 200 keys. Their commit lies behind the position.
 async fn commit_behind(fixture: &Fixture) -> PgLsn {
@@ -28,11 +30,24 @@ async fn commit_behind(fixture: &Fixture) -> PgLsn {
     position
 }
 
-/// What recovery begins with knows no row of this key, and the outbox holds it still.
+/// Recovers: then every row of this key arrives.
 async fn assert_recoverable(fixture: &Fixture, key: &str) {
-    let sql = "SELECT count(*), count(*) FILTER (WHERE pg_visible_in_snapshot(o.xid, c.snapshot)) \
-               FROM postbox.outbox AS o, postbox.checkpoint AS c WHERE o.aggregate_id = $1";
-    let row = fixture.client.query_one(sql, &[&key]).await.unwrap();
-    let (rows, given_up): (i64, i64) = (row.get(0), row.get(1));
-    assert!(rows > 0 && given_up == 0, "{given_up} of {rows}");
+    let recovery = fixture.recover(&[]);
+    assert!(recovery.results().contains(": created ("), "{recovery:?}");
+    let relay = Relay::streaming(fixture, &[]).await;
+    fixture.wait_for_confirmation().await;
+    relay.drain().await;
+    let sql = "SELECT count(*) FROM postbox.outbox WHERE aggregate_id = $1";
+    let rows: i64 = fixture.client.query_one(sql, &[&key]).await.unwrap().get(0);
+    let records = fixture.records().await;
+    let ids: HashSet<_> = records
+        .iter()
+        .filter(|seen| seen.key == key)
+        .map(|seen| seen.id)
+        .collect();
+    assert!(
+        rows > 0 && ids.len() as i64 == rows,
+        "{} of {rows}",
+        ids.len()
+    );
 }

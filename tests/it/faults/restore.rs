@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use super::assert_recoverable;
 use crate::support::{Fixture, Relay, statement};
 
 /// A dump that was restored into another cluster brings the checkpoint along, and no
@@ -88,6 +89,8 @@ async fn a_restored_backup_is_on_another_timeline_and_has_no_slot() {
     assert!(log.contains("the server is on another timeline"), "{log}");
     assert!(log.contains("stored=1 found=2"), "{log}");
     assert!(log.contains(" is gone: run `postbox recover`"), "{log}");
+    fixture.insert("missed", "{}").await;
+    assert_recoverable(&fixture, "missed").await;
 }
 
 fn run(command: &[&str]) {

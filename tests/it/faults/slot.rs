@@ -1,33 +1,10 @@
-//! A slot that is dropped, or that the server gives up.
+//! A slot that the server gives up.
 
 use super::assert_recoverable;
 use crate::support::{Fixture, Relay, wait_until};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_slot_dropped_while_it_is_read_stops_the_relay() {
-    let fixture = Fixture::new().await;
-    let mut relay = Relay::streaming(&fixture, &[]).await;
-    let slot = &fixture.contract.slot;
-    let (terminate, drop) = (
-        "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = $1 AND active",
-        "SELECT pg_drop_replication_slot($1)",
-    );
-    wait_until("the slot is dropped", async || {
-        fixture.client.execute(terminate, &[slot]).await.unwrap();
-        fixture.client.execute(drop, &[slot]).await.is_ok()
-    })
-    .await;
-    fixture.insert("missed", "{}").await;
-    assert_eq!(relay.exit_code().await, 4, "{}", relay.log());
-    let mut next = Relay::start(&fixture, &[]);
-    assert_eq!(next.exit_code().await, 4, "{}", next.log());
-    let log = next.log();
-    assert!(log.contains(" is gone: run `postbox recover`"), "{log}");
-    assert_recoverable(&fixture, "missed").await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_slot_that_the_server_gave_up_stops_the_relay() {
+async fn a_slot_given_up_beside_a_frozen_relay_is_recovered() {
     let settings = [
         "max_slot_wal_keep_size=1MB",
         "min_wal_size=32MB",
@@ -62,6 +39,6 @@ async fn a_slot_that_the_server_gave_up_stops_the_relay() {
         log.contains("was invalidated by the server (wal_removed)"),
         "{log}"
     );
-    assert!(log.contains("then run `postbox recover`"), "{log}");
+    assert!(log.contains("run `postbox recover`"), "{log}");
     assert_recoverable(&fixture, "missed").await;
 }
