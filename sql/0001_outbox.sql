@@ -98,7 +98,7 @@ COMMENT ON COLUMN :"schema".checkpoint.system_identifier IS
 COMMENT ON COLUMN :"schema".checkpoint.publication_identity IS
     'what publication_identity() said when the slot was made: any change since may have hidden rows from it';
 COMMENT ON COLUMN :"schema".checkpoint.owner IS 'polling: the process that holds the lease';
-COMMENT ON COLUMN :"schema".checkpoint.epoch IS 'polling: rises with each owner, and each write names its own';
+COMMENT ON COLUMN :"schema".checkpoint.epoch IS 'rises with each owner, and each write names its own';
 COMMENT ON COLUMN :"schema".checkpoint.expires_at IS 'polling: end of the lease, by this server''s clock';
 
 -- A taken key is found by ON CONFLICT, which waits for a transaction that has

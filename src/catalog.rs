@@ -25,9 +25,7 @@ use crate::contract::Contract;
 use crate::database::sort;
 use crate::error::{Error, ErrorKind, Result};
 
-pub use checkpoint::{
-    Checkpoint, Gap, Stored, store_fence, store_position, store_seq, store_timeline, stored,
-};
+pub use checkpoint::{Checkpoint, Gap, Stored, claim, stored};
 pub use publication::{check_publication, publication_identity};
 pub use slot::{SlotState, find_slot, slot_state};
 
@@ -51,7 +49,7 @@ pub struct System {
 
 /// Checks everything a relay in WAL mode stands on, and returns where it is.
 ///
-/// Another timeline is a warning; [`store_timeline`] stores it once the stream runs.
+/// Another timeline is a warning; [`claim`] stores it once the stream runs.
 ///
 /// # Errors
 ///

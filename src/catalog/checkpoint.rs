@@ -1,8 +1,8 @@
 //! The checkpoint: what the relay has stored about itself.
 
-use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
-use tokio_postgres::types::{PgLsn, Type};
+use tokio_postgres::types::{PgLsn, ToSql, Type};
+use tokio_postgres::{Client, Row};
 use tracing::warn;
 
 use super::slot::AFTER_LOSS;
@@ -31,6 +31,9 @@ pub struct Checkpoint {
     /// What was committed between a lost slot and the present one, as far as it
     /// is not delivered yet.
     pub gap: Option<Gap>,
+    /// Rises whenever a relay or a recovery takes the checkpoint over; each write
+    /// names the epoch it was taken over in.
+    pub epoch: i64,
 }
 
 /// Rows that no slot gives: those that one snapshot sees and another does not.
@@ -59,13 +62,14 @@ pub enum Stored {
     At(Checkpoint),
 }
 
+const COLUMNS: &str = "mode, lsn, snapshot::text, system_identifier, timeline, publication, publication_identity, \
+                       second_snapshot::text, seq, epoch";
+
 /// Reads the checkpoint of the contract's slot.
 pub async fn stored(client: &Client, contract: &Contract) -> Result<Stored> {
-    let sql = contract.sql(
-        "SELECT mode, lsn, snapshot::text, system_identifier, timeline, publication, publication_identity, \
-                second_snapshot::text, seq \
-         FROM :\"schema\".checkpoint WHERE name = $1",
-    );
+    let sql = contract.sql(&format!(
+        "SELECT {COLUMNS} FROM :\"schema\".checkpoint WHERE name = $1"
+    ));
     let rows = match client
         .query_typed(&sql, &[(&contract.slot, Type::TEXT)])
         .await
@@ -74,9 +78,13 @@ pub async fn stored(client: &Client, contract: &Contract) -> Result<Stored> {
         Err(error) if is_missing(&error) => return Ok(Stored::Missing),
         Err(error) => return Err(sort(doing("read", contract), error)),
     };
-    let Some(row) = rows.first() else {
-        return Ok(Stored::Missing);
-    };
+    match rows.first() {
+        None => Ok(Stored::Missing),
+        Some(row) => read(row, contract),
+    }
+}
+
+fn read(row: &Row, contract: &Contract) -> Result<Stored> {
     let mode: String = row.get(0);
     if mode != "wal" {
         return Err(Error::new(
@@ -103,6 +111,7 @@ pub async fn stored(client: &Client, contract: &Contract) -> Result<Stored> {
         },
         publication: row.get::<_, Option<String>>(5).unwrap_or_default(),
         publication_identity: row.get::<_, Option<String>>(6).unwrap_or_default(),
+        epoch: row.get(9),
     };
     Ok(match lsn {
         Some(_) => Stored::At(checkpoint),
@@ -110,68 +119,99 @@ pub async fn stored(client: &Client, contract: &Contract) -> Result<Stored> {
     })
 }
 
-/// Stores that everything before `lsn` is delivered.
-pub async fn store_position(client: &Client, contract: &Contract, lsn: PgLsn) -> Result<()> {
-    let sql = contract.sql(
-        "UPDATE :\"schema\".checkpoint SET lsn = greatest(lsn, $2), updated_at = now() \
-         WHERE name = $1 AND lsn IS NOT NULL RETURNING name",
-    );
-    let parameters = [(&contract.slot as _, Type::TEXT), (&lsn as _, Type::PG_LSN)];
-    update(client, contract, &sql, &parameters).await
-}
-
-/// Stores that the gap's rows up to this `seq` are delivered.
-pub async fn store_seq(client: &Client, contract: &Contract, seq: i64) -> Result<()> {
-    let sql = contract.sql(
-        "UPDATE :\"schema\".checkpoint SET seq = $2, updated_at = now() \
-         WHERE name = $1 AND second_snapshot IS NOT NULL RETURNING name",
-    );
-    let parameters = [(&contract.slot as _, Type::TEXT), (&seq as _, Type::INT8)];
-    update(client, contract, &sql, &parameters).await
-}
-
-/// Stores that everything before `lsn`, and every row that `snapshot` sees, is
-/// delivered, which ends a gap. Recovery starts from there if the slot is lost.
-pub async fn store_fence(
-    client: &Client,
-    contract: &Contract,
-    lsn: PgLsn,
-    snapshot: &str,
-) -> Result<()> {
-    let sql = contract.sql(
-        "UPDATE :\"schema\".checkpoint \
-         SET lsn = greatest(lsn, $2), snapshot = $3::pg_snapshot, second_snapshot = NULL, seq = NULL, \
-             updated_at = now() \
-         WHERE name = $1 AND lsn IS NOT NULL RETURNING name",
-    );
-    let parameters = [
-        (&contract.slot as _, Type::TEXT),
-        (&lsn as _, Type::PG_LSN),
-        (&snapshot as _, Type::TEXT),
-    ];
-    update(client, contract, &sql, &parameters).await
-}
-
-/// Stores the server's timeline where it is not the checkpoint's, once the
-/// stream runs on it.
-pub async fn store_timeline(
-    client: &Client,
-    contract: &Contract,
-    checkpoint: &Checkpoint,
-) -> Result<()> {
+/// Makes the checkpoint this relay's, once it holds the slot: from here on, no relay
+/// before it, however late it wakes, can write it, nor this one after a recovery.
+/// Returns it as it is now. Stores the server's timeline.
+///
+/// # Errors
+/// `Slot` if a recovery has begun meanwhile.
+pub async fn claim(client: &Client, contract: &Contract) -> Result<Checkpoint> {
     let timeline = super::system(client).await?.timeline;
-    if timeline == checkpoint.system.timeline {
-        return Ok(());
-    }
-    let sql = contract.sql(
-        "UPDATE :\"schema\".checkpoint SET timeline = $2, updated_at = now() \
-         WHERE name = $1 AND lsn IS NOT NULL RETURNING name",
-    );
+    let sql = contract.sql(&format!(
+        "UPDATE :\"schema\".checkpoint SET epoch = epoch + 1, timeline = $2, updated_at = now() \
+         WHERE name = $1 AND lsn IS NOT NULL RETURNING {COLUMNS}"
+    ));
     let parameters = [
         (&contract.slot as _, Type::TEXT),
         (&timeline as _, Type::INT4),
     ];
-    update(client, contract, &sql, &parameters).await
+    let claimed = async {
+        // A synchronous standby that is away must not keep a relay from its start.
+        let begin = "BEGIN; SET LOCAL synchronous_commit = local";
+        client.batch_execute(begin).await?;
+        let rows = client.query_typed(&sql, &parameters).await?;
+        client.batch_execute("COMMIT").await?;
+        Ok(rows)
+    };
+    let rows = claimed
+        .await
+        .map_err(|error| sort(doing("claim", contract), error))?;
+    match rows.first().map(|row| read(row, contract)).transpose()? {
+        Some(Stored::At(checkpoint)) => Ok(checkpoint),
+        _ => Err(super::recovery_is_unfinished(contract)),
+    }
+}
+
+impl Checkpoint {
+    /// Stores that everything before `lsn` is delivered.
+    pub async fn store_position(
+        &self,
+        client: &Client,
+        contract: &Contract,
+        lsn: PgLsn,
+    ) -> Result<()> {
+        let set = "lsn = greatest(lsn, $3)";
+        let position = (&lsn as _, Type::PG_LSN);
+        self.store(client, contract, set, &[position]).await
+    }
+
+    /// Stores that the gap's rows up to this `seq` are delivered.
+    pub async fn store_seq(&self, client: &Client, contract: &Contract, seq: i64) -> Result<()> {
+        self.store(client, contract, "seq = $3", &[(&seq as _, Type::INT8)])
+            .await
+    }
+
+    /// Stores that everything before `lsn`, and every row that `snapshot` sees, is
+    /// delivered, which ends a gap. Recovery starts from there if the slot is lost.
+    pub async fn store_fence(
+        &self,
+        client: &Client,
+        contract: &Contract,
+        lsn: PgLsn,
+        snapshot: &str,
+    ) -> Result<()> {
+        let set = "lsn = greatest(lsn, $3), snapshot = $4::pg_snapshot, second_snapshot = NULL, seq = NULL";
+        let values = [(&lsn as _, Type::PG_LSN), (&snapshot as _, Type::TEXT)];
+        self.store(client, contract, set, &values).await
+    }
+
+    async fn store(
+        &self,
+        client: &Client,
+        contract: &Contract,
+        set: &str,
+        values: &[(&(dyn ToSql + Sync), Type)],
+    ) -> Result<()> {
+        let sql = contract.sql(&format!(
+            "UPDATE :\"schema\".checkpoint SET {set}, updated_at = now() \
+             WHERE name = $1 AND epoch = $2 AND lsn IS NOT NULL RETURNING name"
+        ));
+        let mut parameters: Vec<(&(dyn ToSql + Sync), Type)> =
+            vec![(&contract.slot, Type::TEXT), (&self.epoch, Type::INT8)];
+        parameters.extend_from_slice(values);
+        let rows = client
+            .query_typed(&sql, &parameters)
+            .await
+            .map_err(|error| sort(doing("write", contract), error))?;
+        if rows.is_empty() {
+            let message = format!(
+                "checkpoint \"{}\" was taken over by another relay, or by a recovery",
+                contract.slot
+            );
+            return Err(Error::new(ErrorKind::SlotInUse, message));
+        }
+        Ok(())
+    }
 }
 
 /// Refuses a publication that is not the one the slot was set up with, or is not
@@ -188,26 +228,6 @@ pub(crate) async fn compare_publication(
         return Err(publication::changed(client, contract, stored, present.as_deref()).await?);
     }
     check_publication(client, contract).await
-}
-
-async fn update(
-    client: &Client,
-    contract: &Contract,
-    sql: &str,
-    parameters: &[(&(dyn tokio_postgres::types::ToSql + Sync), Type)],
-) -> Result<()> {
-    let rows = client
-        .query_typed(sql, parameters)
-        .await
-        .map_err(|error| sort(doing("write", contract), error))?;
-    if rows.is_empty() {
-        // Someone gave the slot up while we were reading it.
-        return Err(Error::new(
-            ErrorKind::Slot,
-            format!("checkpoint \"{}\" is gone", contract.slot),
-        ));
-    }
-    Ok(())
 }
 
 impl Checkpoint {

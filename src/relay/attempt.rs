@@ -20,7 +20,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::health::{SILENCE_MAX, Server};
 use crate::publisher::{Publisher, Topic};
 use crate::source::wal::{Stream, WalSettings};
-use crate::source::{Item, Row, Source};
+use crate::source::{Item, Mark, Row, Source};
 
 pub(super) struct Attempt<'r> {
     relay: &'r mut Relay,
@@ -112,10 +112,14 @@ impl<'r> Attempt<'r> {
         failpoint!("checked");
         let publisher = reach_brokers(relay).await?;
         let nonce = uuid::Uuid::new_v4().to_string();
-        let stream = open_stream(&settings, &session, &checkpoint, &nonce).await?;
+        let mut stream = open_stream(&settings, &session, &checkpoint, &nonce).await?;
         failpoint!("opened");
-        let stored = catalog::store_timeline(&session.client, &settings.contract, &checkpoint);
-        answered(stored).await?;
+        // What was checked was read before the slot was ours.
+        let checkpoint = answered(catalog::claim(&session.client, &settings.contract)).await?;
+        if let Some(gap) = checkpoint.gap.clone() {
+            let begun = stream.read_first(&settings.database, gap, checkpoint.lsn);
+            begun.await?;
+        }
         info!(
             slot = settings.contract.slot,
             database = settings.database.display(),
@@ -373,7 +377,9 @@ impl<'r> Attempt<'r> {
     /// Everything is delivered: see to it that Postgres knows.
     async fn finish(&mut self, deadline: Option<Instant>) -> Result<()> {
         let confirmed = self.stream.confirmed();
-        if u64::from(confirmed) == 0 {
+        if let Some(seq) = self.stream.gap_seq() {
+            self.heartbeat.reached((Mark::Seq(seq), confirmed));
+        } else if u64::from(confirmed) == 0 {
             return Ok(());
         }
         failpoint!("drained");
@@ -468,7 +474,6 @@ async fn open_stream(
             nonce: nonce.to_owned(),
         },
         start: checkpoint.lsn,
-        gap: checkpoint.gap.clone(),
         status_interval: settings.status_interval,
         wal_sender_timeout: settings.wal_sender_timeout,
     };

@@ -106,11 +106,14 @@ impl Heartbeat {
         self.shared.confirmed.store(lsn.into(), Ordering::Relaxed);
     }
 
-    /// Stores the last mark, and waits until the slot has confirmed this position.
+    /// Stores the last mark and position, and waits until the slot has confirmed this position.
     pub(super) async fn flush(&self, lsn: PgLsn) -> Result<()> {
         let mark = self.mark.borrow().clone();
         if let Some(mark) = mark {
             self.shared.store_mark(mark).await?;
+        }
+        if !self.shared.position_is_stored() {
+            self.shared.store_position().await?;
         }
         loop {
             let slot = &self.shared.contract.slot;
@@ -198,22 +201,28 @@ impl Shared {
     async fn store_position(&self) -> Result<()> {
         let confirmed = self.confirmed.load(Ordering::Relaxed);
         let client = &self.session.client;
-        catalog::store_position(client, &self.contract, confirmed.into()).await?;
+        let lsn = confirmed.into();
+        self.checkpoint
+            .store_position(client, &self.contract, lsn)
+            .await?;
         self.stored.store(confirmed, Ordering::Relaxed);
         Ok(())
     }
 
     async fn store_mark(&self, (mark, lsn): Reached) -> Result<()> {
         let (client, contract) = (&self.session.client, &self.contract);
+        let checkpoint = &self.checkpoint;
         match mark {
-            Mark::Seq(seq) => catalog::store_seq(client, contract, seq).await,
+            Mark::Seq(seq) => checkpoint.store_seq(client, contract, seq).await,
             Mark::Fence(snapshot) => {
                 debug!(%lsn, snapshot, "fence reached");
                 // Between the last beat and the fence it may have changed and hidden
                 // rows that the fence sees: then the older fence stays.
                 self.compare_publication().await?;
                 failpoint!("fencing");
-                catalog::store_fence(client, contract, lsn, &snapshot).await
+                checkpoint
+                    .store_fence(client, contract, lsn, &snapshot)
+                    .await
             }
         }
     }

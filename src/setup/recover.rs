@@ -17,7 +17,8 @@
 //!
 //! The checkpoint's LSN is taken away first and comes back last. Without one, no
 //! relay starts, and a recovery that was interrupted begins again: the slot that
-//! it left has given nothing.
+//! it left has given nothing. Its epoch rises, so that a relay that has lost the
+//! slot and does not know it yet can no longer write it.
 
 use pgwire_replication::ReplicationClient;
 use tokio_postgres::Client;
@@ -102,7 +103,8 @@ async fn remake(
     let system = identify_system(&mut replication).await?;
     let begin = contract.sql(
         "UPDATE :\"schema\".checkpoint \
-         SET lsn = NULL, second_snapshot = NULL, seq = NULL, updated_at = now() WHERE name = :'slot'",
+         SET lsn = NULL, second_snapshot = NULL, seq = NULL, epoch = epoch + 1, updated_at = now() \
+         WHERE name = :'slot'",
     );
     write(client, contract, &begin).await?;
     if catalog::find_slot(client, &contract.slot).await?.is_some() {
@@ -147,7 +149,8 @@ async fn skip_rest(client: &Client, contract: &Contract, gap: &Gap) -> Result<St
     let sql = contract.sql(
         "WITH ended AS (
              UPDATE :\"schema\".checkpoint
-             SET snapshot = second_snapshot, second_snapshot = NULL, seq = NULL, updated_at = now()
+             SET snapshot = second_snapshot, second_snapshot = NULL, seq = NULL, epoch = epoch + 1,
+                 updated_at = now()
              WHERE name = :'slot' AND second_snapshot IS NOT NULL
          )
          SELECT count(*) FROM :\"schema\".outbox

