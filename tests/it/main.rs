@@ -25,6 +25,7 @@ mod promotion;
 mod publisher;
 mod records;
 mod recover;
+mod safety;
 mod security;
 mod setup;
 mod stream;
