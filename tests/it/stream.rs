@@ -125,26 +125,31 @@ async fn stored_fence(fixture: &Fixture) -> String {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn heartbeats_store_a_fence_once_everything_before_it_is_delivered() {
     let fixture = Fixture::new().await;
-    let before = stored_fence(&fixture).await;
     let relay = Relay::streaming(&fixture, &["--heartbeat-interval", "1s"]).await;
     fixture.insert("a", "{}").await;
-    wait_until("the checkpoint has a new snapshot", || async {
-        stored_fence(&fixture).await != before
-    })
-    .await;
-    // Rows that the fence sees are delivered: there is one.
     let sql = "SELECT count(*) FROM postbox.outbox, postbox.checkpoint \
                WHERE pg_visible_in_snapshot(xid, snapshot)";
-    let seen: i64 = fixture.client.query_one(sql, &[]).await.unwrap().get(0);
-    assert_eq!((seen, fixture.records().await.len()), (1, 1));
+    wait_until("the checkpoint's snapshot sees the row", || async {
+        let row = fixture.client.query_one(sql, &[]).await.unwrap();
+        row.get::<_, i64>(0) == 1
+    })
+    .await;
+    // Rows that the fence sees are delivered.
+    assert_eq!(fixture.records().await.len(), 1);
     relay.drain().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_fence_that_somebody_else_writes_is_not_stored() {
     let fixture = Fixture::new().await;
-    let before = stored_fence(&fixture).await;
+    let at_setup = stored_fence(&fixture).await;
     let relay = Relay::streaming(&fixture, &["--heartbeat-interval", "1s"]).await;
+    // Its first. The next would come after events.
+    wait_until("the checkpoint has a new snapshot", || async {
+        stored_fence(&fixture).await != at_setup
+    })
+    .await;
+    let before = stored_fence(&fixture).await;
     let forge = "SELECT pg_logical_emit_message(true, 'postbox', '1:18446744073709551000:'); \
                  SELECT pg_logical_emit_message(true, 'postbox', '20:10:')";
     fixture.client.batch_execute(forge).await.unwrap();

@@ -62,7 +62,8 @@ async fn assert_stopped(mut relay: Relay, id: &str, topic: &str) {
     let complaint = complaint(&log);
     for text in [
         id,
-        &format!("topic \"{topic}\": not authorised: allow Write and Describe"),
+        &format!("topic \"{topic}\": TopicAuthorizationFailed"),
+        "allow Write and Describe on the topic",
     ] {
         assert!(complaint.contains(text), "no \"{text}\" in: {complaint}");
     }
