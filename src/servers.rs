@@ -40,7 +40,9 @@ impl Server {
         Self::start("postgres", &[&[major, "--"], settings].concat())
     }
 
-    /// Starts a Kafka broker with these settings, each `name=value`.
+    /// Starts a Kafka broker with these settings, each `name=value`. Before them may
+    /// stand `--listener NAME:PROTOCOL`, whose address is the fact `brokers.NAME`, and
+    /// `--user NAME:PASSWORD`.
     ///
     /// # Errors
     /// If it does not start; its log is on stderr.

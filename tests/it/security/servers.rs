@@ -9,6 +9,7 @@ use std::sync::OnceLock;
 use postbox::servers::Server;
 use tempfile::TempDir;
 
+use super::borrowed;
 use super::certificates::{Authority, Identity, LOCAL};
 use crate::support::Fixture;
 
@@ -50,27 +51,25 @@ pub(super) fn kafka() -> &'static Server {
     static KAFKA: OnceLock<Server> = OnceLock::new();
     KAFKA.get_or_init(|| {
         let authority = &issuers().authority;
-        let super_users = format!("super.users=User:ANONYMOUS;User:{RELAY}");
-        let mut arguments = vec![
-            "authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer"
-                .to_owned(),
-            super_users,
+        let authorizer = "org.apache.kafka.metadata.authorizer.StandardAuthorizer";
+        let mut settings = vec![
+            format!("authorizer.class.name={authorizer}"),
+            format!("super.users=User:ANONYMOUS;User:{RELAY}"),
         ];
-        let mut options = Vec::new();
+        let mut arguments = Vec::new();
         for user in [RELAY, CLERK, GUARD, GUEST] {
-            options.extend(["--user".to_owned(), format!("{user}:{PASSWORD}")]);
+            arguments.extend(["--user".to_owned(), format!("{user}:{PASSWORD}")]);
         }
         for (name, identity) in [
             ("IN", authority.server(LOCAL)),
             ("OLD", authority.expired_server()),
             ("AWAY", authority.server(&["elsewhere.example"])),
         ] {
-            options.extend(["--listener".to_owned(), format!("{name}:SASL_SSL")]);
-            arguments.extend(listener(name, &identity));
+            arguments.extend(["--listener".to_owned(), format!("{name}:SASL_SSL")]);
+            settings.extend(listener(name, &identity));
         }
-        options.extend(arguments);
-        let options: Vec<&str> = options.iter().map(String::as_str).collect();
-        Server::kafka(&options).unwrap()
+        arguments.extend(settings);
+        Server::kafka(&borrowed(&arguments)).unwrap()
     })
 }
 
