@@ -39,7 +39,7 @@ async fn take_over(harm: Harm) -> Duration {
             Some(active)
         }
         Harm::Isolate => {
-            proxy.weather(Weather::Stalled);
+            proxy.weather(Weather::Silent);
             Some(active)
         }
     };

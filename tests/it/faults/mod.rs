@@ -33,7 +33,8 @@ async fn commit_behind(fixture: &Fixture) -> PgLsn {
 /// Recovers: then every row of this key arrives.
 async fn assert_recoverable(fixture: &Fixture, key: &str) {
     let recovery = fixture.recover(&[]);
-    assert!(recovery.results().contains(": created ("), "{recovery:?}");
+    assert_eq!(recovery.code, 0, "{recovery:?}");
+    assert!(recovery.stdout.contains(": created ("), "{recovery:?}");
     let relay = Relay::streaming(fixture, &[]).await;
     fixture.wait_for_confirmation().await;
     relay.drain().await;

@@ -28,7 +28,10 @@ struct State {
 pub(crate) enum Weather {
     /// They pass.
     Fair,
-    /// Half of what was read passes, and nothing after it: no end, no error.
+    /// Nothing passes: no end, no error.
+    Silent,
+    /// Half of what was read passes, and nothing after it. A walsender that has got
+    /// half a message waits for the rest of it, without looking at the time.
     Stalled,
     /// Half of what was read passes, and the rest so much later.
     Slow(Duration),
@@ -113,6 +116,7 @@ async fn carry(
         }
         let (now, later) = match state.borrow().weather {
             Weather::Fair => (read, Duration::ZERO),
+            Weather::Silent => (0, Duration::ZERO),
             Weather::Stalled => (read / 2, Duration::ZERO),
             Weather::Slow(delay) => (read / 2, delay),
         };
@@ -120,7 +124,7 @@ async fn carry(
         tokio::time::sleep(later).await;
         // The sender is gone when the proxy is.
         let _ = state
-            .wait_for(|state| state.weather != Weather::Stalled)
+            .wait_for(|state| !matches!(state.weather, Weather::Silent | Weather::Stalled))
             .await;
         to.write_all(&buffer[now..read]).await?;
     }
