@@ -268,7 +268,9 @@ impl Run<'_> {
             );
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
-        for relay in self.relays.drain(..) {
+        for mut relay in self.relays.drain(..) {
+            // One that was only just started does not yet listen to signals.
+            relay.wait_for_log("serving").await;
             self.logs.push(relay.log());
             // One that stands by cannot know that the other confirmed what it left.
             let code = relay.stop().await;
