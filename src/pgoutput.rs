@@ -127,6 +127,39 @@ pub enum DecodeError {
     },
 }
 
+/// The message Insert of these values, as a server writes it.
+///
+/// # Panics
+/// If there are more than 65,535 values, or one has 4 GiB: no row has.
+pub(crate) fn encode_insert<'a>(
+    relation_id: u32,
+    values: impl ExactSizeIterator<Item = Value<'a>>,
+) -> Vec<u8> {
+    let count = u16::try_from(values.len()).expect("counted by 16 bits");
+    let mut bytes = [
+        b"I",
+        &relation_id.to_be_bytes()[..],
+        b"N",
+        &count.to_be_bytes(),
+    ]
+    .concat();
+    for value in values {
+        let (kind, sized) = match value {
+            Value::Null => (b'n', None),
+            Value::Unchanged => (b'u', None),
+            Value::Text(value) => (b't', Some(value)),
+            Value::Binary(value) => (b'b', Some(value)),
+        };
+        bytes.push(kind);
+        if let Some(value) = sized {
+            let len = u32::try_from(value.len()).expect("counted by 32 bits");
+            bytes.extend(len.to_be_bytes());
+            bytes.extend(value);
+        }
+    }
+    bytes
+}
+
 /// Decodes one message.
 ///
 /// # Errors
@@ -174,7 +207,7 @@ impl<'a> Tuple<'a> {
     }
 
     /// The values, in the order of the relation's columns.
-    pub fn values(&self) -> impl Iterator<Item = Value<'a>> + use<'a> {
+    pub fn values(&self) -> impl ExactSizeIterator<Item = Value<'a>> + use<'a> {
         let mut reader = Reader {
             bytes: self.bytes,
             at: 0,
@@ -467,6 +500,18 @@ mod tests {
         assert_eq!(decode(&ty.0), Ok(Message::Ignored));
         let origin = Bytes::tag(b'O').u32(0).u32(1).name("east");
         assert_eq!(decode(&origin.0), Ok(Message::Ignored));
+    }
+
+    #[test]
+    fn a_row_that_is_encoded_is_the_message_that_a_server_sends() {
+        let row = [Value::Text(b"a"), Value::Null, Value::Text(b"")];
+        let bytes = encode_insert(0, row.into_iter());
+        let Ok(Message::Insert(insert)) = decode(&bytes) else {
+            panic!("not an insert");
+        };
+        assert_eq!(insert.relation_id, 0);
+        let values: Vec<_> = insert.row.values().collect();
+        assert_eq!(values, row);
     }
 
     #[test]

@@ -20,6 +20,16 @@ use tokio_postgres::types::PgLsn;
 
 use crate::timestamp::Timestamp;
 
+/// How values are written, whatever a role or a database has set: rows are read as
+/// text.
+const FORMATS: [(&str, &str); 5] = [
+    ("datestyle", "ISO"),
+    ("intervalstyle", "postgres"),
+    ("timezone", "UTC"),
+    ("extra_float_digits", "3"),
+    ("bytea_output", "hex"),
+];
+
 /// What a source says.
 #[derive(Debug)]
 pub enum Item {

@@ -15,18 +15,17 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::{BufMut, Bytes, BytesMut};
 use postgres_protocol::escape::escape_identifier;
 use tokio::task::JoinSet;
 use tokio_postgres::types::{PgLsn, Type};
 use tokio_postgres::{Client, Statement};
 
 use super::messages::Source;
-use super::{Item, Mark, Place, Position, Row};
+use super::{FORMATS, Item, Mark, Place, Position, Row};
 use crate::catalog::Gap;
 use crate::database::{Database, Session, sort};
 use crate::error::{Error, ErrorKind, Result};
-use crate::pgoutput::{Column, Relation};
+use crate::pgoutput::{Column, Relation, Value, encode_insert};
 use crate::timestamp::Timestamp;
 
 /// Rows in one page: as many as a stream buffers, for the same reason.
@@ -43,7 +42,8 @@ pub(super) struct GapReader {
     pages: Pages,
     reading: JoinSet<Result<Vec<Row>>>,
     page: VecDeque<Row>,
-    gap: Gap,
+    /// The last row that was given.
+    seq: i64,
     unmarked: usize,
     /// Where the new slot begins.
     end: PgLsn,
@@ -77,12 +77,12 @@ impl GapReader {
             pages: Pages {
                 session: Arc::new(session),
                 statement,
-                since: gap.since.clone(),
-                until: gap.until.clone(),
+                since: gap.since,
+                until: gap.until,
             },
             reading: JoinSet::new(),
             page: VecDeque::new(),
-            gap,
+            seq: gap.seq,
             unmarked: 0,
             end,
             done: false,
@@ -96,24 +96,24 @@ impl GapReader {
         if self.page.is_empty() && !self.done {
             if self.unmarked >= MARK_ROWS {
                 self.unmarked = 0;
-                return Ok(Some(self.position(Mark::Seq(self.gap.seq))));
+                return Ok(Some(self.position(Mark::Seq(self.seq))));
             }
             self.read_page().await?;
             if self.page.is_empty() {
                 self.done = true;
-                return Ok(Some(self.position(Mark::Fence(self.gap.until.clone()))));
+                return Ok(Some(self.position(Mark::Fence(self.pages.until.clone()))));
             }
         }
         Ok(self.page.pop_front().map(|row| {
             self.unmarked += 1;
-            self.gap.seq = seq(&row);
+            self.seq = row.place.ordinal.cast_signed();
             Item::Row(row)
         }))
     }
 
     /// The last row that was given.
     pub(super) fn seq(&self) -> i64 {
-        self.gap.seq
+        self.seq
     }
 
     fn position(&self, mark: Mark) -> Item {
@@ -126,7 +126,7 @@ impl GapReader {
     async fn read_page(&mut self) -> Result<()> {
         if self.reading.is_empty() {
             let pages = self.pages.clone();
-            let after = self.gap.seq;
+            let after = self.seq;
             self.reading.spawn(async move { pages.read(after).await });
         }
         if let Some(page) = self.reading.join_next().await {
@@ -159,10 +159,12 @@ async fn prepare(
 ) -> Result<(Statement, Relation), tokio_postgres::Error> {
     // Formats as a stream's session has them. A policy that hides rows must be an
     // error, and the whole table may have to be looked through.
-    let settings = "SET datestyle = ISO; SET intervalstyle = postgres; SET timezone = UTC; \
-                    SET extra_float_digits = 3; SET bytea_output = hex; \
-                    SET row_security = off; SET statement_timeout = 0";
-    client.batch_execute(settings).await?;
+    let own = [("row_security", "off"), ("statement_timeout", "0")];
+    let settings = FORMATS.into_iter().chain(own);
+    let settings: Vec<String> = settings
+        .map(|(name, value)| format!("SET {name} = {value}"))
+        .collect();
+    client.batch_execute(&settings.join("; ")).await?;
     let (schema, table) = (&source.schema, &source.table);
     let outbox = format!("{}.{}", escape_identifier(schema), escape_identifier(table));
     let sql = "SELECT attname::text, atttypid FROM pg_attribute \
@@ -218,56 +220,15 @@ const SEEN_INTERVAL: Duration = Duration::from_millis(50);
 
 fn row(row: &tokio_postgres::Row) -> Row {
     let seq: i64 = row.get(0);
-    let values = (2..row.len()).map(|column| row.get::<_, Option<&str>>(column));
+    let text = |column| row.get::<_, Option<&str>>(column).map(str::as_bytes);
+    let values = (2..row.len()).map(|column| text(column).map_or(Value::Null, Value::Text));
     Row {
-        bytes: insert(values),
+        bytes: encode_insert(RELATION, values).into(),
         place: Place {
             commit_lsn: PgLsn::from(0),
             ordinal: seq.cast_unsigned(),
         },
         // When it was committed nobody knows any more.
         committed_at: Timestamp::from_unix_micros(row.get(1)),
-    }
-}
-
-fn seq(row: &Row) -> i64 {
-    row.place.ordinal.cast_signed()
-}
-
-/// The message Insert:
-/// <https://www.postgresql.org/docs/current/protocol-logicalrep-message-formats.html>.
-fn insert<'a>(values: impl ExactSizeIterator<Item = Option<&'a str>>) -> Bytes {
-    let mut bytes = BytesMut::new();
-    bytes.put_u8(b'I');
-    bytes.put_u32(RELATION);
-    bytes.put_u8(b'N');
-    bytes.put_u16(values.len() as u16);
-    for value in values {
-        match value {
-            None => bytes.put_u8(b'n'),
-            Some(text) => {
-                bytes.put_u8(b't');
-                bytes.put_u32(text.len() as u32);
-                bytes.put_slice(text.as_bytes());
-            }
-        }
-    }
-    bytes.freeze()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::pgoutput::{Message, Value, decode};
-
-    #[test]
-    fn a_row_becomes_the_message_that_a_slot_would_have_sent() {
-        let bytes = insert([Some("a"), None, Some("")].into_iter());
-        let Ok(Message::Insert(insert)) = decode(&bytes) else {
-            panic!("not an insert");
-        };
-        assert_eq!(insert.relation_id, RELATION);
-        let values: Vec<_> = insert.row.values().collect();
-        assert_eq!(values, [Value::Text(b"a"), Value::Null, Value::Text(b"")]);
     }
 }

@@ -27,7 +27,7 @@ use tokio_postgres::types::PgLsn;
 use super::columns::Unreadable;
 use super::gap::GapReader;
 use super::messages::{Messages, Source};
-use super::{Item, Row};
+use super::{FORMATS, Item, Row};
 use crate::catalog::Gap;
 use crate::database::{self, Database};
 use crate::error::{Error, ErrorKind, Result};
@@ -76,12 +76,14 @@ impl Stream {
         let mut config = database.replication(&settings.slot, &settings.source.publication);
         // Formats are pinned, as a role or a database may have others. What
         // comes last wins.
-        let options = format!(
-            "{} -c wal_sender_timeout={} -c datestyle=ISO -c intervalstyle=postgres -c timezone=UTC \
-             -c extra_float_digits=3 -c bytea_output=hex",
+        let mut options = format!(
+            "{} -c wal_sender_timeout={}",
             config.options.take().unwrap_or_default(),
             settings.wal_sender_timeout.as_millis(),
         );
+        for (name, value) in FORMATS {
+            options += &format!(" -c {name}={value}");
+        }
         let config = config
             .with_options(options)
             .with_application_name(format!("postbox {}", settings.slot))
