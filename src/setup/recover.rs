@@ -25,7 +25,7 @@ use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
 use super::slot::start::create_slot;
-use super::slot::{drop_slot, identify_system, object, write};
+use super::slot::{drop_slot, finish, identify_system, object, write};
 use super::{Report, State, create_publication, lock, open_replication, publication};
 use crate::catalog::{self, Checkpoint, Gap, Stored};
 use crate::contract::Contract;
@@ -114,28 +114,7 @@ async fn remake(
     let start = create_slot(client, &mut replication, contract, since).await?;
     let rows = start.rows_before;
     let keep_gap = rows > 0 && !skip_missed;
-    let (snapshot, until) = match keep_gap {
-        true => (since, Some(&start.snapshot)),
-        false => (&start.snapshot, None),
-    };
-    let sql = contract.sql(
-        "UPDATE :\"schema\".checkpoint \
-         SET lsn = $1, snapshot = $2::pg_snapshot, second_snapshot = $3::pg_snapshot, \
-             system_identifier = $4, timeline = $5, publication_identity = $6, updated_at = now() \
-         WHERE name = :'slot' AND lsn IS NULL",
-    );
-    let parameters = [
-        (&start.lsn as _, Type::PG_LSN),
-        (snapshot as _, Type::TEXT),
-        (&until as _, Type::TEXT),
-        (&system.identifier as _, Type::TEXT),
-        (&system.timeline as _, Type::INT4),
-        (&start.publication_identity as _, Type::TEXT),
-    ];
-    client
-        .query_typed(&sql, &parameters)
-        .await
-        .map_err(|error| sort(format!("write checkpoint \"{}\"", contract.slot), error))?;
+    finish(client, contract, &system, &start, keep_gap.then_some(since)).await?;
     let missed = format!("rows committed since the last checkpoint: {rows}");
     Ok(match (rows, keep_gap) {
         (0, _) => missed,

@@ -65,7 +65,7 @@ pub(super) async fn create(
         let start =
             foreign::take_over(client, contract, slot, publication_is_new, backfill_none).await?;
         note_intention(client, contract).await?;
-        finish(client, contract, &system, &start).await?;
+        finish(client, contract, &system, &start, None).await?;
         let rows = start.rows_before;
         let note =
             format!("rows in the outbox: {rows}; those before its position stay unpublished");
@@ -86,7 +86,7 @@ pub(super) async fn create(
         forget_intention(client, contract).await?;
         return Err(rows_before_the_slot(contract, start.rows_before));
     }
-    finish(client, contract, &system, &start).await?;
+    finish(client, contract, &system, &start, None).await?;
     let rows = start.rows_before;
     let note = format!("rows in the outbox before it: {rows}; they stay unpublished");
     report.add_with_note(object(contract), State::Created, (rows > 0).then_some(note));
@@ -138,21 +138,29 @@ pub(super) async fn write(client: &Client, contract: &Contract, sql: &str) -> Re
         .map_err(|error| sort(format!("write checkpoint \"{}\"", contract.slot), error))
 }
 
-async fn finish(
+/// Writes where the slot begins: with the gap since this snapshot before it, if there
+/// is one.
+pub(super) async fn finish(
     client: &Client,
     contract: &Contract,
     system: &System,
     start: &Start,
+    gap_since: Option<&String>,
 ) -> Result<()> {
     let sql = contract.sql(
         "UPDATE :\"schema\".checkpoint \
-         SET lsn = $1, snapshot = $2::pg_snapshot, system_identifier = $3, timeline = $4, \
-             publication_identity = $5, updated_at = now() \
+         SET lsn = $1, snapshot = $2::pg_snapshot, second_snapshot = $3::pg_snapshot, \
+             system_identifier = $4, timeline = $5, publication_identity = $6, updated_at = now() \
          WHERE name = :'slot' AND lsn IS NULL RETURNING name",
     );
+    let (snapshot, second_snapshot) = match gap_since {
+        Some(since) => (since, Some(&start.snapshot)),
+        None => (&start.snapshot, None),
+    };
     let parameters = [
         (&start.lsn as _, Type::PG_LSN),
-        (&start.snapshot as _, Type::TEXT),
+        (snapshot as _, Type::TEXT),
+        (&second_snapshot as _, Type::TEXT),
         (&system.identifier as _, Type::TEXT),
         (&system.timeline as _, Type::INT4),
         (&start.publication_identity as _, Type::TEXT),
@@ -165,7 +173,7 @@ async fn finish(
         return Err(Error::new(
             ErrorKind::Slot,
             format!(
-                "checkpoint \"{}\" was changed during set-up: run `postbox setup` again",
+                "checkpoint \"{}\" was changed meanwhile: run the command again",
                 contract.slot
             ),
         ));
