@@ -35,14 +35,6 @@ async fn checkpoint(fixture: &Fixture) -> String {
     row.unwrap().get(0)
 }
 
-/// The keys of the records, in their own order.
-async fn keys(fixture: &Fixture) -> Vec<String> {
-    let records = fixture.records().await;
-    let mut keys: Vec<String> = records.into_iter().map(|seen| seen.key).collect();
-    keys.sort_unstable();
-    keys
-}
-
 /// How the slot is lost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Loss {
@@ -70,7 +62,7 @@ async fn lose(loss: Loss) -> Duration {
             // Not stopped: a walsender that is told to end while its client reads
             // nothing waits for it for ever, and the checkpoint that told it too.
             relay.kill();
-            outrun_slot(&fixture).await;
+            fixture.outrun_slot().await;
             relay = Relay::start(&fixture, &FAST);
             "was invalidated by the server"
         }
@@ -93,18 +85,6 @@ async fn lose(loss: Loss) -> Duration {
     assert!(verdict.is_clean(repeats_max(&load)), "{loss:?}: {verdict}");
     println!("{loss:?}: back after {back:.1?}; {verdict}");
     back
-}
-
-/// Writes WAL until the server has given the slot up.
-async fn outrun_slot(fixture: &Fixture) {
-    let lost = "SELECT wal_status = 'lost' FROM pg_replication_slots";
-    wait_until("the slot is lost", async || {
-        let switch = "SELECT pg_switch_wal()";
-        fixture.client.batch_execute(switch).await.unwrap();
-        fixture.client.batch_execute("CHECKPOINT").await.unwrap();
-        fixture.client.query_one(lost, &[]).await.unwrap().get(0)
-    })
-    .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -158,7 +138,7 @@ async fn a_recovery_that_was_interrupted_begins_again() {
     let relay = Relay::streaming(&fixture, &FAST).await;
     fixture.wait_for_confirmation().await;
     relay.drain().await;
-    let keys = keys(&fixture).await;
+    let keys = fixture.keys().await;
     assert!(
         ["b", "c"]
             .iter()
@@ -227,7 +207,7 @@ async fn a_relay_that_wakes_after_a_recovery_does_not_end_the_gap() {
     relay.signal("CONT");
     fixture.wait_for_confirmation().await;
     relay.drain().await;
-    let keys = keys(&fixture).await;
+    let keys = fixture.keys().await;
     assert!(keys.contains(&"missed".to_owned()), "{keys:?}");
 }
 
@@ -250,7 +230,7 @@ async fn what_is_skipped_is_counted() {
     let relay = Relay::streaming(&fixture, &FAST).await;
     fixture.wait_for_confirmation().await;
     relay.drain().await;
-    let keys = keys(&fixture).await;
+    let keys = fixture.keys().await;
     assert_eq!(keys, ["after", "before"]);
 }
 
@@ -281,7 +261,7 @@ async fn an_event_of_the_gap_that_cannot_go_out_is_named_and_can_be_skipped() {
     let relay = Relay::streaming(&fixture, &FAST).await;
     fixture.wait_for_confirmation().await;
     relay.drain().await;
-    let keys = keys(&fixture).await;
+    let keys = fixture.keys().await;
     assert_eq!(keys, ["a", "d"]);
 }
 

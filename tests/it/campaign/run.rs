@@ -217,17 +217,12 @@ impl Run<'_> {
         self.start_relay();
     }
 
-    async fn terminate_walsender(&self) {
+    async fn terminate_walsender(&mut self) {
         if !self.world.postgres_runs() {
             return;
         }
-        let sql = "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = $1 AND active";
-        if let Ok(session) = self.fixture.database.connect("postbox campaign").await {
-            let _ = session
-                .client
-                .execute(sql, &[&self.fixture.contract.slot])
-                .await;
-        }
+        self.fixture.reconnect().await;
+        self.fixture.terminate_walsender().await;
     }
 
     async fn burst(&self, events: i32) {

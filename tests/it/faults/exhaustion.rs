@@ -33,9 +33,7 @@ async fn a_relay_that_cannot_open_a_file_waits_until_it_can() {
     if !limit(&relay, "--nofile=5:") {
         return skip("no prlimit to take a process' files away");
     }
-    let terminate = "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = $1 AND active";
-    let slot = &fixture.contract.slot;
-    fixture.client.execute(terminate, &[slot]).await.unwrap();
+    fixture.terminate_walsender().await;
     relay.wait_for_log("Too many open files").await;
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert!(limit(&relay, "--nofile=1024:"));

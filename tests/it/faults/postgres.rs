@@ -50,11 +50,9 @@ async fn a_terminated_walsender_is_replaced() {
     let fixture = Fixture::new().await;
     let relay = Relay::streaming(&fixture, &[]).await;
     let writers = fixture.writers(fixture.load());
-    let terminate = "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = $1 AND active";
     for _ in 0..5 {
         tokio::time::sleep(Duration::from_millis(700)).await;
-        let slot = &fixture.contract.slot;
-        fixture.client.execute(terminate, &[slot]).await.unwrap();
+        fixture.terminate_walsender().await;
     }
     writers.stop().await.unwrap();
     assert!(relay.metric("postbox_reconnects_total{reason=\"database_away\"}") >= 3.0);
@@ -133,11 +131,9 @@ async fn a_stop_while_disconnected_with_nothing_left_to_confirm_is_orderly() {
     let mut fixture = Fixture::with_servers(&[], &[]).await;
     let mut relay = Relay::streaming(&fixture, &[]).await;
     let writers = fixture.writers(fixture.load());
-    let terminate =
-        "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE active";
     for _ in 0..3 {
         tokio::time::sleep(Duration::from_millis(600)).await;
-        fixture.client.execute(terminate, &[]).await.unwrap();
+        fixture.terminate_walsender().await;
     }
     writers.stop().await.unwrap();
     fixture.wait_for_confirmation().await;
@@ -156,7 +152,6 @@ async fn a_stop_while_disconnected_with_nothing_left_to_confirm_is_orderly() {
 async fn an_idle_relay_comes_back_as_fast_as_a_busy_one() {
     let fixture = Fixture::new().await;
     let mut relay = Relay::streaming(&fixture, &[]).await;
-    let terminate = "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = $1 AND active";
     let lines = |relay: &Relay, what: &str| relay.log().matches(what).count();
     for round in 0..5 {
         wait_until("the stream is open again", async || {
@@ -166,8 +161,7 @@ async fn an_idle_relay_comes_back_as_fast_as_a_busy_one() {
         if round == 4 {
             tokio::time::sleep(Duration::from_millis(10_500)).await;
         }
-        let slot = &fixture.contract.slot;
-        fixture.client.execute(terminate, &[slot]).await.unwrap();
+        fixture.terminate_walsender().await;
         wait_until("the stream is ended", async || {
             lines(&relay, "trying again in ") > round
         })

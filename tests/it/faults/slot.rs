@@ -1,7 +1,7 @@
 //! A slot that the server gives up.
 
 use super::assert_recoverable;
-use crate::support::{Fixture, Relay, wait_until};
+use crate::support::{Fixture, Relay};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_slot_given_up_beside_a_frozen_relay_is_recovered() {
@@ -17,16 +17,7 @@ async fn a_slot_given_up_beside_a_frozen_relay_is_recovered() {
     fixture.wait_for_confirmation().await;
     relay.signal("STOP");
     fixture.insert("missed", "{}").await;
-    wait_until("the slot is lost", async || {
-        for _ in 0..3 {
-            let fill = "SELECT pg_logical_emit_message(false, 'fill', 'x'), pg_switch_wal()";
-            fixture.client.batch_execute(fill).await.unwrap();
-        }
-        fixture.client.batch_execute("CHECKPOINT").await.unwrap();
-        let status = "SELECT wal_status FROM pg_replication_slots WHERE wal_status = 'lost'";
-        !fixture.client.query(status, &[]).await.unwrap().is_empty()
-    })
-    .await;
+    fixture.outrun_slot().await;
     relay.signal("CONT");
     let mut code = relay.exit_code().await;
     for _ in 0..2 {

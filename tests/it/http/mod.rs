@@ -126,13 +126,7 @@ async fn metrics_are_prometheus_text_and_tell_what_was_sent() {
         1.0
     );
 
-    let end_sender =
-        "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = $1";
-    fixture
-        .client
-        .query(end_sender, &[&fixture.contract.slot])
-        .await
-        .unwrap();
+    fixture.terminate_walsender().await;
     wait_until("the reconnect is counted", async || {
         let scrape = Scrape::parse(&relay.get("/metrics").1);
         scrape.value("postbox_reconnects_total{reason=\"database_away\"}") == 1.0

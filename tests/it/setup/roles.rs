@@ -50,12 +50,7 @@ async fn a_relay_role_can_relay_and_nothing_else() {
     let relay = Relay::streaming(&fixture, &flags).await;
     fixture.wait_for_confirmation().await;
     relay.drain().await;
-    let keys: Vec<String> = fixture
-        .records()
-        .await
-        .into_iter()
-        .map(|seen| seen.key)
-        .collect();
+    let keys = fixture.keys().await;
     assert!(keys.contains(&"b".to_owned()), "{keys:?}");
 
     let forbidden = [

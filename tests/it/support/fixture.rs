@@ -175,18 +175,45 @@ impl Fixture {
         run(&mut command)
     }
 
+    /// Ends the walsender that reads the slot, if there is one.
+    pub(crate) async fn terminate_walsender(&self) {
+        let sql = "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots \
+                   WHERE slot_name = $1 AND active";
+        let ended = self.client.execute(sql, &[&self.contract.slot]).await;
+        ended.unwrap();
+    }
+
     /// Drops the slot, whoever reads it.
     pub(crate) async fn drop_slot(&self) {
         let slot = &self.contract.slot;
-        let end_reader = "SELECT pg_terminate_backend(active_pid, 10000) FROM pg_replication_slots \
-                          WHERE slot_name = $1 AND active";
         let drop = format!("SELECT pg_drop_replication_slot('{slot}')");
         wait_until("the slot is dropped", async || {
-            let ended = self.client.execute(end_reader, &[slot]).await;
-            ended.unwrap();
+            self.terminate_walsender().await;
             self.client.batch_execute(&drop).await.is_ok()
         })
         .await;
+    }
+
+    /// Writes WAL until the server has given the slot up.
+    pub(crate) async fn outrun_slot(&self) {
+        let lost = "SELECT wal_status = 'lost' FROM pg_replication_slots";
+        wait_until("the slot is lost", async || {
+            for _ in 0..3 {
+                let fill = "SELECT pg_logical_emit_message(false, 'fill', 'x'), pg_switch_wal()";
+                self.client.batch_execute(fill).await.unwrap();
+            }
+            self.client.batch_execute("CHECKPOINT").await.unwrap();
+            self.client.query_one(lost, &[]).await.unwrap().get(0)
+        })
+        .await;
+    }
+
+    /// The keys of the records, in their own order.
+    pub(crate) async fn keys(&self) -> Vec<String> {
+        let records = self.records().await;
+        let mut keys: Vec<String> = records.into_iter().map(|seen| seen.key).collect();
+        keys.sort_unstable();
+        keys
     }
 
     /// Makes a role that may log in and nothing else: its name and its URL.
