@@ -228,7 +228,7 @@ impl Publisher {
             KafkaError::MessageProduction(code) if verdict(code) == Verdict::Row => {
                 SendError::Row(code)
             }
-            KafkaError::MessageProduction(code) => SendError::Producer(self.failure(code)),
+            KafkaError::MessageProduction(code) => SendError::Producer(failure(code)),
             error => SendError::Producer(
                 Error::new(ErrorKind::BrokerAway, "send a record").caused_by(error),
             ),
@@ -248,21 +248,6 @@ impl Publisher {
     /// If the brokers refuse us, which waiting will not mend.
     pub fn take_reports(&self, into: &mut Vec<Report>) -> Result<()> {
         self.reports.take(into)
-    }
-
-    /// Why deliveries fail. What was pipelined behind a failure, and what a producer
-    /// without an identity was given, is reported as purged: then librdkafka knows
-    /// more.
-    pub fn failure(&self, code: RDKafkaErrorCode) -> Error {
-        let fatal = self.producer.client().fatal_error();
-        match fatal.filter(|(fatal, _)| verdict(*fatal) == Verdict::Rights) {
-            Some((fatal, reason)) => {
-                let message = format!("the brokers refuse our producer: {reason}");
-                Error::new(ErrorKind::Rights, message).caused_by(codes::explain(fatal))
-            }
-            None => Error::new(ErrorKind::BrokerAway, "a delivery failed")
-                .caused_by(codes::explain(code)),
-        }
     }
 
     /// Asks a broker for a sign of life, apart from this publisher.
@@ -289,6 +274,16 @@ impl Publisher {
     pub async fn close(self) {
         drop_apart(self.producer).await;
     }
+}
+
+/// Why a delivery failed, or cannot be tried. What the brokers refuse for good they
+/// say before: see [`Publisher::take_reports`].
+pub fn failure(code: RDKafkaErrorCode) -> Error {
+    let kind = match verdict(code) {
+        Verdict::Rights => ErrorKind::Rights,
+        _ => ErrorKind::BrokerAway,
+    };
+    Error::new(kind, "a delivery failed").caused_by(codes::explain(code))
 }
 
 fn producer(

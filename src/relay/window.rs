@@ -15,7 +15,7 @@ use crate::envelope::Record;
 use crate::error::{Error, Result};
 use crate::health::Health;
 use crate::metrics::{Metrics, TopicMetrics};
-use crate::publisher::{Destination, Publisher, Report, SendError, Topic, Verdict, verdict};
+use crate::publisher::{self, Destination, Publisher, Report, SendError, Topic, Verdict, verdict};
 use crate::source::{Mark, Place, Position, Row};
 use crate::timestamp::Timestamp;
 
@@ -338,7 +338,7 @@ impl Window {
             }
             self.suspects.insert(sent.place);
         }
-        self.fail(self.publisher.failure(code));
+        self.fail(publisher::failure(code));
         Ok(())
     }
 

@@ -7,7 +7,7 @@ use postbox::oracle::Load;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
-use crate::support::{Fixture, Relay};
+use crate::support::{Fixture, Relay, wait_until};
 
 /// The steps, and at which passages the relays that follow each other crash: in the
 /// midst of things, and then twice at the start of what is repeated. The failpoints
@@ -68,6 +68,10 @@ async fn crash_at(step: &str, passages: [u32; 3]) {
         let mut relay = Relay::spawn(command.env("FAILPOINTS", &failpoint));
         if STOPPING.contains(&step) {
             relay.wait_for_log("streaming").await;
+            wait_until("an event is delivered", || async {
+                relay.published(&fixture.topic) > 0
+            })
+            .await;
             relay.signal("TERM");
         }
         // None: a signal ended it.
