@@ -47,7 +47,8 @@ pub struct System {
     pub timeline: i32,
 }
 
-/// Checks everything a relay in WAL mode stands on, and returns where it is.
+/// Checks everything a relay in WAL mode stands on, and returns where it is, on the
+/// server's present timeline.
 ///
 /// Another timeline is a warning; [`claim`] stores it once the stream runs.
 ///
@@ -65,13 +66,17 @@ pub async fn check(client: &Client, contract: &Contract) -> Result<Checkpoint> {
         Stored::Recovering(_) => return Err(recovery_is_unfinished(contract)),
         Stored::Unfinished | Stored::Missing => return Err(not_set_up(contract)),
     };
-    checkpoint.check_system(contract, &system(client).await?)?;
+    let system = system(client).await?;
+    checkpoint.check_system(contract, &system)?;
     let slot = find_slot(client, &contract.slot).await?;
     let slot = slot.ok_or_else(|| checkpoint.slot_is_gone(contract))?;
     slot.check(&contract.slot)?;
     slot.check_unused(&contract.slot)?;
     compare_publication(client, contract, &checkpoint).await?;
-    Ok(checkpoint)
+    Ok(Checkpoint {
+        system,
+        ..checkpoint
+    })
 }
 
 /// Checks that the server can do logical replication at all.

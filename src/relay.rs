@@ -12,6 +12,7 @@
 //! The relay is the only place that knows both LSNs and records.
 
 mod attempt;
+mod connect;
 mod heartbeat;
 mod partitions;
 mod window;

@@ -1,7 +1,6 @@
 //! One attempt: from opening the slot until something breaks or the relay is
 //! told to stop.
 
-use std::pin::pin;
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -10,17 +9,16 @@ use tokio::time::Instant;
 use tokio_postgres::types::PgLsn;
 use tracing::info;
 
+use super::connect::{Connected, PROBE_TIMEOUT, connect};
 use super::heartbeat::Heartbeat;
 use super::window::{Stop, Window};
-use super::{BACKOFF_MAX, Relay, RelaySettings};
-use crate::catalog::{self, Checkpoint};
-use crate::database::Session;
+use super::{BACKOFF_MAX, Relay};
 use crate::envelope::Encoder;
 use crate::error::{Error, ErrorKind, Result};
-use crate::health::{SILENCE_MAX, Server};
-use crate::publisher::{Publisher, Topic};
-use crate::source::wal::{Stream, WalSettings};
-use crate::source::{Item, Mark, Row, Source};
+use crate::health::Server;
+use crate::publisher::Topic;
+use crate::source::wal::Stream;
+use crate::source::{Item, Mark, Row};
 
 pub(super) struct Attempt<'r> {
     relay: &'r mut Relay,
@@ -55,10 +53,8 @@ const PAUSE: Duration = Duration::from_micros(300);
 /// How often liveness, progress and the brokers are looked at.
 const TICK: Duration = Duration::from_secs(1);
 
-/// After how long without a delivery the brokers are asked for a sign of life,
-/// and how long they may take.
+/// After how long without a delivery the brokers are asked for a sign of life.
 const PROBE_INTERVAL: Duration = Duration::from_secs(4);
-const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How small a refused batch makes the next ones.
 const BATCH_BYTES_MIN: usize = 16_384;
@@ -77,10 +73,11 @@ impl<'r> Attempt<'r> {
         relay: &'r mut Relay,
         shutdown: &mut watch::Receiver<bool>,
     ) -> Result<()> {
-        let mut attempt = tokio::select! {
+        let connected = tokio::select! {
             _ = shutdown.wait_for(|stop| *stop) => return Ok(()),
-            attempt = Self::connect(relay) => attempt?,
+            connected = connect(relay) => connected?,
         };
+        let mut attempt = Attempt::new(relay, connected);
         let result = attempt.carry(shutdown).await;
         if let Err(error) = &result {
             // Before leave is taken, which takes a while.
@@ -97,52 +94,40 @@ impl<'r> Attempt<'r> {
         relay.worked = attempt.window.has_delivered || attempt.began.elapsed() > BACKOFF_MAX;
         attempt.stream.close().await;
         relay.suspects = attempt.window.close().await;
+        relay.metrics.in_flight_events.set(0);
+        relay.metrics.in_flight_bytes.set(0);
         if relay.suspects.len() > 1 {
             relay.batch_bytes = (relay.batch_bytes / 2).max(BATCH_BYTES_MIN);
         }
         result
     }
 
-    async fn connect(relay: &'r mut Relay) -> Result<Self> {
-        let settings = relay.settings.clone();
-        relay.metrics.in_flight_events.set(0);
-        let name = format!("postbox {} control", settings.contract.slot);
-        let session = settings.database.connect(&name).await?;
-        let checkpoint = answered(catalog::check(&session.client, &settings.contract)).await?;
-        failpoint!("checked");
-        let publisher = reach_brokers(relay).await?;
-        let nonce = uuid::Uuid::new_v4().to_string();
-        let mut stream = open_stream(&settings, &session, &checkpoint, &nonce).await?;
-        failpoint!("opened");
-        // What was checked was read before the slot was ours.
-        let checkpoint = answered(catalog::claim(&session.client, &settings.contract)).await?;
-        if let Some(gap) = checkpoint.gap.clone() {
-            let begun = stream.read_first(&settings.database, gap, checkpoint.lsn);
-            begun.await?;
-        }
+    fn new(relay: &'r mut Relay, connected: Connected) -> Self {
+        let (metrics, health) = (relay.metrics.clone(), relay.health.clone());
+        let settings = &relay.settings;
         info!(
             slot = settings.contract.slot,
             database = settings.database.display(),
             "streaming"
         );
-        relay.health.streaming();
-        Ok(Self {
+        health.streaming();
+        Self {
             heartbeat: Heartbeat::start(
-                session,
-                settings.contract,
-                checkpoint,
+                connected.session,
+                settings.contract.clone(),
+                connected.checkpoint,
                 settings.heartbeat_interval,
-                nonce,
-                relay.metrics.clone(),
-                relay.health.clone(),
+                connected.nonce,
+                metrics.clone(),
+                health.clone(),
             ),
-            stream,
-            encoder: Encoder::new(settings.format, settings.route),
+            stream: connected.stream,
+            encoder: Encoder::new(settings.format, settings.route.clone()),
             window: Window::new(
-                publisher,
+                connected.publisher,
                 std::mem::take(&mut relay.suspects),
-                relay.metrics.clone(),
-                relay.health.clone(),
+                metrics,
+                health,
             ),
             held: None,
             resolved_topic: None,
@@ -152,7 +137,7 @@ impl<'r> Attempt<'r> {
             began: Instant::now(),
             stopping: false,
             relay,
-        })
+        }
     }
 
     async fn carry(&mut self, shutdown: &mut watch::Receiver<bool>) -> Result<()> {
@@ -419,67 +404,6 @@ impl<'r> Attempt<'r> {
             Stop::Row(row, why) => poison(&self.stream, &row, why),
             Stop::Attempt(error) => error,
         }
-    }
-}
-
-/// What Postgres answers before there is a heartbeat. A connection that died without
-/// a word would be waited for until the system gives it up.
-async fn answered<T>(answer: impl Future<Output = Result<T>>) -> Result<T> {
-    match tokio::time::timeout(SILENCE_MAX, answer).await {
-        Ok(answer) => answer,
-        Err(_) => {
-            let seconds = SILENCE_MAX.as_secs();
-            let message = format!("read what was set up: no answer within {seconds} s");
-            Err(Error::new(ErrorKind::DatabaseAway, message))
-        }
-    }
-}
-
-/// A producer whose brokers answer: the slot is only taken by a relay that can
-/// deliver.
-async fn reach_brokers(relay: &Relay) -> Result<Publisher> {
-    let publisher = Publisher::new(relay.settings.kafka.clone(), relay.batch_bytes)?;
-    let mut probe = pin!(publisher.probe(PROBE_TIMEOUT));
-    let answer = loop {
-        tokio::select! {
-            answer = &mut probe => break answer,
-            // Nothing was sent yet, so that this is a refusal: no need to wait for
-            // an answer.
-            () = publisher.reported() => publisher.take_reports(&mut Vec::new())?,
-        }
-    };
-    publisher.take_reports(&mut Vec::new())?;
-    if let Err(error) = answer {
-        relay.health.brokers(Err(error.chain()));
-        return Err(error);
-    }
-    relay.health.brokers(Ok(()));
-    Ok(publisher)
-}
-
-/// The stream, unless the ordinary session ends first: the server is then going
-/// away, or is not the one that was checked.
-async fn open_stream(
-    settings: &RelaySettings,
-    session: &Session,
-    checkpoint: &Checkpoint,
-    nonce: &str,
-) -> Result<Stream> {
-    let wal = WalSettings {
-        slot: settings.contract.slot.clone(),
-        source: Source {
-            schema: settings.contract.schema.clone(),
-            table: "outbox".to_owned(),
-            publication: settings.contract.publication.clone(),
-            nonce: nonce.to_owned(),
-        },
-        start: checkpoint.lsn,
-        status_interval: settings.status_interval,
-        wal_sender_timeout: settings.wal_sender_timeout,
-    };
-    tokio::select! {
-        stream = Stream::open(&settings.database, wal) => stream,
-        error = session.ended() => Err(error),
     }
 }
 

@@ -20,15 +20,15 @@ use std::pin::pin;
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
-use pgwire_replication::Lsn;
 use pgwire_replication::client::ReplicationClient;
+use pgwire_replication::{IdentifySystem, Lsn, PgWireError};
 use tokio_postgres::types::PgLsn;
 
 use super::columns::Unreadable;
 use super::gap::GapReader;
 use super::messages::{Messages, Source};
 use super::{FORMATS, Item, Row};
-use crate::catalog::Gap;
+use crate::catalog::{Gap, System};
 use crate::database::{self, Database};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Event;
@@ -40,6 +40,8 @@ pub struct WalSettings {
     pub slot: String,
     /// What the slot is read for.
     pub source: Source,
+    /// The server on which this was checked.
+    pub system: System,
     /// Everything that committed before it is delivered.
     pub start: PgLsn,
     /// How often a new position is told to the server: what a crash repeats at
@@ -94,14 +96,19 @@ impl Stream {
             // that it lives.
             .with_wakeup_interval(settings.wal_sender_timeout * 3);
         let sorted = |error| database::sort_replication(&context, error);
-        let mut client = ReplicationClient::connect(config).await.map_err(sorted)?;
-        match tokio::time::timeout(CONNECT_TIMEOUT, client.wait_started()).await {
-            Ok(started) => started.map_err(sorted)?,
-            Err(_) => {
-                client.abort();
-                let message = format!("{context}: no answer within {CONNECT_TIMEOUT:?}");
-                return Err(Error::new(ErrorKind::DatabaseAway, message));
-            }
+        let mut client = ReplicationClient::connect_gated(config)
+            .await
+            .map_err(sorted)?;
+        let opened = async {
+            let limit = database.connect_timeout();
+            let found = within(limit, &context, client.identify_system()).await?;
+            settings.check_system(&found)?;
+            client.start().await.map_err(sorted)?;
+            within(START_TIMEOUT, &context, client.wait_started()).await
+        };
+        if let Err(error) = opened.await {
+            client.abort();
+            return Err(error);
         }
         Ok(Self {
             client,
@@ -262,6 +269,39 @@ impl Stream {
     }
 }
 
+impl WalSettings {
+    /// Refuses a stream from another server than the one that was checked: in a
+    /// fail-over, one address may lead to the old one and then to the new one.
+    fn check_system(&self, found: &IdentifySystem) -> Result<()> {
+        let checked = &self.system;
+        if (&found.system_id, i64::from(found.timeline))
+            == (&checked.identifier, i64::from(checked.timeline))
+        {
+            return Ok(());
+        }
+        let message = format!(
+            "stream from slot \"{}\": the address leads to two servers, one with system identifier {} on timeline {}, \
+             one with {} on {}",
+            self.slot, checked.identifier, checked.timeline, found.system_id, found.timeline
+        );
+        Err(Error::new(ErrorKind::DatabaseAway, message))
+    }
+}
+
 /// How long the server may take to start the stream. It first reads the WAL from
 /// where the slot was, which takes a while after a long absence.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(120);
+const START_TIMEOUT: Duration = Duration::from_secs(120);
+
+async fn within<T>(
+    limit: Duration,
+    context: &str,
+    answer: impl Future<Output = Result<T, PgWireError>>,
+) -> Result<T> {
+    match tokio::time::timeout(limit, answer).await {
+        Ok(answer) => answer.map_err(|error| database::sort_replication(context, error)),
+        Err(_) => {
+            let message = format!("{context}: no answer within {limit:?}");
+            Err(Error::new(ErrorKind::DatabaseAway, message))
+        }
+    }
+}

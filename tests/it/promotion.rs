@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::support::{Fixture, Relay};
+use crate::support::{Fixture, Proxy, Relay};
 
 /// Starts the test's Postgres again as a standby.
 async fn demote(fixture: &mut Fixture) {
@@ -39,5 +39,30 @@ async fn another_timeline_is_told_once_and_events_go_on() {
 
     let relay = Relay::streaming(&fixture, &[]).await;
     assert!(!relay.log().contains("timeline"), "{}", relay.log());
+    relay.drain().await;
+}
+
+/// While an address moves, a session may still be with the old server when the stream
+/// opens on the new one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_from_another_server_than_the_session_is_refused() {
+    let proxy = Proxy::start().await;
+    let (old, url) = Fixture::behind(&proxy).await;
+    let new = Fixture::with_postgres(&[]).await;
+    let database = format!("CREATE DATABASE {}", old.contract.slot);
+    new.client.batch_execute(&database).await.unwrap();
+    let address = |fixture: &Fixture| {
+        let port = fixture.postgres.as_ref().unwrap().fact("port");
+        format!("127.0.0.1:{port}")
+    };
+    proxy.pass_on_in_turn(&[&address(&old), &address(&new)]);
+    old.insert("a", "{}").await;
+    let mut command = Relay::command(&old, &[]);
+    let mut relay = Relay::spawn(command.env("POSTBOX_DATABASE_URL", &url));
+    relay.wait_for_log("the address leads to two servers").await;
+    assert!(!relay.log().contains("streaming"), "{}", relay.log());
+    proxy.pass_on_to(&address(&old));
+    relay.wait_for_log("streaming").await;
+    old.wait_for_confirmation().await;
     relay.drain().await;
 }

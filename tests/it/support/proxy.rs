@@ -17,7 +17,8 @@ pub(crate) struct Proxy {
 
 #[derive(Debug, Clone)]
 struct State {
-    upstream: String,
+    /// Where connections go, in turn.
+    upstreams: Vec<String>,
     weather: Weather,
     /// Connections that are older than this many cuts are gone.
     cuts: u64,
@@ -44,7 +45,7 @@ impl Proxy {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let (state, states) = watch::channel(State {
-            upstream: String::new(),
+            upstreams: Vec::new(),
             weather: Weather::Fair,
             cuts: 0,
         });
@@ -61,8 +62,14 @@ impl Proxy {
     }
 
     pub(crate) fn pass_on_to(&self, upstream: &str) {
-        self.state
-            .send_modify(|state| upstream.clone_into(&mut state.upstream));
+        self.pass_on_in_turn(&[upstream]);
+    }
+
+    /// Passes each connection on to the next of these.
+    pub(crate) fn pass_on_in_turn(&self, upstreams: &[&str]) {
+        let upstreams = upstreams.iter().map(|upstream| upstream.to_string());
+        let upstreams = upstreams.collect();
+        self.state.send_modify(|state| state.upstreams = upstreams);
     }
 
     pub(crate) fn weather(&self, weather: Weather) {
@@ -83,13 +90,23 @@ impl Drop for Proxy {
 }
 
 async fn accept(listener: TcpListener, state: watch::Receiver<State>) {
+    let mut turn = 0;
     while let Ok((client, _)) = listener.accept().await {
-        tokio::spawn(connect(client, state.clone()));
+        let upstreams = state.borrow().upstreams.clone();
+        let Some(upstream) = upstreams.get(turn % upstreams.len().max(1)) else {
+            continue;
+        };
+        turn += 1;
+        tokio::spawn(connect(client, upstream.clone(), state.clone()));
     }
 }
 
-async fn connect(client: TcpStream, mut state: watch::Receiver<State>) -> Result<()> {
-    let State { upstream, cuts, .. } = state.borrow().clone();
+async fn connect(
+    client: TcpStream,
+    upstream: String,
+    mut state: watch::Receiver<State>,
+) -> Result<()> {
+    let cuts = state.borrow().cuts;
     let server = TcpStream::connect(upstream).await?;
     client.set_nodelay(true)?;
     server.set_nodelay(true)?;
