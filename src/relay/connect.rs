@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use super::{Relay, RelaySettings};
 use crate::catalog::{self, Checkpoint};
-use crate::database::Session;
+use crate::database::{Session, sort};
 use crate::error::{Error, ErrorKind, Result};
 use crate::health::SILENCE_MAX;
 use crate::publisher::Publisher;
@@ -58,7 +58,15 @@ pub(super) async fn connect(relay: &Relay) -> Result<Connected> {
 async fn open_session(settings: &RelaySettings) -> Result<(Session, Checkpoint)> {
     let name = format!("postbox {} control", settings.contract.slot);
     let session = settings.database.connect(&name).await?;
-    let checkpoint = answered(catalog::check(&session.client, &settings.contract)).await?;
+    // What we no longer wait for must not stay behind in the server: a statement that
+    // waits for a lock does not notice that its client has gone.
+    let limit = format!("SET statement_timeout = {}", SILENCE_MAX.as_millis());
+    let limited = async {
+        let done = session.client.batch_execute(&limit).await;
+        done.map_err(|error| sort("limit statements", error))?;
+        catalog::check(&session.client, &settings.contract).await
+    };
+    let checkpoint = answered(limited).await?;
     Ok((session, checkpoint))
 }
 

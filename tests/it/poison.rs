@@ -328,7 +328,19 @@ async fn a_publication_made_again_is_noticed_though_the_checkpoint_is_locked() {
             .client,
     );
     fixture.insert("a", "{}").await;
+    let waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND pid = ANY($1)";
+    let sessions = "SELECT array_agg(pid) FROM pg_stat_activity WHERE application_name = $1";
+    let name = format!("postbox {} control", fixture.contract.slot);
+    let row = fixture.client.query_one(sessions, &[&name]).await.unwrap();
+    let first: Vec<i32> = row.get(0);
+    let left_behind = async || {
+        let row = fixture.client.query_one(waiting, &[&first]).await.unwrap();
+        row.get::<_, i64>(0)
+    };
+    wait_until("the lock is waited for", async || left_behind().await > 0).await;
     relay.wait_for_log("does not answer").await;
+    // What the relay gave up does not wait on in the server.
+    wait_until("nothing is left behind", async || left_behind().await == 0).await;
     let again = "BEGIN; DROP PUBLICATION postbox; \
                  CREATE PUBLICATION postbox FOR TABLE postbox.outbox WITH (publish = 'insert', publish_via_partition_root = true); COMMIT";
     fixture.client.batch_execute(again).await.unwrap();
