@@ -348,7 +348,13 @@ impl<'r> Attempt<'r> {
                 Ok::<_, Error>(())
             };
             // If it takes longer, or fails: then they are repeated.
-            let _ = tokio::time::timeout(PARTING_MAX, settled).await;
+            let settled = tokio::time::timeout(PARTING_MAX, settled).await;
+            if let (Ok(Ok(())), Some(seq)) = (settled, self.stream.gap_seq()) {
+                // The last row may be the one that cannot go out.
+                let mark = Mark::Seq(seq - 1);
+                self.heartbeat.reached((mark, self.stream.confirmed()));
+                let _ = tokio::time::timeout(PARTING_MAX, self.heartbeat.store()).await;
+            }
         }
         // What was confirmed last may not have left yet.
         let sent = self.stream.confirmation_sent();

@@ -22,7 +22,7 @@ use crate::catalog::{self, Checkpoint};
 use crate::contract::Contract;
 use crate::database::{self, Session};
 use crate::error::{Error, ErrorKind, Result};
-use crate::health::{Health, Server};
+use crate::health::{Health, SILENCE_MAX, Server};
 use crate::metrics::Metrics;
 use crate::source::{HEARTBEAT_PREFIX, Mark};
 
@@ -106,8 +106,8 @@ impl Heartbeat {
         self.shared.confirmed.store(lsn.into(), Ordering::Relaxed);
     }
 
-    /// Stores the last mark and position, and waits until the slot has confirmed this position.
-    pub(super) async fn flush(&self, lsn: PgLsn) -> Result<()> {
+    /// Stores the last mark and position.
+    pub(super) async fn store(&self) -> Result<()> {
         let mark = self.mark.borrow().clone();
         if let Some(mark) = mark {
             self.shared.store_mark(mark).await?;
@@ -115,6 +115,12 @@ impl Heartbeat {
         if !self.shared.position_is_stored() {
             self.shared.store_position().await?;
         }
+        Ok(())
+    }
+
+    /// Stores the last mark and position, and waits until the slot has confirmed this position.
+    pub(super) async fn flush(&self, lsn: PgLsn) -> Result<()> {
+        self.store().await?;
         loop {
             let slot = &self.shared.contract.slot;
             let state = catalog::slot_state(&self.shared.session.client, slot).await?;
@@ -134,30 +140,29 @@ async fn run(
     let mut beat = tokio::time::interval(interval);
     let mut slot = tokio::time::interval(SLOT_INTERVAL);
     let mut store = tokio::time::interval(STORE_INTERVAL);
-    // A session that waits for a lock, or for a synchronous standby, compares
-    // nothing: then it is as good as gone.
-    let patience = interval.max(SLOT_INTERVAL);
     loop {
         let result = tokio::select! {
             error = shared.session.ended() => return error,
-            _ = beat.tick() => tokio::time::timeout(patience, shared.beat()).await,
-            _ = slot.tick() => tokio::time::timeout(patience, shared.look_at_slot()).await,
+            _ = beat.tick() => tokio::time::timeout(SILENCE_MAX, shared.beat()).await,
+            _ = slot.tick() => tokio::time::timeout(SILENCE_MAX, shared.look_at_slot()).await,
             _ = store.tick() => {
                 if shared.position_is_stored() { continue }
-                tokio::time::timeout(patience, shared.store_position()).await
+                tokio::time::timeout(SILENCE_MAX, shared.store_position()).await
             }
             Ok(()) = mark.changed() => {
                 let Some(mark) = mark.borrow_and_update().clone() else { continue };
-                tokio::time::timeout(patience, shared.store_mark(mark)).await
+                tokio::time::timeout(SILENCE_MAX, shared.store_mark(mark)).await
             }
         };
         match result {
             Ok(Ok(())) => shared.health.heard(Server::Postgres),
             Ok(Err(error)) => return error,
+            // A session that waits for a lock, or for a synchronous standby, compares
+            // nothing: it is as good as gone.
             Err(_) => {
                 let message = format!(
                     "the heartbeat's session does not answer within {} s",
-                    patience.as_secs()
+                    SILENCE_MAX.as_secs()
                 );
                 return Error::new(ErrorKind::DatabaseAway, message);
             }
