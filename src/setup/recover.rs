@@ -25,9 +25,9 @@ use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
 use super::slot::start::create_slot;
-use super::slot::{drop_slot, finish, identify_system, object, write};
+use super::slot::{drop_slot, finish, identify_system, object, taken_over, write};
 use super::{Report, State, create_publication, lock, open_replication, publication};
-use crate::catalog::{self, Checkpoint, Gap, Stored};
+use crate::catalog::{self, Checkpoint, Stored};
 use crate::contract::Contract;
 use crate::database::{Database, sort};
 use crate::error::Result;
@@ -41,9 +41,9 @@ use crate::error::Result;
 /// # Errors
 ///
 /// `SlotInUse`: a relay reads the slot. `Slot`: there is no checkpoint to start
-/// from, or the slot is another's. `Database`: the checkpoint belongs to another
-/// cluster. `Publication`: it is wrong, and the message has the statement that
-/// mends it.
+/// from, another took it over meanwhile, or the slot is another's. `Database`: the
+/// checkpoint belongs to another cluster. `Publication`: it is wrong, and the message
+/// has the statement that mends it.
 pub async fn recover(
     database: &Database,
     contract: &Contract,
@@ -65,7 +65,7 @@ pub async fn recover(
     let mut report = Report::default();
     if finished && is_whole(client, contract, &checkpoint).await? {
         let note = match (&checkpoint.gap, skip_missed) {
-            (Some(gap), true) => Some(skip_rest(client, contract, gap).await?),
+            (Some(_), true) => Some(skip_rest(client, contract, checkpoint.epoch).await?),
             _ => None,
         };
         report.add(publication(contract), State::AlreadyThere);
@@ -123,29 +123,33 @@ async fn remake(
     })
 }
 
-/// Gives up what a recovery has left to be sent.
-async fn skip_rest(client: &Client, contract: &Contract, gap: &Gap) -> Result<String> {
+/// Gives up what a recovery has left to be sent, unless a relay has taken the
+/// checkpoint over since this epoch. One of this epoch that has lost its session may
+/// still write how far it came: the gap is taken as it is once its row is locked.
+async fn skip_rest(client: &Client, contract: &Contract, epoch: i64) -> Result<String> {
     let sql = contract.sql(
-        "WITH ended AS (
-             UPDATE :\"schema\".checkpoint
-             SET snapshot = second_snapshot, second_snapshot = NULL, seq = NULL, epoch = epoch + 1,
+        "WITH gap AS (
+             SELECT name, snapshot AS since, second_snapshot AS until, coalesce(seq, 0) AS seq
+             FROM :\"schema\".checkpoint
+             WHERE name = :'slot' AND epoch = $1 AND second_snapshot IS NOT NULL
+             FOR UPDATE
+         ), skipped AS (
+             UPDATE :\"schema\".checkpoint AS c
+             SET snapshot = gap.until, second_snapshot = NULL, seq = NULL, epoch = epoch + 1,
                  updated_at = now()
-             WHERE name = :'slot' AND second_snapshot IS NOT NULL
+             FROM gap WHERE c.name = gap.name RETURNING gap.*
          )
-         SELECT count(*) FROM :\"schema\".outbox
-         WHERE NOT pg_visible_in_snapshot(xid, $1::pg_snapshot)
-           AND pg_visible_in_snapshot(xid, $2::pg_snapshot) AND seq > $3",
+         SELECT (SELECT count(*) FROM :\"schema\".outbox AS o
+                 WHERE NOT pg_visible_in_snapshot(o.xid, skipped.since)
+                   AND pg_visible_in_snapshot(o.xid, skipped.until) AND o.seq > skipped.seq)
+         FROM skipped",
     );
-    let parameters = [
-        (&gap.since as _, Type::TEXT),
-        (&gap.until as _, Type::TEXT),
-        (&gap.seq as _, Type::INT8),
-    ];
     let rows = client
-        .query_typed(&sql, &parameters)
+        .query_typed(&sql, &[(&epoch as _, Type::INT8)])
         .await
         .map_err(|error| sort(format!("write checkpoint \"{}\"", contract.slot), error))?;
-    let rows: i64 = rows.first().map_or(0, |row| row.get(0));
+    let row = rows.first().ok_or_else(|| taken_over(contract))?;
+    let rows: i64 = row.get(0);
     Ok(format!(
         "rows of a recovery not sent yet: {rows}; they stay unpublished"
     ))

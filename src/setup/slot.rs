@@ -170,15 +170,20 @@ pub(super) async fn finish(
         .await
         .map_err(|error| sort(format!("write checkpoint \"{}\"", contract.slot), error))?;
     if rows.is_empty() {
-        return Err(Error::new(
-            ErrorKind::Slot,
-            format!(
-                "checkpoint \"{}\" was changed meanwhile: run the command again",
-                contract.slot
-            ),
-        ));
+        return Err(taken_over(contract));
     }
     Ok(())
+}
+
+/// The checkpoint is no longer what it was when the command looked at it.
+pub(super) fn taken_over(contract: &Contract) -> Error {
+    Error::new(
+        ErrorKind::Slot,
+        format!(
+            "checkpoint \"{}\" was taken over meanwhile: run the command again",
+            contract.slot
+        ),
+    )
 }
 
 fn rows_before_the_slot(contract: &Contract, rows: i64) -> Error {

@@ -1,7 +1,7 @@
 //! `postbox recover --skip-missed`: what was missed is given up.
 
 use super::{FAST, missed};
-use crate::support::{Fixture, Relay};
+use crate::support::{Fixture, Output, Relay, connect, wait_until};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_skipped_is_counted() {
@@ -55,4 +55,58 @@ async fn an_event_of_the_gap_that_cannot_go_out_is_named_and_can_be_skipped() {
     relay.drain().await;
     let keys = fixture.keys().await;
     assert_eq!(keys, ["a", "d"]);
+}
+
+/// `recover --skip-missed`, while another is about to change the checkpoint like this.
+async fn skip_while(fixture: &Fixture, change: &str) -> Output {
+    let other = connect(&fixture.database_url).await;
+    let change = format!("BEGIN; UPDATE postbox.checkpoint SET {change}");
+    other.batch_execute(&change).await.unwrap();
+    std::thread::scope(|scope| {
+        let skip = scope.spawn(|| fixture.recover(&["--skip-missed"]));
+        let meanwhile = async {
+            wait_until("recovery waits for the checkpoint", async || {
+                let waits = "SELECT count(*) > 0 FROM pg_stat_activity WHERE datname = current_database() \
+                             AND application_name = 'postbox recover' AND wait_event = 'transactionid'";
+                fixture.client.query_one(waits, &[]).await.unwrap().get(0)
+            })
+            .await;
+            other.batch_execute("COMMIT").await.unwrap();
+        };
+        let handle = tokio::runtime::Handle::current();
+        tokio::task::block_in_place(|| handle.block_on(meanwhile));
+        skip.join().unwrap()
+    })
+}
+
+/// A relay that starts between two looks at the checkpoint has the rows to send.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_relay_has_begun_to_send_is_not_skipped() {
+    let fixture = Fixture::new().await;
+    fixture.drop_slot().await;
+    fixture.insert("missed", "{}").await;
+    fixture.recover(&[]).results();
+    let refused = skip_while(&fixture, "epoch = epoch + 1").await;
+    let complaint = refused.complaint(4);
+    let slot = &fixture.contract.slot;
+    let why = format!("checkpoint \"{slot}\" was taken over meanwhile: run the command again");
+    assert!(complaint.contains(&why), "{complaint}");
+    let relay = Relay::streaming(&fixture, &FAST).await;
+    fixture.wait_for_confirmation().await;
+    relay.drain().await;
+    assert_eq!(fixture.keys().await, ["missed"]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_sent_meanwhile_is_not_counted_as_skipped() {
+    let fixture = Fixture::new().await;
+    fixture.drop_slot().await;
+    for key in ["sent", "missed"] {
+        fixture.insert(key, "{}").await;
+    }
+    fixture.recover(&[]).results();
+    let first_is_sent = "seq = (SELECT min(seq) FROM postbox.outbox)";
+    let skipped = skip_while(&fixture, first_is_sent).await;
+    let note = "rows of a recovery not sent yet: 1; they stay unpublished";
+    assert!(skipped.results().contains(note), "{skipped:?}");
 }
