@@ -27,7 +27,7 @@ use tokio_postgres::types::Type;
 use super::slot::start::create_slot;
 use super::slot::{drop_slot, finish, identify_system, object, taken_over, write};
 use super::{Report, State, create_publication, lock, open_replication, publication};
-use crate::catalog::{self, Checkpoint, Stored};
+use crate::catalog::{self, Checkpoint, Gap, Stored};
 use crate::contract::Contract;
 use crate::database::{Database, sort};
 use crate::error::Result;
@@ -113,13 +113,17 @@ async fn remake(
     let since = &checkpoint.snapshot;
     let start = create_slot(client, &mut replication, contract, since).await?;
     let rows = start.rows_before;
-    let keep_gap = rows > 0 && !skip_missed;
-    finish(client, contract, &system, &start, keep_gap.then_some(since)).await?;
+    let gap = (rows > 0 && !skip_missed).then(|| Gap {
+        since: since.clone(),
+        until: start.snapshot.clone(),
+        seq: start.seq_before,
+    });
+    finish(client, contract, &system, &start, gap.as_ref()).await?;
     let missed = format!("rows committed since the last checkpoint: {rows}");
-    Ok(match (rows, keep_gap) {
+    Ok(match (rows, gap) {
         (0, _) => missed,
-        (_, true) => format!("{missed}; the relay sends them before all others"),
-        (_, false) => format!("{missed}; they stay unpublished"),
+        (_, Some(_)) => format!("{missed}; the relay sends them before all others"),
+        (_, None) => format!("{missed}; they stay unpublished"),
     })
 }
 

@@ -25,7 +25,7 @@ use tokio_postgres::types::Type;
 
 use self::start::{SEES_NOTHING, Start};
 use super::{Report, State};
-use crate::catalog::{self, Checkpoint, Stored, System};
+use crate::catalog::{self, Checkpoint, Gap, Stored, System};
 use crate::contract::Contract;
 use crate::database::{sort, sort_replication};
 use crate::error::{Error, ErrorKind, Result};
@@ -138,29 +138,28 @@ pub(super) async fn write(client: &Client, contract: &Contract, sql: &str) -> Re
         .map_err(|error| sort(format!("write checkpoint \"{}\"", contract.slot), error))
 }
 
-/// Writes where the slot begins: with the gap since this snapshot before it, if there
-/// is one.
+/// Writes where the slot begins, and the gap before it that is to be sent.
 pub(super) async fn finish(
     client: &Client,
     contract: &Contract,
     system: &System,
     start: &Start,
-    gap_since: Option<&String>,
+    gap: Option<&Gap>,
 ) -> Result<()> {
     let sql = contract.sql(
         "UPDATE :\"schema\".checkpoint \
-         SET lsn = $1, snapshot = $2::pg_snapshot, second_snapshot = $3::pg_snapshot, \
-             system_identifier = $4, timeline = $5, publication_identity = $6, updated_at = now() \
+         SET lsn = $1, snapshot = $2::pg_snapshot, second_snapshot = $3::pg_snapshot, seq = $4, \
+             system_identifier = $5, timeline = $6, publication_identity = $7, updated_at = now() \
          WHERE name = :'slot' AND lsn IS NULL RETURNING name",
     );
-    let (snapshot, second_snapshot) = match gap_since {
-        Some(since) => (since, Some(&start.snapshot)),
-        None => (&start.snapshot, None),
-    };
+    let snapshot = gap.map_or(&start.snapshot, |gap| &gap.since);
+    let second_snapshot = gap.map(|gap| &gap.until);
+    let seq = gap.map(|gap| gap.seq);
     let parameters = [
         (&start.lsn as _, Type::PG_LSN),
         (snapshot as _, Type::TEXT),
         (&second_snapshot as _, Type::TEXT),
+        (&seq as _, Type::INT8),
         (&system.identifier as _, Type::TEXT),
         (&system.timeline as _, Type::INT4),
         (&start.publication_identity as _, Type::TEXT),

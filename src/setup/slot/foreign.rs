@@ -57,6 +57,7 @@ pub(super) async fn take_over(
             _ => SEES_NOTHING.to_owned(),
         },
         rows_before,
+        seq_before: 0,
         publication_identity: row.get(2),
     })
 }

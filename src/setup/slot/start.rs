@@ -23,6 +23,8 @@ pub(in crate::setup) struct Start {
     /// Rows that the slot does not give. Of a slot that someone else made: rows
     /// that it may not give.
     pub(in crate::setup) rows_before: i64,
+    /// None of those rows has this `seq` or a smaller one.
+    pub(in crate::setup) seq_before: i64,
     pub(in crate::setup) publication_identity: Option<String>,
 }
 
@@ -98,10 +100,9 @@ async fn look_before(
         ))
         .await?;
     let sql = contract.sql(
-        "SELECT pg_current_snapshot()::text, \
-                (SELECT count(*) FROM :\"schema\".outbox \
-                 WHERE NOT pg_visible_in_snapshot(xid, $1::text::pg_snapshot)), \
-                :\"schema\".publication_identity(:'publication')",
+        "SELECT pg_current_snapshot()::text, count(*), coalesce(min(seq) - 1, 0), \
+                :\"schema\".publication_identity(:'publication') \
+         FROM :\"schema\".outbox WHERE NOT pg_visible_in_snapshot(xid, $1::text::pg_snapshot)",
     );
     let row = transaction.query_one(&sql, &[&since]).await?;
     transaction.commit().await?;
@@ -109,7 +110,8 @@ async fn look_before(
         lsn,
         snapshot: in_order(row.get(0)),
         rows_before: row.get(1),
-        publication_identity: row.get(2),
+        seq_before: row.get(2),
+        publication_identity: row.get(3),
     })
 }
 

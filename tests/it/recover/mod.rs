@@ -213,6 +213,32 @@ async fn a_relay_that_wakes_after_a_recovery_does_not_end_the_gap() {
     assert!(keys.contains(&"missed".to_owned()), "{keys:?}");
 }
 
+/// Not at the first row of the table, of which there may be many.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_missed_is_read_from_its_first_row_on() {
+    let fixture = Fixture::new().await;
+    let seq = async || -> Option<i64> {
+        let sql = "SELECT seq FROM postbox.checkpoint";
+        fixture.client.query_one(sql, &[]).await.unwrap().get(0)
+    };
+    fixture.drop_slot().await;
+    for _ in 0..3 {
+        fixture.insert("old", "{}").await;
+    }
+    fixture.recover(&["--skip-missed"]).results();
+    assert_eq!(seq().await, None);
+    fixture.drop_slot().await;
+    for _ in 0..2 {
+        fixture.insert("missed", "{}").await;
+    }
+    fixture.recover(&[]).results();
+    assert_eq!(seq().await, Some(3));
+    let relay = Relay::streaming(&fixture, &FAST).await;
+    fixture.wait_for_confirmation().await;
+    relay.drain().await;
+    assert_eq!(fixture.keys().await, ["missed", "missed"]);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nothing_is_done_where_nothing_is_lost() {
     let fixture = Fixture::empty().await;
