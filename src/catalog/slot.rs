@@ -19,6 +19,8 @@ pub struct SlotState {
     pub in_this_database: bool,
     /// Whether the slot goes when its session ends.
     pub temporary: bool,
+    /// Whether standbys keep a copy of the slot (Postgres 17 and later).
+    pub failover: bool,
     /// The walsender that reads it.
     pub active_pid: Option<i32>,
     /// From where the server keeps WAL for it.
@@ -49,14 +51,15 @@ pub async fn slot_state(client: &Client, slot: &str) -> Result<SlotState> {
 
 /// The slot's state, if there is such a slot.
 pub async fn find_slot(client: &Client, slot: &str) -> Result<Option<SlotState>> {
-    // to_jsonb: invalidation_reason came with Postgres 17. A confirmed position
+    // to_jsonb: invalidation_reason and failover came with Postgres 17. A confirmed position
     // can be ahead of the local WAL's end for a moment after a crash: never less
     // than nothing.
     let sql = "SELECT slot_type, plugin::text, database::text, coalesce(database = current_database(), false), \
                       temporary, active_pid, restart_lsn, confirmed_flush_lsn, wal_status, \
                       to_jsonb(s) ->> 'invalidation_reason', safe_wal_size, \
                       coalesce(greatest(pg_current_wal_lsn() - restart_lsn, 0), 0)::bigint, \
-                      coalesce(greatest(pg_current_wal_lsn() - confirmed_flush_lsn, 0), 0)::bigint \
+                      coalesce(greatest(pg_current_wal_lsn() - confirmed_flush_lsn, 0), 0)::bigint, \
+                      coalesce((to_jsonb(s) ->> 'failover')::boolean, false) \
                FROM pg_replication_slots AS s WHERE slot_name = $1::text::name";
     let rows = client
         .query_typed(sql, &[(&slot, Type::TEXT)])
@@ -76,6 +79,7 @@ pub async fn find_slot(client: &Client, slot: &str) -> Result<Option<SlotState>>
         safe_wal_size: row.get(10),
         retained_bytes: row.get(11),
         lag_bytes: row.get(12),
+        failover: row.get(13),
     }))
 }
 

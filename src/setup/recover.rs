@@ -25,7 +25,7 @@ use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
 use super::slot::start::create_slot;
-use super::slot::{drop_slot, finish, identify_system, object, taken_over, write};
+use super::slot::{finish, identify_system, object, taken_over, write};
 use super::{Report, State, create_publication, lock, open_replication, publication};
 use crate::catalog::{self, Checkpoint, Gap, Stored};
 use crate::contract::Contract;
@@ -107,11 +107,9 @@ async fn remake(
          WHERE name = :'slot'",
     );
     write(client, contract, &begin).await?;
-    if catalog::find_slot(client, &contract.slot).await?.is_some() {
-        drop_slot(&mut replication, contract).await?;
-    }
-    let since = &checkpoint.snapshot;
-    let start = create_slot(client, &mut replication, contract, since).await?;
+    let existing = catalog::find_slot(client, &contract.slot).await?;
+    let (existing, since) = (existing.as_ref(), &checkpoint.snapshot);
+    let start = create_slot(client, &mut replication, contract, existing, since).await?;
     let rows = start.rows_before;
     let gap = (rows > 0 && !skip_missed).then(|| Gap {
         since: since.clone(),

@@ -23,7 +23,7 @@ use pgwire_replication::ReplicationClient;
 use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
-use self::start::{SEES_NOTHING, Start};
+use self::start::{SEES_NOTHING, Start, create_slot};
 use super::{Report, State};
 use crate::catalog::{self, Checkpoint, Gap, Stored, System};
 use crate::contract::Contract;
@@ -77,10 +77,8 @@ pub(super) async fn create(
         return Ok(());
     }
     note_intention(client, contract).await?;
-    if existing.is_some() {
-        drop_slot(&mut replication, contract).await?;
-    }
-    let start = start::create_slot(client, &mut replication, contract, SEES_NOTHING).await?;
+    let existing = existing.as_ref();
+    let start = create_slot(client, &mut replication, contract, existing, SEES_NOTHING).await?;
     if start.rows_before > 0 && !backfill_none {
         drop_slot(&mut replication, contract).await?;
         forget_intention(client, contract).await?;
@@ -104,10 +102,7 @@ pub(super) async fn identify_system(replication: &mut ReplicationClient) -> Resu
     })
 }
 
-pub(super) async fn drop_slot(
-    replication: &mut ReplicationClient,
-    contract: &Contract,
-) -> Result<()> {
+async fn drop_slot(replication: &mut ReplicationClient, contract: &Contract) -> Result<()> {
     let command = format!("DROP_REPLICATION_SLOT {}", contract.slot);
     replication
         .simple_query(&command)

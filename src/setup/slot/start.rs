@@ -10,7 +10,8 @@ use pgwire_replication::ReplicationClient;
 use tokio_postgres::types::PgLsn;
 use tokio_postgres::{Client, IsolationLevel};
 
-use super::object;
+use super::{drop_slot, object};
+use crate::catalog::SlotState;
 use crate::contract::Contract;
 use crate::database::{sort, sort_replication};
 use crate::error::{Error, ErrorKind, Result};
@@ -31,17 +32,29 @@ pub(in crate::setup) struct Start {
 /// Transaction ids below 3 are reserved: this snapshot sees no row of ours.
 pub(super) const SEES_NOTHING: &str = "3:3:";
 
-/// Makes the slot, and looks at what there was before it that the snapshot `since`
-/// does not see.
+/// Makes the slot, in place of the one there is, and looks at what there was before it
+/// that the snapshot `since` does not see.
+///
+/// Whether standbys keep a copy is not ours to choose: it is as it was. Of a slot that
+/// is gone, nobody knows.
 pub(in crate::setup) async fn create_slot(
     client: &mut Client,
     replication: &mut ReplicationClient,
     contract: &Contract,
+    existing: Option<&SlotState>,
     since: &str,
 ) -> Result<Start> {
+    if existing.is_some() {
+        drop_slot(replication, contract).await?;
+    }
     let slot = &contract.slot;
-    // The older syntax: Postgres 14 has no other, and all later ones know it.
-    let command = format!("CREATE_REPLICATION_SLOT {slot} LOGICAL pgoutput EXPORT_SNAPSHOT");
+    // The older syntax where it can say it: Postgres 14 has no other, and all later
+    // ones know it.
+    let options = match existing.is_some_and(|slot| slot.failover) {
+        true => "(SNAPSHOT 'export', FAILOVER)",
+        false => "EXPORT_SNAPSHOT",
+    };
+    let command = format!("CREATE_REPLICATION_SLOT {slot} LOGICAL pgoutput {options}");
     let rows = match replication.simple_query(&command).await {
         Ok(rows) => rows,
         Err(error) if error.to_string().contains("SQLSTATE 55P03") => {

@@ -5,8 +5,9 @@ mod skip;
 use std::time::{Duration, Instant};
 
 use postbox::oracle::Load;
+use postbox::servers::Server;
 
-use crate::support::{Fixture, Relay, run_script, trials, wait_until};
+use crate::support::{Fixture, Relay, run_script, shared_brokers, trials, wait_until};
 
 const FAST: [&str; 4] = ["--heartbeat-interval", "1s", "--in-flight-max", "500"];
 
@@ -237,6 +238,35 @@ async fn what_was_missed_is_read_from_its_first_row_on() {
     fixture.wait_for_confirmation().await;
     relay.drain().await;
     assert_eq!(fixture.keys().await, ["missed", "missed"]);
+}
+
+/// Standbys keep a copy of such a slot, since Postgres 17.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slot_that_follows_a_failover_still_does_when_it_is_made_anew() {
+    let postgres = Server::postgres_of("17", &[]).unwrap();
+    let fixture = Fixture::beside(&postgres, &shared_brokers()).await;
+    let slot = &fixture.contract.slot;
+    let follows = async || -> bool {
+        let sql = "SELECT failover FROM pg_replication_slots";
+        fixture.client.query_one(sql, &[]).await.unwrap().get(0)
+    };
+    fixture.drop_slot().await;
+    let make = format!(
+        "SELECT pg_create_logical_replication_slot('{slot}', 'pgoutput', failover => true); \
+         DROP PUBLICATION postbox"
+    );
+    fixture.client.batch_execute(&make).await.unwrap();
+    fixture.insert("missed", "{}").await;
+    assert_eq!(missed(fixture.recover(&[]).results()), 1);
+    assert!(follows().await);
+    let relay = Relay::streaming(&fixture, &FAST).await;
+    fixture.wait_for_confirmation().await;
+    relay.drain().await;
+    assert_eq!(fixture.keys().await, ["missed"]);
+    // Only where it did.
+    fixture.drop_slot().await;
+    fixture.recover(&[]).results();
+    assert!(!follows().await);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
