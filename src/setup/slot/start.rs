@@ -176,7 +176,7 @@ async fn open_transaction(client: &Client, contract: &Contract) -> Result<Error>
     Ok(Error::new(
         ErrorKind::Slot,
         format!(
-            "{} was not made, as a transaction stayed open for {PATIENCE}: {named}; end it and run `postbox setup` again",
+            "{} was not made, as a transaction stayed open for {PATIENCE}: {named}; end it and run the command again",
             object(contract)
         ),
     ))
