@@ -38,15 +38,18 @@ async fn an_event_of_the_gap_that_cannot_go_out_is_named_and_can_be_skipped() {
     let (id, seq): (String, i64) = (row.get(0), row.get(1));
     fixture.insert("c", "{}").await;
     fixture.recover(&[]).results();
-    let mut relay = Relay::start(&fixture, &FAST);
-    assert_eq!(relay.exit_code().await, 8, "{}", relay.log());
     let named = format!("event with seq {seq}, id {id} (read from the table) cannot go out");
-    assert!(relay.log().contains(&named), "{}", relay.log());
+    // As often as it is started: what is before it is not repeated.
+    for _ in 0..2 {
+        let mut relay = Relay::start(&fixture, &FAST);
+        assert_eq!(relay.exit_code().await, 8, "{}", relay.log());
+        assert!(relay.log().contains(&named), "{}", relay.log());
+    }
     let skipped = fixture.recover(&["--skip-missed"]);
     let results = skipped.results();
     assert!(
         results
-            .contains("already there (rows of a recovery not sent yet: 3; they stay unpublished)"),
+            .contains("already there (rows of a recovery not sent yet: 2; they stay unpublished)"),
         "{results}"
     );
     fixture.insert("d", "{}").await;
