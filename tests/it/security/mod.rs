@@ -3,6 +3,7 @@
 mod acls;
 mod certificates;
 mod kafka;
+mod middleman;
 mod postgres;
 mod rights;
 mod servers;

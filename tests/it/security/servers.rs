@@ -177,11 +177,16 @@ impl SecurePostgres {
             role,
             files,
         };
-        let hba = "local all all trust\nhostssl all all all scram-sha-256 clientcert=verify-full\n";
-        postgres.write("pg_hba.conf", hba);
+        postgres.admit("clientcert=verify-full");
         postgres.write("ca.pem", &authority.certificate());
         postgres.present(&authority.server(LOCAL)).await;
         postgres
+    }
+
+    /// Makes the server ask for a password and for this, once it has read its files again.
+    pub(super) fn admit(&self, option: &str) {
+        let hba = format!("local all all trust\nhostssl all all all scram-sha-256 {option}\n");
+        self.write("pg_hba.conf", &hba);
     }
 
     /// Makes the server present this certificate from now on.
@@ -221,7 +226,18 @@ impl SecurePostgres {
     /// The role's URL, with these parameters.
     pub(super) fn url(&self, host: &str, password: &str, parameters: &str) -> String {
         let server = self.fixture.postgres.as_ref().unwrap();
-        let (role, port) = (&self.role, server.fact("port"));
+        self.url_at(server.fact("port"), host, password, parameters)
+    }
+
+    /// The same, at another port.
+    pub(super) fn url_at(
+        &self,
+        port: &str,
+        host: &str,
+        password: &str,
+        parameters: &str,
+    ) -> String {
+        let role = &self.role;
         let name = self.fixture.database.name();
         format!(
             "postgresql://{role}:{password}@{host}:{port}/{name}?hostaddr=127.0.0.1&{parameters}"
