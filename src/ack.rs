@@ -5,7 +5,8 @@
 //! everything before it is delivered*, and both enter one queue in source order.
 //! Deliveries come back in any order. When the head of the queue is a delivered
 //! event it leaves; when the head is a position, everything before it has been
-//! delivered, so it leaves too and may be confirmed.
+//! delivered, so it leaves too and may be confirmed. An event that was refused never
+//! leaves, nor does anything behind it.
 //!
 //! ```text
 //!   read order ──▶   E1 ✔   E2 ✔   P1   E3 …   E4 ✔   P2
@@ -29,6 +30,8 @@ pub struct AckQueue<E, P> {
     head: u64,
     in_flight: Weight,
     held: Weight,
+    /// Events added since the last position.
+    behind: usize,
 }
 
 /// A number of events, and their bytes.
@@ -42,9 +45,16 @@ pub struct Weight {
 
 #[derive(Debug)]
 enum Entry<E, P> {
-    InFlight { event: E, bytes: usize },
-    Delivered { bytes: usize },
-    Position(P),
+    InFlight {
+        event: E,
+        bytes: usize,
+    },
+    Delivered {
+        bytes: usize,
+    },
+    Refused,
+    /// With how many events stand between it and the position before.
+    Position(P, usize),
 }
 
 impl Weight {
@@ -66,6 +76,7 @@ impl<E, P> Default for AckQueue<E, P> {
             head: 0,
             in_flight: Weight::default(),
             held: Weight::default(),
+            behind: 0,
         }
     }
 }
@@ -78,6 +89,7 @@ impl<E, P> AckQueue<E, P> {
         self.entries.push_back(Entry::InFlight { event, bytes });
         self.in_flight.add(bytes);
         self.held.add(bytes);
+        self.behind += 1;
         sequence
     }
 
@@ -86,10 +98,11 @@ impl<E, P> AckQueue<E, P> {
     /// Of neighbouring positions only the last is kept, so a server that pings a
     /// million times while the broker is away costs one entry.
     pub fn push_position(&mut self, position: P) {
-        if let Some(Entry::Position(last)) = self.entries.back_mut() {
+        if let Some(Entry::Position(last, _)) = self.entries.back_mut() {
             *last = position;
         } else {
-            self.entries.push_back(Entry::Position(position));
+            let events = std::mem::take(&mut self.behind);
+            self.entries.push_back(Entry::Position(position, events));
         }
     }
 
@@ -99,6 +112,19 @@ impl<E, P> AckQueue<E, P> {
     /// If `sequence` is not an event in flight: to go on would confirm something
     /// that was never delivered.
     pub fn delivered(&mut self, sequence: u64) -> E {
+        self.settle(sequence, |bytes| Entry::Delivered { bytes })
+    }
+
+    /// Marks an event that will not be delivered and returns it: it is no longer in
+    /// flight, and nothing behind it will ever be confirmable.
+    ///
+    /// # Panics
+    /// As [`delivered`](Self::delivered).
+    pub fn refused(&mut self, sequence: u64) -> E {
+        self.settle(sequence, |_| Entry::Refused)
+    }
+
+    fn settle(&mut self, sequence: u64, settled: fn(usize) -> Entry<E, P>) -> E {
         let entry = sequence
             .checked_sub(self.head)
             .and_then(|index| self.entries.get_mut(usize::try_from(index).ok()?));
@@ -106,28 +132,33 @@ impl<E, P> AckQueue<E, P> {
             panic!("delivery report {sequence} names no event in flight");
         };
         self.in_flight.remove(bytes);
-        match std::mem::replace(entry, Entry::Delivered { bytes }) {
+        match std::mem::replace(entry, settled(bytes)) {
             Entry::InFlight { event, .. } => event,
             _ => unreachable!("it was just seen in flight"),
         }
     }
 
     /// Removes what is delivered from the head and returns the newest position
-    /// that everything before is delivered of, if a new one was reached.
-    pub fn confirmable(&mut self) -> Option<P> {
+    /// that everything before is delivered of, if a new one was reached, with the
+    /// number of events since the last that was returned.
+    pub fn confirmable(&mut self) -> Option<(P, usize)> {
         let mut reached = None;
+        let mut events = 0;
         while let Some(entry) = self.entries.front() {
-            if matches!(entry, Entry::InFlight { .. }) {
+            if matches!(entry, Entry::InFlight { .. } | Entry::Refused) {
                 break;
             }
             match self.entries.pop_front() {
-                Some(Entry::Position(position)) => reached = Some(position),
+                Some(Entry::Position(position, before)) => {
+                    events += before;
+                    reached = Some(position);
+                }
                 Some(Entry::Delivered { bytes }) => self.held.remove(bytes),
                 _ => unreachable!("the head was just seen"),
             }
             self.head += 1;
         }
-        reached
+        reached.map(|position| (position, events))
     }
 
     /// How many entries have left: it rises with progress, and only with it.
@@ -181,7 +212,7 @@ mod tests {
         queue.delivered(second);
         assert_eq!(queue.confirmable(), None);
         queue.delivered(first);
-        assert_eq!(queue.confirmable(), Some(10));
+        assert_eq!(queue.confirmable(), Some((10, 2)));
         assert_eq!(queue.confirmable(), None);
     }
 
@@ -194,7 +225,7 @@ mod tests {
         }
         assert_eq!(queue.entries.len(), 2);
         queue.delivered(event);
-        assert_eq!(queue.confirmable(), Some(999_999));
+        assert_eq!(queue.confirmable(), Some((999_999, 1)));
     }
 
     #[test]
@@ -211,6 +242,31 @@ mod tests {
         queue.delivered(stuck);
         queue.confirmable();
         assert_eq!(queue.held(), Weight::default());
+    }
+
+    #[test]
+    fn a_position_counts_its_events_though_they_left_before_it_came() {
+        let mut queue = AckQueue::default();
+        queue.push_position(10);
+        let event = queue.push_event((), 1);
+        queue.delivered(event);
+        assert_eq!(queue.confirmable(), Some((10, 0)));
+        queue.push_position(20);
+        queue.push_position(30);
+        assert_eq!(queue.confirmable(), Some((30, 1)));
+    }
+
+    #[test]
+    fn nothing_behind_a_refused_event_is_ever_confirmable() {
+        let mut queue = AckQueue::default();
+        let refused = queue.push_event("refused", 1);
+        let delivered = queue.push_event("delivered", 1);
+        queue.push_position(10);
+        queue.delivered(delivered);
+        assert_eq!(queue.refused(refused), "refused");
+        assert_eq!(queue.in_flight().events, 0);
+        assert_eq!(queue.confirmable(), None);
+        assert!(!queue.is_empty());
     }
 
     #[test]
@@ -274,7 +330,7 @@ mod tests {
                         let safe = model.iter().take_while(|e| !matches!(e, Ok((false, ..)))).count();
                         let expected = model[..safe].iter().filter_map(|e| e.err()).next_back()
                             .filter(|&p| p >= confirmed);
-                        prop_assert_eq!(queue.confirmable(), expected);
+                        prop_assert_eq!(queue.confirmable().map(|(position, _)| position), expected);
                         confirmed = expected.map_or(confirmed, |p| p + 1);
                     }
                 }

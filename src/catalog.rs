@@ -47,8 +47,24 @@ pub struct System {
     pub timeline: i32,
 }
 
-/// Checks everything a relay in WAL mode stands on, and returns where it is, on the
-/// server's present timeline.
+impl System {
+    /// Refuses to do this on another server than this one, which was checked: in a
+    /// fail-over, one address may lead to the old one and then to the new one.
+    pub(crate) fn check_same(&self, found: &Self, doing: &str) -> Result<()> {
+        if self == found {
+            return Ok(());
+        }
+        let message = format!(
+            "{doing}: the address leads to two servers, one with system identifier {} on timeline {}, one with {} on {}",
+            self.identifier, self.timeline, found.identifier, found.timeline
+        );
+        Err(Error::new(ErrorKind::DatabaseAway, message))
+    }
+}
+
+/// Checks everything a relay in WAL mode stands on, and returns where it is: on the
+/// server's present timeline, and not before the slot's own position. Of a slot that is
+/// told to begin before it, servers older than August 2025 forget the later one.
 ///
 /// Another timeline is a warning; [`claim`] stores it once the stream runs.
 ///
@@ -73,8 +89,10 @@ pub async fn check(client: &Client, contract: &Contract) -> Result<Checkpoint> {
     slot.check(&contract.slot)?;
     slot.check_unused(&contract.slot)?;
     compare_publication(client, contract, &checkpoint).await?;
+    let confirmed = slot.confirmed_flush_lsn.unwrap_or(checkpoint.lsn);
     Ok(Checkpoint {
         system,
+        lsn: checkpoint.lsn.max(confirmed),
         ..checkpoint
     })
 }

@@ -67,6 +67,7 @@ impl Health {
             state.stream = Ok(());
             // Nobody asked in between.
             state.heard = [Instant::now(); 2];
+            state.waiting = None;
         });
     }
 
@@ -156,7 +157,9 @@ impl Health {
                     complaints.push(format!("{name}: no answer for {} s", silence.as_secs()));
                 }
             }
+            // What waits for a stream that is down is said with it.
             if let Some(waiting) = &state.waiting
+                && state.stream.is_ok()
                 && stalled > SILENCE_MAX
             {
                 let seconds = stalled.as_secs();

@@ -35,7 +35,8 @@
 //! - Progress moves in one line: where [`relay`] confirms what [`ack`] releases.
 //! - Everything that breaks ends the relay's attempt, and the next begins where
 //!   the slot was confirmed. There is no other recovery.
-//! - All data comes from the stream. A row is never read again by its id: it may
+//! - All data comes from the stream, or, where a slot was lost, from the set of rows
+//!   that two snapshots fix. A row is never read again by its id: it may
 //!   not be visible yet.
 //! - No payload is ever logged, no password ever printed.
 //!

@@ -13,7 +13,7 @@
 
 mod attempt;
 mod connect;
-mod heartbeat;
+mod control;
 mod partitions;
 mod window;
 
@@ -48,8 +48,8 @@ pub struct RelaySettings {
     pub format: Format,
     /// Where an event goes whose row does not say.
     pub route: Route,
-    /// How many events may be sent and not yet acknowledged: what a crash may
-    /// repeat.
+    /// How many events may be sent and not yet acknowledged, or held behind one that is
+    /// not: what a crash may repeat.
     pub in_flight_max: usize,
     /// How many bytes of them. One larger event still passes, alone.
     pub in_flight_bytes_max: usize,
@@ -71,11 +71,13 @@ pub struct Relay {
     /// Rows that were in a refused batch: they are sent again alone, so that the
     /// one that is at fault can be told from its neighbours.
     suspects: BTreeSet<Place>,
-    /// The largest batch. A refused batch halves it, as the topic's limit may be
+    /// The largest batch. An attempt with a refused batch halves it, as the topic's limit may be
     /// smaller and not ours to ask for; it does not grow again.
     batch_bytes: usize,
-    /// Whether the last attempt that read anything left it unconfirmed.
-    left_unconfirmed: bool,
+    /// The last event that was sent, if Postgres may not know that it was delivered.
+    unconfirmed: Option<Place>,
+    /// What this relay's fences are known by.
+    nonce: String,
     /// Whether the last attempt delivered anything, or held for a while.
     worked: bool,
 }
@@ -89,7 +91,8 @@ impl Relay {
             health,
             suspects: BTreeSet::new(),
             batch_bytes: BATCH_BYTES,
-            left_unconfirmed: false,
+            unconfirmed: None,
+            nonce: uuid::Uuid::new_v4().to_string(),
             worked: false,
         }
     }
@@ -141,7 +144,7 @@ impl Relay {
 
     /// A stop that was asked for.
     fn end(&self) -> Result<()> {
-        if !self.left_unconfirmed {
+        if self.unconfirmed.is_none() {
             return Ok(());
         }
         Err(Error::new(

@@ -14,8 +14,6 @@ use crate::error::{Error, ErrorKind, Result};
 /// Where a relay is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Checkpoint {
-    /// `wal` or `poll`.
-    pub mode: String,
     /// Everything that committed before it is delivered. The slot's own position
     /// may be further on.
     pub lsn: PgLsn,
@@ -97,7 +95,6 @@ fn read(row: &Row, contract: &Contract) -> Result<Stored> {
     };
     let lsn: Option<PgLsn> = row.get(1);
     let checkpoint = Checkpoint {
-        mode,
         lsn: lsn.unwrap_or_else(|| PgLsn::from(0)),
         gap: row.get::<_, Option<String>>(7).map(|until| Gap {
             since: snapshot.clone(),
@@ -124,7 +121,7 @@ fn read(row: &Row, contract: &Contract) -> Result<Stored> {
 /// Returns it as it is now. Stores the server's timeline.
 ///
 /// # Errors
-/// `Slot` if a recovery has begun meanwhile.
+/// `Slot` if a recovery has begun meanwhile, or the checkpoint was deleted.
 pub async fn claim(client: &Client, contract: &Contract) -> Result<Checkpoint> {
     let timeline = super::system(client).await?.timeline;
     let sql = contract.sql(&format!(
@@ -148,7 +145,10 @@ pub async fn claim(client: &Client, contract: &Contract) -> Result<Checkpoint> {
         .map_err(|error| sort(doing("claim", contract), error))?;
     match rows.first().map(|row| read(row, contract)).transpose()? {
         Some(Stored::At(checkpoint)) => Ok(checkpoint),
-        _ => Err(super::recovery_is_unfinished(contract)),
+        _ => match stored(client, contract).await? {
+            Stored::Missing => Err(super::not_set_up(contract)),
+            _ => Err(super::recovery_is_unfinished(contract)),
+        },
     }
 }
 

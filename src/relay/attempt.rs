@@ -10,7 +10,8 @@ use tokio_postgres::types::PgLsn;
 use tracing::info;
 
 use super::connect::{Connected, PROBE_TIMEOUT, connect};
-use super::heartbeat::Heartbeat;
+use super::control::Control;
+use super::partitions::OPEN_MAX;
 use super::window::{Stop, Window};
 use super::{BACKOFF_MAX, Relay};
 use crate::envelope::Encoder;
@@ -22,7 +23,7 @@ use crate::source::{Item, Mark, Row};
 
 pub(super) struct Attempt<'r> {
     relay: &'r mut Relay,
-    heartbeat: Heartbeat,
+    control: Control,
     stream: Stream,
     encoder: Encoder,
     window: Window,
@@ -85,18 +86,21 @@ impl<'r> Attempt<'r> {
             attempt.take_leave(error.kind()).await;
         }
         attempt.update_gauges();
+        let unconfirmed = match result {
+            Err(_) if !attempt.is_confirmed() => {
+                attempt.relay.unconfirmed.max(attempt.window.last_sent)
+            }
+            _ => None,
+        };
         let relay = attempt.relay;
-        relay.left_unconfirmed = result.is_err()
-            && (attempt.stopping
-                || attempt.window.has_work()
-                || attempt.stream.in_transaction()
-                || !attempt.stream.is_sent(attempt.events_end));
+        relay.unconfirmed = unconfirmed;
         relay.worked = attempt.window.has_delivered || attempt.began.elapsed() > BACKOFF_MAX;
         attempt.stream.close().await;
+        let refused = attempt.window.has_refused;
         relay.suspects = attempt.window.close().await;
         relay.metrics.in_flight_events.set(0);
         relay.metrics.in_flight_bytes.set(0);
-        if relay.suspects.len() > 1 {
+        if refused && relay.suspects.len() > 1 {
             relay.batch_bytes = (relay.batch_bytes / 2).max(BATCH_BYTES_MIN);
         }
         result
@@ -112,12 +116,12 @@ impl<'r> Attempt<'r> {
         );
         health.streaming();
         Self {
-            heartbeat: Heartbeat::start(
+            control: Control::start(
                 connected.session,
                 settings.contract.clone(),
                 connected.checkpoint,
                 settings.heartbeat_interval,
-                connected.nonce,
+                relay.nonce.clone(),
                 metrics.clone(),
                 health.clone(),
             ),
@@ -165,7 +169,7 @@ impl<'r> Attempt<'r> {
                     self.stopping = true;
                     deadline = Some(Instant::now() + self.relay.settings.shutdown_timeout);
                 }
-                error = self.heartbeat.failed() => return Err(error),
+                error = self.control.failed() => return Err(error),
                 () = sleep_until(deadline) => return Err(self.not_drained()),
                 _ = tick.tick() => self.look_after()?,
                 Some(topic) = self.resolving.join_next() => self.resolved(joined(topic))?,
@@ -196,9 +200,25 @@ impl<'r> Attempt<'r> {
             && self
                 .window
                 .has_room(settings.in_flight_max, settings.in_flight_bytes_max)
-            // A stop reads on to the end of the transaction: only that can be
-            // confirmed.
-            && (!self.stopping || self.stream.in_transaction())
+            // A stop reads on to the end of the transaction, as only that can be
+            // confirmed, and of what was sent before.
+            && (!self.stopping || self.stream.in_transaction() || !self.has_caught_up())
+    }
+
+    /// Whether what attempts before this one sent, and could not confirm, has been sent
+    /// again, or will not come again.
+    fn has_caught_up(&self) -> bool {
+        self.relay.unconfirmed.is_none_or(|place| {
+            self.window.last_sent >= Some(place) || self.stream.received() > place.commit_lsn
+        })
+    }
+
+    /// Whether Postgres was told of everything that was sent, now or before.
+    fn is_confirmed(&self) -> bool {
+        !self.window.has_work()
+            && !self.stream.in_transaction()
+            && self.stream.is_sent(self.events_end)
+            && self.has_caught_up()
     }
 
     fn take(&mut self, item: Item) -> Result<()> {
@@ -235,7 +255,7 @@ impl<'r> Attempt<'r> {
             self.held = Some(row);
             return Ok(());
         }
-        self.heartbeat.had_traffic();
+        self.control.had_traffic();
         let sent = self.window.send(&row, &record, destination);
         sent.map_err(|stop| self.stopped(stop))
     }
@@ -275,26 +295,32 @@ impl<'r> Attempt<'r> {
     /// Turns delivery reports into progress: the only place where a position is
     /// confirmed.
     fn settle(&mut self) -> Result<()> {
-        let progress = self.window.settle().map_err(|stop| self.stopped(stop))?;
+        let (progress, stop) = self.window.settle();
         if let Some(lsn) = progress.confirm {
             failpoint!("confirming");
             self.stream.confirm(lsn);
             failpoint!("confirmed");
             if progress.has_events {
                 self.events_end = lsn;
-                self.heartbeat.confirmed(lsn);
+                self.control.confirmed(lsn);
             }
         }
         if let Some(mark) = progress.mark {
-            self.heartbeat.reached(mark);
+            self.control.reached(mark);
         }
-        Ok(())
+        stop.map_or(Ok(()), |stop| Err(self.stopped(stop)))
     }
 
     fn look_after(&mut self) -> Result<()> {
         let may_read = self.may_read();
         self.stream.check_alive(may_read)?;
         self.update_gauges();
+        if let Some(sent_at) = self.window.oldest_sent_at()
+            && sent_at.elapsed() > OPEN_MAX
+        {
+            let message = "a delivery has taken so long that brokers forget the producer";
+            return Err(Error::new(ErrorKind::BrokerAway, message));
+        }
         let health = &self.relay.health;
         health.waiting(self.waiting());
         if health.silence(Server::Kafka) > PROBE_INTERVAL && self.probing.is_empty() {
@@ -311,6 +337,9 @@ impl<'r> Attempt<'r> {
         let mut waiting = match (self.window.waiting(), &self.held) {
             (Some(waiting), _) => waiting,
             (None, Some(row)) => format!("{} waits for its topic", self.stream.name_of(row)),
+            (None, None) if self.stream.gap_seq().is_some() => {
+                "what the slot had lost is read from the table".to_owned()
+            }
             (None, None) => return None,
         };
         if !self.window.has_room(events_max, bytes_max) {
@@ -349,11 +378,13 @@ impl<'r> Attempt<'r> {
             };
             // If it takes longer, or fails: then they are repeated.
             let settled = tokio::time::timeout(PARTING_MAX, settled).await;
-            if let (Ok(Ok(())), Some(seq)) = (settled, self.stream.gap_seq()) {
-                // The last row may be the one that cannot go out.
-                let mark = Mark::Seq(seq - 1);
-                self.heartbeat.reached((mark, self.stream.confirmed()));
-                let _ = tokio::time::timeout(PARTING_MAX, self.heartbeat.store()).await;
+            if let Ok(Ok(())) = settled {
+                if let Some(seq) = self.stream.gap_seq_before_last() {
+                    // The last row may be the one that cannot go out.
+                    let mark = Mark::Seq(seq);
+                    self.control.reached((mark, self.stream.confirmed()));
+                }
+                let _ = tokio::time::timeout(PARTING_MAX, self.control.store()).await;
             }
         }
         // What was confirmed last may not have left yet.
@@ -362,14 +393,17 @@ impl<'r> Attempt<'r> {
     }
 
     fn is_drained(&self) -> bool {
-        self.window.is_settled() && self.held.is_none() && !self.stream.in_transaction()
+        self.window.is_settled()
+            && self.held.is_none()
+            && !self.stream.in_transaction()
+            && self.has_caught_up()
     }
 
     /// Everything is delivered: see to it that Postgres knows.
     async fn finish(&mut self, deadline: Option<Instant>) -> Result<()> {
         let confirmed = self.stream.confirmed();
         if let Some(seq) = self.stream.gap_seq() {
-            self.heartbeat.reached((Mark::Seq(seq), confirmed));
+            self.control.reached((Mark::Seq(seq), confirmed));
         } else if u64::from(confirmed) == 0 {
             return Ok(());
         }
@@ -379,7 +413,7 @@ impl<'r> Attempt<'r> {
             failpoint!("told");
             // A status message that was written is not yet read; closing could
             // still discard it.
-            self.heartbeat.flush(confirmed).await
+            self.control.flush(confirmed).await
         };
         tokio::select! {
             confirmed = sent => confirmed?,

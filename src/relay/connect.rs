@@ -8,6 +8,8 @@
 use std::pin::pin;
 use std::time::Duration;
 
+use tracing::info;
+
 use super::{Relay, RelaySettings};
 use crate::catalog::{self, Checkpoint};
 use crate::database::{Session, sort};
@@ -24,8 +26,6 @@ pub(super) struct Connected {
     pub(super) checkpoint: Checkpoint,
     pub(super) publisher: Publisher,
     pub(super) stream: Stream,
-    /// What this relay's fences are known by.
-    pub(super) nonce: String,
 }
 
 /// How long a broker may take to give a sign of life.
@@ -36,21 +36,21 @@ pub(super) async fn connect(relay: &Relay) -> Result<Connected> {
     let (session, checkpoint) = open_session(settings).await?;
     failpoint!("checked");
     let publisher = reach_brokers(relay).await?;
-    let nonce = uuid::Uuid::new_v4().to_string();
-    let mut stream = open_stream(settings, &session, checkpoint, &nonce).await?;
+    let mut stream = open_stream(relay, &session, checkpoint).await?;
     failpoint!("opened");
     // What was checked was read before the slot was ours.
-    let checkpoint = answered(catalog::claim(&session.client, &settings.contract)).await?;
+    let claimed = catalog::claim(&session.client, &settings.contract);
+    let checkpoint = answered("claim the checkpoint", claimed).await?;
     if let Some(gap) = checkpoint.gap.clone() {
+        info!("what the slot had lost is sent first, from the table");
         let begun = stream.read_first(&settings.database, gap, checkpoint.lsn);
-        begun.await?;
+        answered("see all that was committed before the slot", begun).await?;
     }
     Ok(Connected {
         session,
         checkpoint,
         publisher,
         stream,
-        nonce,
     })
 }
 
@@ -59,25 +59,27 @@ async fn open_session(settings: &RelaySettings) -> Result<(Session, Checkpoint)>
     let name = format!("postbox {} control", settings.contract.slot);
     let session = settings.database.connect(&name).await?;
     // What we no longer wait for must not stay behind in the server: a statement that
-    // waits for a lock does not notice that its client has gone.
-    let limit = format!("SET statement_timeout = {}", SILENCE_MAX.as_millis());
+    // waits for a lock does not notice that its client has gone. Later than we give it
+    // up, as we say better why.
+    let limit = SILENCE_MAX * 3 / 2;
+    let limit = format!("SET statement_timeout = {}", limit.as_millis());
     let limited = async {
         let done = session.client.batch_execute(&limit).await;
         done.map_err(|error| sort("limit statements", error))?;
         catalog::check(&session.client, &settings.contract).await
     };
-    let checkpoint = answered(limited).await?;
+    let checkpoint = answered("read what was set up", limited).await?;
     Ok((session, checkpoint))
 }
 
-/// What Postgres answers before there is a heartbeat. A connection that died without
-/// a word would be waited for until the system gives it up.
-async fn answered<T>(answer: impl Future<Output = Result<T>>) -> Result<T> {
+/// What Postgres answers while nobody else looks after the sessions. A connection that
+/// died without a word would be waited for until the system gives it up.
+async fn answered<T>(doing: &str, answer: impl Future<Output = Result<T>>) -> Result<T> {
     match tokio::time::timeout(SILENCE_MAX, answer).await {
         Ok(answer) => answer,
         Err(_) => {
             let seconds = SILENCE_MAX.as_secs();
-            let message = format!("read what was set up: no answer within {seconds} s");
+            let message = format!("{doing}: no answer within {seconds} s");
             Err(Error::new(ErrorKind::DatabaseAway, message))
         }
     }
@@ -107,19 +109,15 @@ async fn reach_brokers(relay: &Relay) -> Result<Publisher> {
 
 /// The stream, unless the ordinary session ends first: the server is then going
 /// away, or is not the one that was checked.
-async fn open_stream(
-    settings: &RelaySettings,
-    session: &Session,
-    checkpoint: Checkpoint,
-    nonce: &str,
-) -> Result<Stream> {
+async fn open_stream(relay: &Relay, session: &Session, checkpoint: Checkpoint) -> Result<Stream> {
+    let settings = &relay.settings;
     let wal = WalSettings {
         slot: settings.contract.slot.clone(),
         source: Source {
             schema: settings.contract.schema.clone(),
             table: "outbox".to_owned(),
             publication: settings.contract.publication.clone(),
-            nonce: nonce.to_owned(),
+            nonce: relay.nonce.clone(),
         },
         system: checkpoint.system,
         start: checkpoint.lsn,

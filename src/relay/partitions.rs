@@ -3,8 +3,9 @@
 //! An idempotent producer numbers its records in each partition, and a broker
 //! refuses a number that does not follow the last. But of a producer that it does
 //! not know it takes any first number: were the first batch of a partition lost
-//! on its way, the second would be taken without it, and overtake it. So the
-//! first record of a partition is sent alone.
+//! on its way, the second would be taken without it, and librdkafka would take the
+//! first for delivered too: it would be lost. So the first record of a partition is
+//! sent alone, and no record waits for so long that the broker may have forgotten.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -24,7 +25,7 @@ enum State {
 
 /// A broker forgets a producer that was silent for a day
 /// (`producer.id.expiration.ms`): long before, its next record is a first again.
-const OPEN_MAX: Duration = Duration::from_secs(3600);
+pub(super) const OPEN_MAX: Duration = Duration::from_secs(3600);
 
 impl Partitions {
     /// Whether its first record is on its way, so that the second must wait.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use rdkafka::error::RDKafkaErrorCode;
 use tokio_postgres::types::PgLsn;
 
-use super::heartbeat::Reached;
+use super::control::Reached;
 use super::partitions::Partitions;
 use crate::ack::AckQueue;
 use crate::envelope::Record;
@@ -37,12 +37,28 @@ pub(super) struct Window {
     failed: Option<Failed>,
     /// Whether anything was delivered at all.
     pub(super) has_delivered: bool,
-    /// Whether anything was delivered since the last position was released.
-    delivered_since: bool,
+    /// Whether this producer refused a row or the batch it was in.
+    pub(super) has_refused: bool,
+    /// The last event that was sent.
+    pub(super) last_sent: Option<Place>,
     /// The newest position that was read.
     newest: PgLsn,
+    beginning: Beginning,
     metrics: Arc<Metrics>,
     health: Arc<Health>,
+}
+
+/// An event at which one relay after another ends is in the first transaction that
+/// is not confirmed. What is read past that is repeated by each of them: so nothing
+/// is, until it is confirmed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Beginning {
+    /// No transaction with events has been read to its end.
+    Reading,
+    /// One has, and is on its way.
+    Waiting,
+    /// One is confirmed.
+    Over,
 }
 
 /// What is remembered of an event in flight.
@@ -58,8 +74,6 @@ struct Sent {
 /// as the reports name the rows that were refused.
 struct Failed {
     error: Error,
-    /// How many of the events in flight have failed.
-    events: usize,
     since: Instant,
 }
 
@@ -109,8 +123,10 @@ impl Window {
             alone: None,
             failed: None,
             has_delivered: false,
-            delivered_since: false,
+            has_refused: false,
+            last_sent: None,
             newest: PgLsn::from(0),
+            beginning: Beginning::Reading,
             metrics,
             health,
         }
@@ -129,6 +145,7 @@ impl Window {
         let held = self.queue.held();
         self.alone.is_none()
             && self.failed.is_none()
+            && self.beginning != Beginning::Waiting
             && held.events < events_max
             && held.bytes < bytes_max
     }
@@ -152,6 +169,11 @@ impl Window {
             oldest.partition,
             self.queue.held().events
         ))
+    }
+
+    /// Since when the oldest event that is not acknowledged is on its way.
+    pub(super) fn oldest_sent_at(&self) -> Option<Instant> {
+        Some(self.queue.get(self.queue.head())?.sent_at)
     }
 
     /// Whether anything is left that is not confirmed.
@@ -200,18 +222,21 @@ impl Window {
             sent_at: Instant::now(),
         };
         let sequence = self.queue.push_event(sent, size);
+        self.last_sent = Some(row.place);
         failpoint!("sending");
         match self.publisher.send(record, destination.partition, sequence) {
             Ok(()) => {
                 failpoint!("sent");
             }
             Err(SendError::Row(code)) => {
+                self.queue.refused(sequence);
                 let why = self.publisher.refusal(destination.topic, size, code, false);
                 return Err(Stop::Row(row.clone(), why));
             }
             Err(SendError::Producer(error)) => {
                 // Reports that are still to come say what broke the producer, and
                 // name the rows that were refused. There will be none for this row.
+                self.queue.refused(sequence);
                 self.fail(error);
                 return Ok(());
             }
@@ -229,40 +254,44 @@ impl Window {
             return;
         }
         self.newest = position.lsn;
+        if self.beginning == Beginning::Reading && self.last_sent.is_some() {
+            self.beginning = Beginning::Waiting;
+        }
         self.queue.push_position(position.lsn);
         if let Some(mark) = position.mark {
             self.marks.push_back((self.queue.end(), mark, position.lsn));
         }
     }
 
-    /// Turns the reports that arrived into progress.
-    pub(super) fn settle(&mut self) -> Result<Progress, Stop> {
-        self.publisher.take_reports(&mut self.reports)?;
+    /// Turns the reports that arrived into progress, and says why nothing more can
+    /// be sent, if so.
+    pub(super) fn settle(&mut self) -> (Progress, Option<Stop>) {
+        let refusal = self.publisher.take_reports(&mut self.reports).err();
+        let mut stop = refusal.map(Stop::Attempt);
         if !self.reports.is_empty() {
             let now = Timestamp::from_unix_micros(unix_micros());
             let mut reports = std::mem::take(&mut self.reports);
-            let delivered = reports.iter().any(|report| report.error.is_none());
+            if reports.iter().any(|report| report.error.is_none()) {
+                self.has_delivered = true;
+                self.health.brokers(Ok(()));
+            }
             for report in reports.drain(..) {
                 match report.error {
                     None => self.delivered(report.sequence, now),
-                    Some(code) => self.refused(report.sequence, code)?,
+                    Some(code) => stop = stop.or(self.refused(report.sequence, code)),
                 }
             }
             self.reports = reports;
-            if delivered {
-                self.has_delivered = true;
-                self.delivered_since = true;
-                self.health.brokers(Ok(()));
-            }
         }
         let progress = self.progress();
-        match self.failed.take_if(|failed| {
-            failed.events == self.queue.in_flight().events
-                || failed.since.elapsed() > FAILED_REPORTS_MAX
-        }) {
-            Some(failed) => Err(failed.error.into()),
-            None => Ok(progress),
+        if stop.is_none() {
+            let in_flight = self.queue.in_flight().events;
+            let failed = self
+                .failed
+                .take_if(|failed| in_flight == 0 || failed.since.elapsed() > FAILED_REPORTS_MAX);
+            stop = failed.map(|failed| Stop::Attempt(failed.error));
         }
+        (progress, stop)
     }
 
     pub(super) fn update_gauges(&self) {
@@ -281,9 +310,12 @@ impl Window {
         if self.queue.head() > head {
             self.health.moved();
         }
-        let Some(lsn) = reached else {
+        let Some((lsn, events)) = reached else {
             return Progress::default();
         };
+        if events > 0 {
+            self.beginning = Beginning::Over;
+        }
         let mut mark = None;
         while let Some((end, ..)) = self.marks.front()
             && *end <= self.queue.head()
@@ -293,7 +325,7 @@ impl Window {
         Progress {
             confirm: Some(lsn),
             mark,
-            has_events: std::mem::take(&mut self.delivered_since),
+            has_events: events > 0,
         }
     }
 
@@ -324,37 +356,35 @@ impl Window {
         }
     }
 
-    fn refused(&mut self, sequence: u64, code: RDKafkaErrorCode) -> Result<(), Stop> {
+    fn refused(&mut self, sequence: u64, code: RDKafkaErrorCode) -> Option<Stop> {
         let failures = &self.metrics.failures;
         failures.with_label_values(&[&format!("{code:?}")]).inc();
-        if matches!(verdict(code), Verdict::Row | Verdict::Topic)
-            && let Some(sent) = self.queue.get(sequence)
-        {
-            if let Some((_, row)) = self.alone.take_if(|(alone, _)| *alone == sequence) {
-                let why = self
-                    .publisher
-                    .refusal(sent.destination.topic, sent.size, code, true);
-                return Err(Stop::Row(row, why));
+        let sent = self.queue.refused(sequence);
+        let alone = self.alone.take_if(|(alone, _)| *alone == sequence);
+        if matches!(verdict(code), Verdict::Row | Verdict::Topic) {
+            self.has_refused = true;
+            if let Some((_, row)) = alone {
+                let topic = sent.destination.topic;
+                let why = self.publisher.refusal(topic, sent.size, code, true);
+                return Some(Stop::Row(row, why));
             }
             self.suspects.insert(sent.place);
         }
         self.fail(publisher::failure(code));
-        Ok(())
+        None
     }
 
-    /// One of the events in flight will not be delivered by this producer.
+    /// One of the events will not be delivered by this producer.
     fn fail(&mut self, error: Error) {
-        let failed = self.failed.get_or_insert_with(|| {
+        self.failed.get_or_insert_with(|| {
             // Of what was pipelined behind a refused batch, librdkafka reports
             // nothing by itself.
             self.publisher.purge();
             Failed {
                 error,
-                events: 0,
                 since: Instant::now(),
             }
         });
-        failed.events += 1;
     }
 }
 

@@ -13,7 +13,7 @@
 //! Recovery makes the slot and stores both snapshots; the relay that starts next
 //! reads the gap from the table before it reads the slot. What was delivered after
 //! the last fence is in the gap too, and is sent again: that of one heartbeat
-//! interval.
+//! interval, if the relay kept up.
 //!
 //! The checkpoint's LSN is taken away first and comes back last. Without one, no
 //! relay starts, and a recovery that was interrupted begins again: the slot that

@@ -21,8 +21,9 @@ use tokio_postgres::types::{PgLsn, Type};
 use tokio_postgres::{Client, Statement};
 
 use super::messages::Source;
+use super::wal::WalSettings;
 use super::{FORMATS, Item, Mark, Place, Position, Row};
-use crate::catalog::Gap;
+use crate::catalog::{self, Gap};
 use crate::database::{Database, Session, sort};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pgoutput::{Column, Relation, Value, encode_insert};
@@ -42,8 +43,9 @@ pub(super) struct GapReader {
     pages: Pages,
     reading: JoinSet<Result<Vec<Row>>>,
     page: VecDeque<Row>,
-    /// The last row that was given.
+    /// The last row that was given, and the one before it.
     seq: i64,
+    before_last: i64,
     unmarked: usize,
     /// Where the new slot begins.
     end: PgLsn,
@@ -62,13 +64,15 @@ impl GapReader {
     /// The reader, and what its rows are made of.
     pub(super) async fn open(
         database: &Database,
-        source: &Source,
+        settings: &WalSettings,
         gap: Gap,
         end: PgLsn,
     ) -> Result<(Self, Relation)> {
         let session = database.connect("postbox gap").await?;
+        let found = catalog::system(&session.client).await?;
+        settings.system.check_same(&found, DOING)?;
         let prepared = async {
-            let prepared = prepare(&session.client, source).await?;
+            let prepared = prepare(&session.client, &settings.source).await?;
             wait_until_seen(&session.client, &gap.until).await?;
             Ok(prepared)
         };
@@ -83,7 +87,10 @@ impl GapReader {
             reading: JoinSet::new(),
             page: VecDeque::new(),
             seq: gap.seq,
-            unmarked: 0,
+            before_last: gap.seq,
+            // The first row may be one at which relays end again and again: what is
+            // behind it waits until it is delivered.
+            unmarked: MARK_ROWS - 1,
             end,
             done: false,
         };
@@ -93,11 +100,11 @@ impl GapReader {
     /// The next row, or a position: at last the fence that ends the gap. Then
     /// `None`. Cancel-safe.
     pub(super) async fn next(&mut self) -> Result<Option<Item>> {
+        if self.unmarked >= MARK_ROWS {
+            self.unmarked = 0;
+            return Ok(Some(self.position(Mark::Seq(self.seq))));
+        }
         if self.page.is_empty() && !self.done {
-            if self.unmarked >= MARK_ROWS {
-                self.unmarked = 0;
-                return Ok(Some(self.position(Mark::Seq(self.seq))));
-            }
             self.read_page().await?;
             if self.page.is_empty() {
                 self.done = true;
@@ -106,6 +113,7 @@ impl GapReader {
         }
         Ok(self.page.pop_front().map(|row| {
             self.unmarked += 1;
+            self.before_last = self.seq;
             self.seq = row.place.ordinal.cast_signed();
             Item::Row(row)
         }))
@@ -114,6 +122,11 @@ impl GapReader {
     /// The last row that was given.
     pub(super) fn seq(&self) -> i64 {
         self.seq
+    }
+
+    /// The row before that one; what was delivered before, if there is none.
+    pub(super) fn seq_before_last(&self) -> i64 {
+        self.before_last
     }
 
     fn position(&self, mark: Mark) -> Item {
@@ -158,8 +171,13 @@ async fn prepare(
     source: &Source,
 ) -> Result<(Statement, Relation), tokio_postgres::Error> {
     // Formats as a stream's session has them. A policy that hides rows must be an
-    // error, and the whole table may have to be looked through.
-    let own = [("row_security", "off"), ("statement_timeout", "0")];
+    // error, and the whole table may have to be looked through; but a lock is not
+    // waited for, as nobody would see it.
+    let own = [
+        ("row_security", "off"),
+        ("statement_timeout", "0"),
+        ("lock_timeout", "5000"),
+    ];
     let settings = FORMATS.into_iter().chain(own);
     let settings: Vec<String> = settings
         .map(|(name, value)| format!("SET {name} = {value}"))
@@ -182,7 +200,8 @@ async fn prepare(
         .map(|column| format!("o.{}::text", escape_identifier(&column.name)))
         .collect();
     let sql = format!(
-        "SELECT o.seq, (extract(epoch FROM created_at) * 1000000)::bigint, {} FROM {outbox} AS o \
+        "SELECT o.seq, CASE WHEN isfinite(created_at) THEN (extract(epoch FROM created_at) * 1000000)::bigint \
+                       ELSE 0 END, {} FROM {outbox} AS o \
          WHERE NOT pg_visible_in_snapshot(xid, $1::text::pg_snapshot) \
            AND pg_visible_in_snapshot(xid, $2::text::pg_snapshot) AND o.seq > $3 ORDER BY o.seq LIMIT $4",
         texts.join(", "),

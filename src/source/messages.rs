@@ -154,6 +154,7 @@ impl Messages {
             None => format!("event at {place}"),
         }
     }
+
     fn change(&mut self, bytes: Bytes) -> Result<Option<Item>> {
         // An INSERT is decoded when it becomes an event, so that a row that
         // cannot be read can still be named.

@@ -21,7 +21,7 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use pgwire_replication::client::ReplicationClient;
-use pgwire_replication::{IdentifySystem, Lsn, PgWireError};
+use pgwire_replication::{Lsn, PgWireError};
 use tokio_postgres::types::PgLsn;
 
 use super::columns::Unreadable;
@@ -44,17 +44,17 @@ pub struct WalSettings {
     pub system: System,
     /// Everything that committed before it is delivered.
     pub start: PgLsn,
-    /// How often a new position is told to the server: what a crash repeats at
-    /// least, and a status message each.
+    /// How often a new position is told to the server, in a message each: a crash
+    /// repeats what was delivered since.
     pub status_interval: Duration,
     /// After how long a silent peer counts as dead, on both sides.
     pub wal_sender_timeout: Duration,
 }
 
 /// Rows that wait between the client's task and ours. The client bounds events,
-/// not bytes, and a row may be as large as the topic allows, 1 MB by default:
-/// so few that large rows cost no more than the queue, and enough that a switch
-/// of tasks is paid for by many.
+/// not bytes, and a row may be as large as the topic allows, 1 MB by default: so few
+/// that large rows cost 64 MB at most then, and enough that a switch of tasks is paid
+/// for by many.
 const BUFFERED_ROWS: usize = 64;
 
 /// An open stream.
@@ -102,9 +102,13 @@ impl Stream {
         let opened = async {
             let limit = database.connect_timeout();
             let found = within(limit, &context, client.identify_system()).await?;
-            settings.check_system(&found)?;
+            let found = System {
+                identifier: found.system_id,
+                timeline: found.timeline.cast_signed(),
+            };
+            settings.system.check_same(&found, &context)?;
             client.start().await.map_err(sorted)?;
-            within(START_TIMEOUT, &context, client.wait_started()).await
+            within(limit, &context, client.wait_started()).await
         };
         if let Err(error) = opened.await {
             client.abort();
@@ -127,7 +131,7 @@ impl Stream {
     /// # Errors
     /// If the table cannot be read.
     pub async fn read_first(&mut self, database: &Database, gap: Gap, end: PgLsn) -> Result<()> {
-        let opened = GapReader::open(database, &self.settings.source, gap, end).await;
+        let opened = GapReader::open(database, &self.settings, gap, end).await;
         let (reader, relation) = opened?;
         self.messages.describe(&relation);
         self.gap = Some(reader);
@@ -137,6 +141,12 @@ impl Stream {
     /// The last row of the gap that was given, by its `seq`, while there is a gap.
     pub fn gap_seq(&self) -> Option<i64> {
         self.gap.as_ref().map(GapReader::seq)
+    }
+
+    /// The row of the gap before that one; what was delivered before this stream, if
+    /// there is none.
+    pub fn gap_seq_before_last(&self) -> Option<i64> {
+        self.gap.as_ref().map(GapReader::seq_before_last)
     }
 
     /// The next row or position. Cancel-safe, but for the reason why a stream
@@ -268,29 +278,6 @@ impl Stream {
         Error::new(ErrorKind::DatabaseAway, message)
     }
 }
-
-impl WalSettings {
-    /// Refuses a stream from another server than the one that was checked: in a
-    /// fail-over, one address may lead to the old one and then to the new one.
-    fn check_system(&self, found: &IdentifySystem) -> Result<()> {
-        let checked = &self.system;
-        if (&found.system_id, i64::from(found.timeline))
-            == (&checked.identifier, i64::from(checked.timeline))
-        {
-            return Ok(());
-        }
-        let message = format!(
-            "stream from slot \"{}\": the address leads to two servers, one with system identifier {} on timeline {}, \
-             one with {} on {}",
-            self.slot, checked.identifier, checked.timeline, found.system_id, found.timeline
-        );
-        Err(Error::new(ErrorKind::DatabaseAway, message))
-    }
-}
-
-/// How long the server may take to start the stream. It first reads the WAL from
-/// where the slot was, which takes a while after a long absence.
-const START_TIMEOUT: Duration = Duration::from_secs(120);
 
 async fn within<T>(
     limit: Duration,

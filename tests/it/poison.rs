@@ -19,7 +19,11 @@ fn admin(fixture: &Fixture) -> AdminClient<DefaultClientContext> {
 }
 
 pub(crate) async fn create_topic(fixture: &Fixture, message_bytes_max: &str) {
-    let topic = NewTopic::new(&fixture.topic, 1, TopicReplication::Fixed(1))
+    create_topic_with(fixture, 1, message_bytes_max).await;
+}
+
+async fn create_topic_with(fixture: &Fixture, partitions: i32, message_bytes_max: &str) {
+    let topic = NewTopic::new(&fixture.topic, partitions, TopicReplication::Fixed(1))
         .set("max.message.bytes", message_bytes_max);
     let created = admin(fixture)
         .create_topics(&[topic], &AdminOptions::new())
@@ -166,6 +170,36 @@ async fn a_relay_that_is_started_again_and_again_at_one_event_repeats_nothing() 
         assert_eq!(relay.exit_code().await, 8, "{}", relay.log());
     }
     assert_eq!(fixture.records().await.len(), 20);
+}
+
+/// An event that only the brokers can refuse, between others that they take.
+pub(crate) async fn insert_with_one_refused(fixture: &Fixture) {
+    create_topic_with(fixture, 8, "1000").await;
+    for number in 0..40 {
+        let payload = match number {
+            10 => incompressible(3_000),
+            _ => "{}".to_owned(),
+        };
+        fixture.insert(&number.to_string(), &payload).await;
+    }
+}
+
+/// What is behind such an event in other partitions was delivered by the first relay
+/// and cannot be confirmed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_that_is_started_again_and_again_at_a_refused_event_repeats_nothing() {
+    let fixture = Fixture::new().await;
+    insert_with_one_refused(&fixture).await;
+    let mut delivered = Vec::new();
+    for _ in 0..3 {
+        let mut relay = Relay::start(&fixture, &[]);
+        assert_eq!(relay.exit_code().await, 8, "{}", relay.log());
+        delivered.push(fixture.records().await.len());
+    }
+    assert!(
+        delivered.iter().all(|count| *count == delivered[0]),
+        "{delivered:?}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

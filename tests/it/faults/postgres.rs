@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::support::{Fixture, Relay, WINDOW, wait_until};
+use crate::support::{Fixture, Proxy, Relay, WINDOW, wait_until};
 
 /// Without `synchronous_commit`, a crash takes back what was committed and not yet
 /// flushed: none of it may be in Kafka. And what was in flight to a frozen broker is
@@ -60,6 +60,48 @@ async fn a_terminated_walsender_is_replaced() {
     assert!(relay.metric("postbox_reconnects_total{reason=\"database_away\"}") >= 3.0);
     let verdict = fixture.judge(relay).await;
     assert!(verdict.is_clean(5 * WINDOW), "{verdict}");
+}
+
+/// What was delivered before a connection was cut, and not confirmed, is read again. A
+/// stop in the midst of that reads on to its end.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stop_after_a_cut_leaves_nothing_to_repeat() {
+    let proxy = Proxy::start().await;
+    let (mut fixture, url) = Fixture::behind(&proxy).await;
+    let many = format!(
+        "DO $$ BEGIN FOR n IN 1..2000 LOOP \
+             INSERT INTO postbox.outbox (aggregate_type, aggregate_id, event_type, payload) \
+             VALUES ('{}', n::text, 'changed', '{{}}'); COMMIT; \
+         END LOOP; END $$",
+        fixture.topic
+    );
+    fixture.client.batch_execute(&many).await.unwrap();
+    // Nothing of what is delivered is confirmed, nor stored.
+    let mut relay = Relay::streaming(
+        &fixture,
+        &["--database-url", &url, "--status-interval", "4s"],
+    )
+    .await;
+    let lock = "BEGIN; SELECT * FROM postbox.checkpoint FOR UPDATE";
+    fixture.client.batch_execute(lock).await.unwrap();
+    wait_until("all is delivered", || async {
+        relay.published(&fixture.topic) == 2000
+    })
+    .await;
+    proxy.cut();
+    fixture.client.batch_execute("ROLLBACK").await.unwrap();
+    wait_until("it streams again", || async {
+        relay.log().matches("INFO streaming").count() == 2
+    })
+    .await;
+    relay.signal("TERM");
+    assert_eq!(relay.exit_code().await, 0, "{}", relay.log());
+    fixture.reconnect().await;
+    let relay = Relay::streaming(&fixture, &[]).await;
+    fixture.insert("last", "{}").await;
+    fixture.wait_for_confirmation().await;
+    assert_eq!(relay.published(&fixture.topic), 1);
+    relay.drain().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,6 +1,7 @@
 //! `postbox recover --skip-missed`: what was missed is given up.
 
 use super::{FAST, missed};
+use crate::poison::insert_with_one_refused;
 use crate::support::{Fixture, Output, Relay, connect, wait_until};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -58,6 +59,39 @@ async fn an_event_of_the_gap_that_cannot_go_out_is_named_and_can_be_skipped() {
     relay.drain().await;
     let keys = fixture.keys().await;
     assert_eq!(keys, ["a", "d"]);
+}
+
+/// As from a slot: what is behind it is not repeated by each relay.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_event_of_the_gap_that_is_refused_repeats_nothing() {
+    let fixture = Fixture::new().await;
+    fixture.drop_slot().await;
+    insert_with_one_refused(&fixture).await;
+    fixture.recover(&[]).results();
+    let mut delivered = Vec::new();
+    for _ in 0..3 {
+        let mut relay = Relay::start(&fixture, &FAST);
+        assert_eq!(relay.exit_code().await, 8, "{}", relay.log());
+        delivered.push(fixture.records().await.len());
+    }
+    assert!(
+        delivered.iter().all(|count| *count == delivered[0]),
+        "{delivered:?}"
+    );
+}
+
+/// A row that no slot would give an event for is named, whichever column it is.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_row_of_the_gap_without_a_time_is_named() {
+    let fixture = Fixture::new().await;
+    fixture.drop_slot().await;
+    let timeless = "INSERT INTO postbox.outbox (aggregate_type, aggregate_id, event_type, created_at) \
+                    VALUES ('x', 'a', 'changed', 'infinity')";
+    fixture.client.batch_execute(timeless).await.unwrap();
+    fixture.recover(&[]).results();
+    let mut relay = Relay::start(&fixture, &FAST);
+    assert_eq!(relay.exit_code().await, 8, "{}", relay.log());
+    assert!(relay.log().contains("created_at"), "{}", relay.log());
 }
 
 /// `recover --skip-missed`, while another is about to change the checkpoint like this.

@@ -19,6 +19,7 @@ pub(crate) struct Proxy {
 struct State {
     /// Where connections go, in turn.
     upstreams: Vec<String>,
+    turn: usize,
     weather: Weather,
     /// Connections that are older than this many cuts are gone.
     cuts: u64,
@@ -44,12 +45,13 @@ impl Proxy {
     pub(crate) async fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
-        let (state, states) = watch::channel(State {
+        let (state, _) = watch::channel(State {
             upstreams: Vec::new(),
+            turn: 0,
             weather: Weather::Fair,
             cuts: 0,
         });
-        let task = tokio::spawn(accept(listener, states));
+        let task = tokio::spawn(accept(listener, state.clone()));
         Self {
             address,
             state,
@@ -69,7 +71,10 @@ impl Proxy {
     pub(crate) fn pass_on_in_turn(&self, upstreams: &[&str]) {
         let upstreams = upstreams.iter().map(|upstream| upstream.to_string());
         let upstreams = upstreams.collect();
-        self.state.send_modify(|state| state.upstreams = upstreams);
+        self.state.send_modify(|state| {
+            state.upstreams = upstreams;
+            state.turn = 0;
+        });
     }
 
     pub(crate) fn weather(&self, weather: Weather) {
@@ -89,15 +94,16 @@ impl Drop for Proxy {
     }
 }
 
-async fn accept(listener: TcpListener, state: watch::Receiver<State>) {
-    let mut turn = 0;
+async fn accept(listener: TcpListener, state: watch::Sender<State>) {
     while let Ok((client, _)) = listener.accept().await {
-        let upstreams = state.borrow().upstreams.clone();
-        let Some(upstream) = upstreams.get(turn % upstreams.len().max(1)) else {
-            continue;
-        };
-        turn += 1;
-        tokio::spawn(connect(client, upstream.clone(), state.clone()));
+        let mut upstream = None;
+        state.send_modify(|state| {
+            upstream = state.upstreams.iter().cycle().nth(state.turn).cloned();
+            state.turn += 1;
+        });
+        if let Some(upstream) = upstream {
+            tokio::spawn(connect(client, upstream, state.subscribe()));
+        }
     }
 }
 

@@ -1,11 +1,12 @@
-//! The relay's ordinary session: it compares the publication, writes fences,
+//! The relay's ordinary session, which controls what the stream does not: it compares the publication, writes fences,
 //! stores how far the relay is, and tells at once when Postgres goes away.
 //!
 //! A *fence* is a logical message that carries `pg_current_snapshot()`. When it
 //! comes out of the slot, everything visible in that snapshot lies before it, so
 //! once all that is delivered the snapshot is stored in the checkpoint: from it
 //! a lost slot is recovered from the table. The first is written at the start, so
-//! that a relay that never lives for long still leaves some behind.
+//! that a relay that never lives for long still leaves some behind. Each stands at the
+//! end of the WAL: a relay that is behind stores none before it has come there.
 //!
 //! The confirmed position is stored too, as the server may forget it in a crash.
 
@@ -33,7 +34,7 @@ const SLOT_INTERVAL: Duration = Duration::from_secs(5);
 /// Postgres repeats, and one small write.
 const STORE_INTERVAL: Duration = Duration::from_secs(1);
 
-pub(super) struct Heartbeat {
+pub(super) struct Control {
     shared: Arc<Shared>,
     task: JoinSet<Error>,
     mark: watch::Sender<Option<Reached>>,
@@ -54,7 +55,7 @@ struct Shared {
     stored: AtomicU64,
 }
 
-impl Heartbeat {
+impl Control {
     /// Starts to beat on a session that was checked.
     pub(super) fn start(
         session: Session,
@@ -87,7 +88,7 @@ impl Heartbeat {
     pub(super) async fn failed(&mut self) -> Error {
         match self.task.join_next().await {
             Some(Ok(error)) => error,
-            _ => Error::new(ErrorKind::Unexpected, "the heartbeat ended"),
+            _ => Error::new(ErrorKind::Unexpected, "the control session ended"),
         }
     }
 
@@ -161,7 +162,7 @@ async fn run(
             // nothing: it is as good as gone.
             Err(_) => {
                 let message = format!(
-                    "the heartbeat's session does not answer within {} s",
+                    "the control session does not answer within {} s",
                     SILENCE_MAX.as_secs()
                 );
                 return Error::new(ErrorKind::DatabaseAway, message);
