@@ -333,7 +333,6 @@ impl<'r> Attempt<'r> {
     /// What the oldest event waits for, if there is any.
     fn waiting(&self) -> Option<String> {
         let settings = &self.relay.settings;
-        let (events_max, bytes_max) = (settings.in_flight_max, settings.in_flight_bytes_max);
         let mut waiting = match (self.window.waiting(), &self.held) {
             (Some(waiting), _) => waiting,
             (None, Some(row)) => format!("{} waits for its topic", self.stream.name_of(row)),
@@ -342,7 +341,10 @@ impl<'r> Attempt<'r> {
             }
             (None, None) => return None,
         };
-        if !self.window.has_room(events_max, bytes_max) {
+        if self
+            .window
+            .is_full(settings.in_flight_max, settings.in_flight_bytes_max)
+        {
             waiting += ", as many as may be in flight: no more are read";
         }
         Some(waiting)

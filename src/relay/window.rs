@@ -140,14 +140,18 @@ impl Window {
 
     /// Whether one more event may be sent.
     pub(super) fn has_room(&self, events_max: usize, bytes_max: usize) -> bool {
-        // What is held, not only what is in flight: one partition that is stuck
-        // must neither fill our memory nor widen what a crash repeats.
-        let held = self.queue.held();
         self.alone.is_none()
             && self.failed.is_none()
             && self.beginning != Beginning::Waiting
-            && held.events < events_max
-            && held.bytes < bytes_max
+            && !self.is_full(events_max, bytes_max)
+    }
+
+    /// Whether as much is held as may be.
+    pub(super) fn is_full(&self, events_max: usize, bytes_max: usize) -> bool {
+        // What is held, not only what is in flight: one partition that is stuck
+        // must neither fill our memory nor widen what a crash repeats.
+        let held = self.queue.held();
+        held.events >= events_max || held.bytes >= bytes_max
     }
 
     /// Whether nothing is on its way.

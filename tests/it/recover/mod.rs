@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use postbox::oracle::Load;
 use postbox::servers::Server;
 
+use crate::setup::slot::{open_transaction, wait_for_waiting};
 use crate::support::{Fixture, Relay, run_script, shared_brokers, trials, wait_until};
 
 const FAST: [&str; 4] = ["--heartbeat-interval", "1s", "--in-flight-max", "500"];
@@ -212,6 +213,38 @@ async fn a_relay_that_wakes_after_a_recovery_does_not_end_the_gap() {
     relay.drain().await;
     let keys = fixture.keys().await;
     assert!(keys.contains(&"missed".to_owned()), "{keys:?}");
+}
+
+/// What commits while the server waits for a transaction that was open, so that it can
+/// make the slot, is not given by the slot. Its snapshot sees it, though it says that it
+/// ends before, as in `7366:7365:`.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_commits_while_the_slot_is_made_is_not_lost() {
+    let fixture = Fixture::with_postgres(&["autovacuum=off"]).await;
+    fixture.set_up().await;
+    fixture.drop_slot().await;
+    let (first, first_id) = open_transaction(&fixture).await;
+    let recovery = std::thread::scope(|scope| {
+        let recovery = scope.spawn(|| fixture.recover(&[]));
+        let meanwhile = async {
+            wait_for_waiting(&fixture, &first_id).await;
+            let (second, second_id) = open_transaction(&fixture).await;
+            fixture.insert("meanwhile", "{}").await;
+            first.batch_execute("COMMIT").await.unwrap();
+            wait_for_waiting(&fixture, &second_id).await;
+            let (_third, _) = open_transaction(&fixture).await;
+            second.batch_execute("ROLLBACK").await.unwrap();
+            wait_until("recovery ends", async || recovery.is_finished()).await;
+        };
+        let handle = tokio::runtime::Handle::current();
+        tokio::task::block_in_place(|| handle.block_on(meanwhile));
+        recovery.join().unwrap()
+    });
+    assert_eq!(missed(recovery.results()), 1);
+    let relay = Relay::streaming(&fixture, &FAST).await;
+    fixture.wait_for_confirmation().await;
+    relay.drain().await;
+    assert_eq!(fixture.keys().await, ["meanwhile"]);
 }
 
 /// Not at the first row of the table, of which there may be many.

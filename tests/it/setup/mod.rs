@@ -3,7 +3,7 @@
 mod publication;
 mod roles;
 mod script;
-mod slot;
+pub(crate) mod slot;
 
 use postbox::catalog::SCHEMA_VERSION;
 use postbox::contract::Contract;

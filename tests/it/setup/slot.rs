@@ -6,7 +6,7 @@ use super::{all_created, all_there, assert_events_flow, count, forget_slot, slot
 use crate::support::{Fixture, Relay, connect, wait_until};
 
 /// A transaction that is open, and its id.
-async fn open_transaction(fixture: &Fixture) -> (Client, String) {
+pub(crate) async fn open_transaction(fixture: &Fixture) -> (Client, String) {
     let client = connect(&fixture.database_url).await;
     client.batch_execute("BEGIN").await.unwrap();
     let sql = "SELECT pg_current_xact_id()::text";
@@ -15,7 +15,7 @@ async fn open_transaction(fixture: &Fixture) -> (Client, String) {
 }
 
 /// Waits until the walsender that makes a slot waits for this transaction.
-async fn wait_for_waiting(fixture: &Fixture, id: &str) {
+pub(crate) async fn wait_for_waiting(fixture: &Fixture, id: &str) {
     let sql =
         format!("SELECT count(*) FROM pg_locks WHERE NOT granted AND transactionid = '{id}'::xid");
     let what = format!("set-up waits for transaction {id}");
