@@ -8,6 +8,7 @@ mod world;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use postbox::oracle::Load;
 use run::{Outcome, run};
 use schedule::Schedule;
 use summary::Summary;
@@ -37,7 +38,8 @@ async fn campaign(first: u64, runs: u64, jobs: u64) -> Summary {
                         outcomes.push((seed, Some(outcome)));
                     }
                     Err(_) => {
-                        eprintln!("seed {seed}: failed");
+                        let load = Load::new("postbox", "events");
+                        eprintln!("{}: failed", Schedule::draw(seed, load));
                         outcomes.push((seed, None));
                         world = World::start().await;
                     }

@@ -6,7 +6,7 @@ use postbox::oracle::{self, Load, Seen, Verdict};
 use postbox::timestamp::Timestamp;
 use tokio::task::block_in_place;
 
-use super::schedule::{Action, BURST_EVENTS_MAX, Schedule, Side};
+use super::schedule::{Action, Schedule, Side};
 use super::world::World;
 use crate::support::{Fixture, Relay};
 
@@ -14,14 +14,13 @@ use crate::support::{Fixture, Relay};
 #[derive(Debug)]
 pub(super) struct Outcome {
     pub(super) verdict: Verdict,
-    /// Every time a relay began to stream again.
+    /// Every time a relay began to stream.
     pub(super) restarts: Vec<Restart>,
     /// The longest time in which nothing reached Kafka, harm included.
     pub(super) longest_stall: Duration,
 }
 
-/// A relay began to stream again, and repeated what was delivered and not known
-/// to be.
+/// A relay began to stream, and repeated what was delivered and not known to be.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Restart {
     pub(super) cause: Cause,
@@ -33,6 +32,8 @@ pub(super) struct Restart {
 /// What a restart goes on from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Cause {
+    /// The first start.
+    None,
     /// From the slot's position, which the server remembers. It may repeat what
     /// was in flight, the transaction that was being read, and what was delivered
     /// since the last status message.
@@ -239,7 +240,7 @@ impl Run<'_> {
             ..self.schedule.load.clone()
         };
         let writers = self.fixture.writers(load);
-        tokio::time::sleep(Duration::from_millis(100)).await;
+        tokio::time::sleep(Duration::from_millis(500)).await;
         // It ends with its first transaction.
         writers.stop().await.unwrap();
     }
@@ -300,8 +301,7 @@ impl Run<'_> {
         }
     }
 
-    /// What was repeated after each start but the first, and how much might have
-    /// been.
+    /// What was repeated after each start, and how much might have been.
     fn restarts(&self, records: &[Seen], starts: &[i64]) -> Vec<Restart> {
         let mut in_order: Vec<&Seen> = records.iter().collect();
         in_order.sort_by_key(|record| record.timestamp_millis);
@@ -312,11 +312,15 @@ impl Run<'_> {
         for record in &in_order {
             is_repeated.push(!seen.insert(record.id));
         }
-        let load = &self.schedule.load;
-        let large = u64::from(load.large_rounds.unsigned_abs()) * load.keys;
-        let transaction = large.max(load.events_max).max(BURST_EVENTS_MAX as u64) as usize;
+        let transaction = self.schedule.transaction_max();
         let ends = starts.iter().skip(2).copied().chain([i64::MAX]);
-        let mut restarts = Vec::new();
+        // Until the second start nothing may be repeated.
+        let second = starts.get(1).map_or(records.len(), |start| before(*start));
+        let mut restarts = vec![Restart {
+            cause: Cause::None,
+            repeated: is_repeated[..second].iter().filter(|is| **is).count(),
+            bound: 0,
+        }];
         for (pair, end) in starts.windows(2).zip(ends) {
             let [previous, start] = [pair[0], pair[1]];
             let (first, last) = (before(start), before(end));
@@ -328,7 +332,7 @@ impl Run<'_> {
             let newest = first.checked_sub(1);
             let newest = newest.map_or(0, |at| in_order[at].timestamp_millis);
             let since = match cause {
-                Cause::Relay => newest - millis(STATUS_INTERVAL + LATE),
+                Cause::None | Cause::Relay => newest - millis(STATUS_INTERVAL + LATE),
                 Cause::Postgres => newest - millis(STORE_INTERVAL + 2 * LATE),
                 Cause::Slot => previous,
             };

@@ -61,7 +61,7 @@ pub(super) enum Side {
 const LENGTH: Duration = Duration::from_secs(6);
 
 /// How many events a burst has, at most.
-pub(super) const BURST_EVENTS_MAX: i32 = 20_000;
+const BURST_EVENTS_MAX: i32 = 20_000;
 
 impl Schedule {
     pub(super) fn draw(seed: u64, mut load: Load) -> Self {
@@ -88,6 +88,25 @@ impl Schedule {
             in_flight_max,
             steps,
         }
+    }
+}
+
+impl Schedule {
+    /// The most events that one transaction may have.
+    pub(super) fn transaction_max(&self) -> usize {
+        let load = &self.load;
+        let large = match load.large_per_mille {
+            0 => 0,
+            _ => load.large_rounds.unsigned_abs() as usize * load.keys as usize,
+        };
+        let bursts = self.steps.iter().map(|step| match step.action {
+            Action::Burst(events) => events.unsigned_abs() as usize,
+            _ => 0,
+        });
+        bursts
+            .chain([large, load.events_max as usize])
+            .max()
+            .unwrap_or_default()
     }
 }
 

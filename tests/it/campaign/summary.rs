@@ -7,6 +7,7 @@ use std::time::Duration;
 use postbox::oracle::Load;
 
 use super::run::Cause;
+use super::schedule::Action;
 use super::{Outcome, Schedule};
 
 #[derive(Debug, Default)]
@@ -22,6 +23,8 @@ pub(super) struct Summary {
     repeated: BTreeMap<Cause, (usize, (usize, usize))>,
     over_bound: Vec<u64>,
     longest_stall: Duration,
+    /// What was done, and how often.
+    harms: BTreeMap<String, usize>,
     /// Seeds with a relay that ended, or was not done in time.
     failed: Vec<u64>,
 }
@@ -39,6 +42,9 @@ impl Summary {
         self.inversions += verdict.inversions.len();
         self.ghosts += verdict.ghosts.len() + verdict.misplaced.len();
         self.duplicates += verdict.duplicates;
+        for step in Schedule::draw(seed, Load::new("postbox", "events")).steps {
+            *self.harms.entry(name(step.action)).or_default() += 1;
+        }
         for restart in &outcome.restarts {
             let (restarts, most) = self.repeated.entry(restart.cause).or_default();
             *restarts += 1;
@@ -71,6 +77,7 @@ impl fmt::Display for Summary {
                 f,
                 "restarts {:<19}{restarts}; most repeated after one {most} (its bound: {bound})",
                 match cause {
+                    Cause::None => "none, the first",
                     Cause::Relay => "of the stream",
                     Cause::Postgres => "after a crash",
                     Cause::Slot => "after a recovery",
@@ -83,8 +90,19 @@ impl fmt::Display for Summary {
             "longest stall, with harm    {:.1} s",
             self.longest_stall.as_secs_f64()
         )?;
-        write!(f, "failed seeds                {:?}", self.failed)
+        writeln!(f, "failed seeds                {:?}", self.failed)?;
+        let harms = self.harms.iter();
+        let harms: Vec<String> = harms
+            .map(|(harm, times)| format!("{harm} {times}"))
+            .collect();
+        write!(f, "harms                       {}", harms.join(", "))
     }
+}
+
+/// An action without its particulars.
+fn name(action: Action) -> String {
+    let text = format!("{action:?}");
+    text.split('(').next().unwrap_or_default().to_owned()
 }
 
 /// A line for a run, and what was done in it if it is not clean.
