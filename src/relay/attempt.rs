@@ -315,6 +315,11 @@ impl<'r> Attempt<'r> {
         let may_read = self.may_read();
         self.stream.check_alive(may_read)?;
         self.update_gauges();
+        if !may_read && self.control.server_gives_up() {
+            let message = "the slot is beyond max_slot_wal_keep_size, and events cannot be sent: \
+                           it is let go, as the server's checkpoint would wait for us";
+            return Err(Error::new(ErrorKind::DatabaseAway, message));
+        }
         if let Some(sent_at) = self.window.oldest_sent_at()
             && sent_at.elapsed() > OPEN_MAX
         {

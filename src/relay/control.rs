@@ -53,6 +53,7 @@ struct Shared {
     traffic: AtomicBool,
     confirmed: AtomicU64,
     stored: AtomicU64,
+    gives_up: AtomicBool,
 }
 
 impl Control {
@@ -76,6 +77,7 @@ impl Control {
             traffic: AtomicBool::new(true),
             confirmed: AtomicU64::new(0),
             stored: AtomicU64::new(0),
+            gives_up: AtomicBool::new(false),
         });
         let (mark, marks) = watch::channel(None);
         let mut task = JoinSet::new();
@@ -90,6 +92,12 @@ impl Control {
             Some(Ok(error)) => error,
             _ => Error::new(ErrorKind::Unexpected, "the control session ended"),
         }
+    }
+
+    /// Whether the server keeps no more WAL for the slot, and gives it up as soon as
+    /// nobody reads it: until then, its next checkpoint waits.
+    pub(super) fn server_gives_up(&self) -> bool {
+        self.shared.gives_up.load(Ordering::Relaxed)
     }
 
     /// There were events: the next beat writes a fence.
@@ -196,6 +204,8 @@ impl Shared {
         self.metrics.retained_wal_bytes.set(state.retained_bytes);
         if let Some(status) = &state.wal_status {
             self.metrics.wal_status(status);
+            self.gives_up
+                .store(status == "unreserved", Ordering::Relaxed);
         }
         Ok(())
     }

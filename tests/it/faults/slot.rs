@@ -33,3 +33,35 @@ async fn a_slot_given_up_beside_a_frozen_relay_is_recovered() {
     assert!(log.contains("run `postbox recover`"), "{log}");
     assert_recoverable(&fixture, "missed").await;
 }
+
+/// A relay that reads nothing while Kafka is away must not hold up the server that gives
+/// its slot up, nor the checkpoint that does so.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slot_given_up_beside_a_relay_that_waits_for_kafka_is_recovered() {
+    let mut fixture = Fixture::with_servers(&["max_slot_wal_keep_size=1MB"], &[]).await;
+    let flags = ["--in-flight-max", "20"];
+    let mut relay = Relay::streaming(&fixture, &flags).await;
+    fixture.insert("before", "{}").await;
+    fixture.wait_for_confirmation().await;
+    fixture.kafka("pause");
+    // More than any buffer between the server and the relay holds.
+    let many = format!(
+        "INSERT INTO postbox.outbox (aggregate_type, aggregate_id, event_type, payload) \
+         SELECT '{}', 'many', 'changed', to_json(repeat('x', 1000)) FROM generate_series(1, 30000)",
+        fixture.topic
+    );
+    fixture.client.batch_execute(&many).await.unwrap();
+    fixture.outrun_slot().await;
+    assert_eq!(relay.exit_code().await, 4, "{}", relay.log());
+    fixture.kafka("resume");
+    assert!(
+        relay.log().contains("run `postbox recover`"),
+        "{}",
+        relay.log()
+    );
+    fixture.recover(&[]).results();
+    let relay = Relay::streaming(&fixture, &[]).await;
+    fixture.wait_for_confirmation().await;
+    relay.drain().await;
+    assert!(fixture.keys().await.len() > 30_000);
+}
