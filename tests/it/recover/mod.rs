@@ -12,9 +12,10 @@ use crate::support::{Fixture, Relay, run_script, shared_brokers, trials, wait_un
 
 const FAST: [&str; 4] = ["--heartbeat-interval", "1s", "--in-flight-max", "500"];
 
-/// What the last heartbeat interval may repeat, on a slow machine, and the window.
+/// What one heartbeat interval may repeat, and the time until its fence is stored, on a
+/// slow machine; and the window.
 fn repeats_max(load: &Load) -> usize {
-    load.events_per_second as usize * 5 + 500
+    (load.events_per_second * 2.5) as usize + 500
 }
 
 fn load(fixture: &Fixture) -> Load {
@@ -56,7 +57,8 @@ async fn lose(loss: Loss) -> Duration {
     let load = load(&fixture);
     let writers = fixture.writers(load.clone());
     let mut relay = Relay::streaming(&fixture, &FAST).await;
-    tokio::time::sleep(Duration::from_secs(3)).await;
+    // For longer than may be repeated.
+    tokio::time::sleep(Duration::from_secs(8)).await;
     let says = match loss {
         Loss::Dropped => {
             fixture.drop_slot().await;
