@@ -1,9 +1,9 @@
 //! A Postgres that we do not trust, or that does not trust us.
 
 use super::certificates::LOCAL;
-use super::servers::{PASSWORD, SecurePostgres, issuers};
+use super::servers::{Issuers, PASSWORD, SecurePostgres, issuers};
 use super::{assert_no_secret, complaint};
-use crate::support::Relay;
+use crate::support::{Proxy, Relay};
 
 /// A relay with this URL ends with this exit code and says this, and no secret
 /// whatever is logged.
@@ -57,6 +57,40 @@ async fn a_postgres_that_cannot_be_trusted_is_refused() {
     mended.drain().await;
 }
 
+/// The two clients verify certificates each by itself: here only the second connection,
+/// which is to be the stream, meets a server that cannot be trusted.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_trusts_no_more_than_a_session() {
+    let postgres = SecurePostgres::start().await;
+    let mut other = SecurePostgres::start().await;
+    let proxy = Proxy::start().await;
+    let address = |server: &SecurePostgres| {
+        let port = server.fixture.postgres.as_ref().unwrap().fact("port");
+        format!("127.0.0.1:{port}")
+    };
+    let Issuers {
+        authority,
+        stranger,
+        ..
+    } = issuers();
+    let (_, port) = proxy.address().split_once(':').unwrap();
+    let right = postgres.parameters("verify-full", "ca.pem", "relay");
+    let url = postgres.url_at(port, "localhost", PASSWORD, &right);
+    for identity in [
+        stranger.server(LOCAL),
+        authority.server(&["elsewhere.example"]),
+        authority.expired_server(),
+    ] {
+        other.present(&identity).await;
+        proxy.pass_on_in_turn(&[&address(&postgres), &address(&other)]);
+        let expected = [
+            "stream from slot",
+            "the server's certificate is not trusted",
+        ];
+        assert_refused(&postgres, &url, 6, &expected).await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_postgres_that_does_not_trust_us_says_what_is_missing() {
     let postgres = SecurePostgres::start().await;
@@ -65,7 +99,7 @@ async fn a_postgres_that_does_not_trust_us_says_what_is_missing() {
     let other = postgres.parameters("verify-full", "ca.pem", "other");
     for (password, parameters, expected) in [
         (
-            "wrong",
+            "hunter2x",
             &right[..],
             &["password authentication failed", "PGPASSWORD or ~/.pgpass"][..],
         ),
