@@ -18,6 +18,7 @@ mod identity;
 mod publication;
 mod slot;
 
+use pgwire_replication::IdentifySystem;
 use tokio_postgres::Client;
 use tracing::warn;
 
@@ -45,6 +46,15 @@ pub struct System {
     pub identifier: String,
     /// Rises with each promotion.
     pub timeline: i32,
+}
+
+impl From<IdentifySystem> for System {
+    fn from(found: IdentifySystem) -> Self {
+        Self {
+            identifier: found.system_id,
+            timeline: found.timeline.cast_signed(),
+        }
+    }
 }
 
 impl System {

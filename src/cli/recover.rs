@@ -11,7 +11,8 @@ use super::arguments::{ContractArguments, DatabaseArguments};
 /// For a slot that was dropped, invalidated, left behind by a fail-over, or hidden from by a change of
 /// the publication. Events committed since the last checkpoint are still in the outbox: the relay that
 /// starts next sends them first, and then reads the new slot. Those delivered since that checkpoint,
-/// within one heartbeat interval if the relay kept up, are sent again. It changes nothing where nothing is lost, and may run any number of times.
+/// within one heartbeat interval if the relay kept up, are sent again. It changes nothing where nothing
+/// is lost, and may run any number of times.
 #[derive(Debug, Args)]
 pub(super) struct RecoverCommand {
     #[command(flatten)]

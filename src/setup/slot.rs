@@ -92,14 +92,10 @@ pub(super) async fn create(
 }
 
 pub(super) async fn identify_system(replication: &mut ReplicationClient) -> Result<System> {
-    let system = replication
-        .identify_system()
-        .await
-        .map_err(|error| sort_replication("identify the system", error))?;
-    Ok(System {
-        identifier: system.system_id,
-        timeline: system.timeline.cast_signed(),
-    })
+    let found = replication.identify_system().await;
+    found
+        .map(System::from)
+        .map_err(|error| sort_replication("identify the system", error))
 }
 
 async fn drop_slot(replication: &mut ReplicationClient, contract: &Contract) -> Result<()> {

@@ -106,11 +106,7 @@ impl Stream {
         let opened = async {
             let limit = database.connect_timeout();
             let found = within(limit, &context, client.identify_system()).await?;
-            let found = System {
-                identifier: found.system_id,
-                timeline: found.timeline.cast_signed(),
-            };
-            settings.system.check_same(&found, &context)?;
+            settings.system.check_same(&found.into(), &context)?;
             client.start().await.map_err(sorted)?;
             within(limit, &context, client.wait_started()).await
         };

@@ -184,15 +184,12 @@ pub(crate) async fn insert_with_one_refused(fixture: &Fixture) {
     }
 }
 
-/// What is behind such an event in other partitions was delivered by the first relay
-/// and cannot be confirmed.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_relay_that_is_started_again_and_again_at_a_refused_event_repeats_nothing() {
-    let fixture = Fixture::new().await;
-    insert_with_one_refused(&fixture).await;
+/// Relays that are started again and again end at an event that cannot go out, and only
+/// the first of them delivers anything.
+pub(crate) async fn assert_repeats_nothing(fixture: &Fixture, flags: &[&str]) {
     let mut delivered = Vec::new();
     for _ in 0..3 {
-        let mut relay = Relay::start(&fixture, &[]);
+        let mut relay = Relay::start(fixture, flags);
         assert_eq!(relay.exit_code().await, 8, "{}", relay.log());
         delivered.push(fixture.records().await.len());
     }
@@ -200,6 +197,15 @@ async fn a_relay_that_is_started_again_and_again_at_a_refused_event_repeats_noth
         delivered.iter().all(|count| *count == delivered[0]),
         "{delivered:?}"
     );
+}
+
+/// What is behind such an event in other partitions was delivered by the first relay
+/// and cannot be confirmed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_that_is_started_again_and_again_at_a_refused_event_repeats_nothing() {
+    let fixture = Fixture::new().await;
+    insert_with_one_refused(&fixture).await;
+    assert_repeats_nothing(&fixture, &[]).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -51,11 +51,7 @@ async fn a_stream_from_another_server_than_the_session_is_refused() {
     let new = Fixture::with_postgres(&[]).await;
     let database = format!("CREATE DATABASE {}", old.contract.slot);
     new.client.batch_execute(&database).await.unwrap();
-    let address = |fixture: &Fixture| {
-        let port = fixture.postgres.as_ref().unwrap().fact("port");
-        format!("127.0.0.1:{port}")
-    };
-    let (ours, other) = (address(&old), address(&new));
+    let (ours, other) = (old.postgres_address(), new.postgres_address());
     for turns in [&[&ours[..], &other[..]][..], &[&ours, &ours, &other]] {
         if turns.len() == 3 {
             old.drop_slot().await;

@@ -1,7 +1,7 @@
 //! `postbox recover --skip-missed`: what was missed is given up.
 
 use super::{FAST, missed};
-use crate::poison::insert_with_one_refused;
+use crate::poison::{assert_repeats_nothing, insert_with_one_refused};
 use crate::support::{Fixture, Output, Relay, connect, wait_until};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -68,16 +68,7 @@ async fn an_event_of_the_gap_that_is_refused_repeats_nothing() {
     fixture.drop_slot().await;
     insert_with_one_refused(&fixture).await;
     fixture.recover(&[]).results();
-    let mut delivered = Vec::new();
-    for _ in 0..3 {
-        let mut relay = Relay::start(&fixture, &FAST);
-        assert_eq!(relay.exit_code().await, 8, "{}", relay.log());
-        delivered.push(fixture.records().await.len());
-    }
-    assert!(
-        delivered.iter().all(|count| *count == delivered[0]),
-        "{delivered:?}"
-    );
+    assert_repeats_nothing(&fixture, &FAST).await;
 }
 
 /// A row that no slot would give an event for is named, whichever column it is.

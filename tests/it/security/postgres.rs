@@ -64,10 +64,6 @@ async fn a_stream_trusts_no_more_than_a_session() {
     let postgres = SecurePostgres::start().await;
     let mut other = SecurePostgres::start().await;
     let proxy = Proxy::start().await;
-    let address = |server: &SecurePostgres| {
-        let port = server.fixture.postgres.as_ref().unwrap().fact("port");
-        format!("127.0.0.1:{port}")
-    };
     let Issuers {
         authority,
         stranger,
@@ -82,7 +78,8 @@ async fn a_stream_trusts_no_more_than_a_session() {
         authority.expired_server(),
     ] {
         other.present(&identity).await;
-        proxy.pass_on_in_turn(&[&address(&postgres), &address(&other)]);
+        let (first, second) = (&postgres.fixture, &other.fixture);
+        proxy.pass_on_in_turn(&[&first.postgres_address(), &second.postgres_address()]);
         let expected = [
             "stream from slot",
             "the server's certificate is not trusted",

@@ -71,11 +71,16 @@ impl Fixture {
     pub(crate) async fn behind(proxy: &Proxy) -> (Self, String) {
         let fixture = Fixture::with_postgres(&[]).await;
         fixture.set_up().await;
-        let port = fixture.postgres.as_ref().unwrap().fact("port");
-        proxy.pass_on_to(&format!("127.0.0.1:{port}"));
+        proxy.pass_on_to(&fixture.postgres_address());
         let (address, database) = (proxy.address(), &fixture.contract.slot);
         let url = format!("postgresql://postgres@{address}/{database}?sslmode=disable");
         (fixture, url)
+    }
+
+    /// Where the test's own Postgres listens, as `host:port`.
+    pub(crate) fn postgres_address(&self) -> String {
+        let postgres = self.postgres.as_ref().expect("a Postgres of its own");
+        format!("127.0.0.1:{}", postgres.fact("port"))
     }
 
     /// On servers of its own, Kafka with two brokers, set up. `kafka` is the first of
