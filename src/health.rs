@@ -26,8 +26,8 @@ pub struct Health(Mutex<State>);
 /// One of the two servers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Server {
-    /// The database, in the relay's ordinary session. The replication stream has a
-    /// limit of its own, after which it is given up.
+    /// The database, in the relay's ordinary session. The replication stream is
+    /// silent while there is nothing to read: see [`Health::overdue`].
     Postgres,
     /// Any broker.
     Kafka,
@@ -36,6 +36,8 @@ pub enum Server {
 #[derive(Debug)]
 struct State {
     stream: Link,
+    /// For how long the stream has kept back what the server has written.
+    overdue: Option<Duration>,
     brokers: Link,
     /// When Postgres and Kafka last said anything, or were first asked.
     heard: [Instant; 2],
@@ -52,6 +54,7 @@ impl Default for Health {
         let now = Instant::now();
         Self(Mutex::new(State {
             stream: Err("postgres: not connected yet".to_owned()),
+            overdue: None,
             brokers: Err("not connected yet".to_owned()),
             heard: [now; 2],
             waiting: None,
@@ -65,6 +68,7 @@ impl Health {
     pub fn streaming(&self) {
         self.with(|state| {
             state.stream = Ok(());
+            state.overdue = None;
             // Nobody asked in between.
             state.heard = [Instant::now(); 2];
             state.waiting = None;
@@ -79,6 +83,13 @@ impl Health {
             _ => "postgres",
         };
         self.with(|state| state.stream = Err(format!("{side}: {}", error.chain())));
+    }
+
+    /// The stream has said nothing for so long, though the server has written WAL; `None`
+    /// if it owes us nothing. That is no error yet: a server that decodes a large
+    /// transaction is as silent as one whose connection is dead.
+    pub fn overdue(&self, silence: Option<Duration>) {
+        self.with(|state| state.overdue = silence);
     }
 
     /// A server gave a sign of life.
@@ -139,6 +150,12 @@ impl Health {
             let mut complaints = Vec::new();
             if let Err(reason) = &state.stream {
                 complaints.push(reason.clone());
+            }
+            if let (Ok(()), Some(silence)) = (&state.stream, state.overdue) {
+                let seconds = silence.as_secs();
+                complaints.push(format!(
+                    "postgres: the server has written WAL, and its stream has said nothing for {seconds} s"
+                ));
             }
             if let Err(reason) = &state.brokers {
                 complaints.push(format!("kafka: {reason}"));
@@ -218,6 +235,19 @@ mod tests {
         health.brokers(Err("no broker answers".to_owned()));
         assert_eq!(health.complaints(), ["kafka: no broker answers"]);
         health.brokers(Ok(()));
+        health.stopped(&Error::new(ErrorKind::DatabaseAway, "gone"));
+        assert_eq!(health.complaints(), ["postgres: gone"]);
+        health.streaming();
+        assert!(health.complaints().is_empty());
+    }
+
+    #[test]
+    fn a_stream_that_owes_something_is_complained_of_while_it_is_up() {
+        let health = streaming();
+        health.overdue(Some(Duration::from_secs(11)));
+        let complaints = health.complaints();
+        assert_eq!(complaints.len(), 1);
+        assert!(complaints[0].ends_with("for 11 s"), "{complaints:?}");
         health.stopped(&Error::new(ErrorKind::DatabaseAway, "gone"));
         assert_eq!(health.complaints(), ["postgres: gone"]);
         health.streaming();

@@ -37,6 +37,8 @@ pub struct SlotState {
     pub retained_bytes: i64,
     /// Bytes of WAL that are not confirmed yet.
     pub lag_bytes: i64,
+    /// Where the server writes.
+    pub wal_end: PgLsn,
 }
 
 /// The slot's state, or an error of kind `Slot` where there is no such slot.
@@ -59,7 +61,8 @@ pub async fn find_slot(client: &Client, slot: &str) -> Result<Option<SlotState>>
                       to_jsonb(s) ->> 'invalidation_reason', safe_wal_size, \
                       coalesce(greatest(pg_current_wal_lsn() - restart_lsn, 0), 0)::bigint, \
                       coalesce(greatest(pg_current_wal_lsn() - confirmed_flush_lsn, 0), 0)::bigint, \
-                      coalesce((to_jsonb(s) ->> 'failover')::boolean, false) \
+                      coalesce((to_jsonb(s) ->> 'failover')::boolean, false), \
+                      pg_current_wal_lsn() \
                FROM pg_replication_slots AS s WHERE slot_name = $1::text::name";
     let rows = client
         .query_typed(sql, &[(&slot, Type::TEXT)])
@@ -80,6 +83,7 @@ pub async fn find_slot(client: &Client, slot: &str) -> Result<Option<SlotState>>
         retained_bytes: row.get(11),
         lag_bytes: row.get(12),
         failover: row.get(13),
+        wal_end: row.get(14),
     }))
 }
 

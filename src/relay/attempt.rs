@@ -16,7 +16,7 @@ use super::window::{Stop, Window};
 use super::{BACKOFF_MAX, Relay};
 use crate::envelope::Encoder;
 use crate::error::{Error, ErrorKind, Result};
-use crate::health::Server;
+use crate::health::{SILENCE_MAX, Server};
 use crate::publisher::Topic;
 use crate::source::wal::Stream;
 use crate::source::{Item, Mark, Row};
@@ -326,7 +326,11 @@ impl<'r> Attempt<'r> {
             let message = "a delivery has taken so long that brokers forget the producer";
             return Err(Error::new(ErrorKind::BrokerAway, message));
         }
+        let silence = self.stream.silence();
+        let is_overdue =
+            silence > SILENCE_MAX && self.stream.received() < self.control.wal_end_before();
         let health = &self.relay.health;
+        health.overdue(is_overdue.then_some(silence));
         health.waiting(self.waiting());
         if health.silence(Server::Kafka) > PROBE_INTERVAL && self.probing.is_empty() {
             self.probing

@@ -27,7 +27,7 @@ use crate::health::{Health, SILENCE_MAX, Server};
 use crate::metrics::Metrics;
 use crate::source::{HEARTBEAT_PREFIX, Mark};
 
-/// How often the slot is looked at for the metrics.
+/// How often the slot is looked at: for the metrics, and for what the stream owes us.
 const SLOT_INTERVAL: Duration = Duration::from_secs(5);
 
 /// How often the confirmed position is stored while events flow: what a crash of
@@ -54,6 +54,9 @@ struct Shared {
     confirmed: AtomicU64,
     stored: AtomicU64,
     gives_up: AtomicBool,
+    /// The end of the WAL, as of the last look and of the one before it.
+    wal_end: AtomicU64,
+    wal_end_before: AtomicU64,
 }
 
 impl Control {
@@ -78,6 +81,8 @@ impl Control {
             confirmed: AtomicU64::new(0),
             stored: AtomicU64::new(0),
             gives_up: AtomicBool::new(false),
+            wal_end: AtomicU64::new(0),
+            wal_end_before: AtomicU64::new(0),
         });
         let (mark, marks) = watch::channel(None);
         let mut task = JoinSet::new();
@@ -98,6 +103,12 @@ impl Control {
     /// nobody reads it: until then, its next checkpoint waits.
     pub(super) fn server_gives_up(&self) -> bool {
         self.shared.gives_up.load(Ordering::Relaxed)
+    }
+
+    /// Where the WAL ended some seconds ago. A stream that lives has come up to it, or
+    /// sends what lies before it: even where nothing is published, it tells positions.
+    pub(super) fn wal_end_before(&self) -> PgLsn {
+        self.shared.wal_end_before.load(Ordering::Relaxed).into()
     }
 
     /// There were events: the next beat writes a fence.
@@ -202,6 +213,8 @@ impl Shared {
         let state = catalog::slot_state(&self.session.client, &self.contract.slot).await?;
         self.metrics.slot_lag_bytes.set(state.lag_bytes);
         self.metrics.retained_wal_bytes.set(state.retained_bytes);
+        let before = self.wal_end.swap(state.wal_end.into(), Ordering::Relaxed);
+        self.wal_end_before.store(before, Ordering::Relaxed);
         if let Some(status) = &state.wal_status {
             self.metrics.wal_status(status);
             self.gives_up

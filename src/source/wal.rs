@@ -238,12 +238,18 @@ impl Stream {
         if !reading || self.gap.is_some() {
             self.last_heard = Instant::now();
         }
-        let silence = self.last_heard.elapsed();
+        let silence = self.silence();
         if silence > self.settings.wal_sender_timeout * 3 / 2 {
             let message = format!("nothing heard from the server for {} s", silence.as_secs());
             return Err(Error::new(ErrorKind::DatabaseAway, message));
         }
         Ok(())
+    }
+
+    /// How long nothing has come while we were listening, as of the last
+    /// [`check_alive`](Self::check_alive).
+    pub fn silence(&self) -> Duration {
+        self.last_heard.elapsed()
     }
 
     /// Waits until the last confirmation was written to the server, if that is

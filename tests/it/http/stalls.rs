@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::support::{Fixture, Proxy, Relay, Weather, wait_until};
+use crate::support::{Fixture, Proxy, Relay, Weather, signal, wait_until};
 
 /// How long a stall may go unseen.
 const SEEN_WITHIN: Duration = Duration::from_secs(15);
@@ -79,6 +79,30 @@ async fn a_postgres_that_says_nothing_is_seen() {
         fixture.wait_for_confirmation().await;
         relay.drain().await;
     }
+}
+
+/// The walsender stands still, and everything else of the server goes on. The stream
+/// itself would wait for twenty minutes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_that_says_nothing_beside_a_server_that_writes_is_seen() {
+    let fixture = Fixture::with_postgres(&[]).await;
+    fixture.setup(&[]).results();
+    let relay = Relay::streaming(&fixture, &["--wal-sender-timeout", "10m"]).await;
+    fixture.insert("a", "{}").await;
+    fixture.wait_for_confirmation().await;
+    // Where nothing is written, nothing is owed.
+    tokio::time::sleep(Duration::from_secs(12)).await;
+    assert_eq!(relay.get("/readyz").0, 200);
+
+    let walsender = fixture.walsender().await;
+    signal(walsender, "STOP");
+    fixture.insert("a", "{}").await;
+    assert_red(&relay, &["postgres: ", " its stream has said nothing for "]).await;
+    signal(walsender, "CONT");
+    wait_for_green(&relay).await;
+    fixture.wait_for_confirmation().await;
+    relay.drain().await;
+    assert_eq!(fixture.records().await.len(), 2);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -188,6 +188,13 @@ impl Fixture {
         ended.unwrap();
     }
 
+    /// The process id of the walsender that reads the slot.
+    pub(crate) async fn walsender(&self) -> u32 {
+        let sql = "SELECT active_pid FROM pg_replication_slots WHERE slot_name = $1";
+        let row = self.client.query_one(sql, &[&self.contract.slot]).await;
+        row.unwrap().get::<_, i32>(0).unsigned_abs()
+    }
+
     /// Drops the slot, whoever reads it.
     pub(crate) async fn drop_slot(&self) {
         let slot = &self.contract.slot;

@@ -15,7 +15,7 @@ pub(crate) use command::{Output, postbox, run, statement};
 pub(crate) use fixture::{Fixture, connect};
 pub(crate) use proxy::{Proxy, Weather};
 pub(crate) use psql::run_script;
-pub(crate) use relay::Relay;
+pub(crate) use relay::{Relay, signal};
 pub(crate) use trials::trials;
 
 /// What one crash may repeat: what the relay lets be in flight, and what was

@@ -110,11 +110,7 @@ impl Relay {
 
     /// Sends a signal by name, such as `TERM` or `STOP`.
     pub(crate) fn signal(&self, name: &str) {
-        let pid = self.pid().to_string();
-        let sent = Command::new("kill")
-            .args([&format!("-{name}"), &pid])
-            .status();
-        assert!(sent.unwrap().success(), "kill -{name} {pid}");
+        signal(self.pid(), name);
     }
 
     /// SIGKILL.
@@ -205,6 +201,15 @@ impl Relay {
         let kibibytes = String::from_utf8(output.unwrap().stdout).unwrap();
         kibibytes.trim().parse::<u64>().unwrap() * 1024
     }
+}
+
+/// Sends a signal by name, such as `TERM` or `STOP`, to a process of this machine.
+pub(crate) fn signal(pid: u32, name: &str) {
+    let pid = pid.to_string();
+    let sent = Command::new("kill")
+        .args([&format!("-{name}"), &pid])
+        .status();
+    assert!(sent.unwrap().success(), "kill -{name} {pid}");
 }
 
 impl Drop for Relay {
