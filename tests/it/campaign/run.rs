@@ -4,7 +4,6 @@ use std::time::{Duration, Instant};
 
 use postbox::oracle::{self, Load, Seen, Verdict};
 use postbox::timestamp::Timestamp;
-use tokio::task::block_in_place;
 
 use super::schedule::{Action, Schedule, Side};
 use super::world::World;
@@ -32,8 +31,8 @@ pub(super) struct Restart {
 /// What a restart goes on from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Cause {
-    /// The first start.
-    None,
+    /// The first start, or one after orderly ends only: nothing is left to repeat.
+    Clean,
     /// From the slot's position, which the server remembers. It may repeat what
     /// was in flight, the transaction that was being read, and what was delivered
     /// since the last status message.
@@ -65,13 +64,22 @@ impl Outcome {
     }
 }
 
+/// A relay began to stream.
+#[derive(Debug, Clone, Copy)]
+struct Start {
+    /// In milliseconds since 1970.
+    at: i64,
+    /// Whether the relay then streamed until it said, by its exit code, that all was confirmed.
+    ended_well: bool,
+}
+
 struct Run<'w> {
     world: &'w mut World,
     fixture: Fixture,
     schedule: Schedule,
     relays: Vec<Relay>,
-    /// The logs of those that ended.
-    logs: Vec<String>,
+    /// When relays that ended had begun to stream.
+    starts: Vec<Start>,
     frozen: Option<u32>,
     /// What takes the slot's position away, and when, in milliseconds since 1970.
     losses: Vec<(i64, Cause)>,
@@ -87,7 +95,7 @@ pub(super) async fn run(world: &mut World, seed: u64) -> Outcome {
         fixture,
         schedule,
         relays: Vec::new(),
-        logs: Vec::new(),
+        starts: Vec::new(),
         frozen: None,
         losses: Vec::new(),
     };
@@ -135,7 +143,7 @@ impl Run<'_> {
                 }
             }
             Action::EndRelay => {
-                self.end_relay();
+                self.end_relay().await;
                 self.start_relay();
             }
             Action::FreezeRelay => self.freeze(),
@@ -170,21 +178,35 @@ impl Run<'_> {
     fn kill_relay(&mut self) {
         let relay = self.relays.remove(0);
         self.frozen.take_if(|pid| *pid == relay.pid());
-        self.logs.push(relay.log());
+        self.ended(&relay, None);
         relay.kill();
+    }
+
+    fn ended(&mut self, relay: &Relay, code: Option<i32>) {
+        let times = starts(&relay.log());
+        let ended_well = code == Some(0) && times.len() == 1;
+        let starts = times.iter().map(|at| Start {
+            at: *at,
+            ended_well,
+        });
+        self.starts.extend(starts);
     }
 
     /// SIGTERM; it may take as long as what it waits for is away, so it is
     /// not waited for: the next relay stands by.
-    fn end_relay(&mut self) {
+    async fn end_relay(&mut self) {
         self.wake();
         let mut relay = self.relays.remove(0);
+        listens(&mut relay).await;
         relay.signal("TERM");
-        let deadline = Instant::now() + Duration::from_secs(1);
-        while relay.is_running() && Instant::now() < deadline {
-            block_in_place(|| std::thread::sleep(Duration::from_millis(10)));
-        }
-        self.logs.push(relay.log());
+        let code = tokio::time::timeout(Duration::from_secs(1), relay.exit_code()).await;
+        let code = code.ok();
+        assert!(
+            matches!(code, None | Some(0 | 9)),
+            "{code:?}:\n{}",
+            relay.log()
+        );
+        self.ended(&relay, code);
     }
 
     fn freeze(&mut self) {
@@ -254,8 +276,7 @@ impl Run<'_> {
     async fn judge(mut self) -> Outcome {
         let end = self.fixture.wal_end().await;
         for relay in &mut self.relays {
-            // One that was only just started does not yet answer, nor listen to signals.
-            relay.wait_for_log("serving").await;
+            listens(relay).await;
         }
         let (mut progress, mut moved) = (None, Instant::now());
         loop {
@@ -279,17 +300,16 @@ impl Run<'_> {
             );
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
-        for relay in self.relays.drain(..) {
-            self.logs.push(relay.log());
+        for relay in std::mem::take(&mut self.relays) {
+            self.ended(&relay, None);
             // One that stands by cannot know that the other confirmed what it left.
             let code = relay.stop().await;
             assert!([0, 9].contains(&code), "exit code {code}");
         }
         let ledger = self.fixture.ledger().await;
         let records = self.fixture.records().await;
-        let mut starts: Vec<i64> = self.logs.iter().flat_map(|log| starts(log)).collect();
-        starts.sort_unstable();
-        let restarts = self.restarts(&records, &starts);
+        self.starts.sort_unstable_by_key(|start| start.at);
+        let restarts = self.restarts(&records);
         let mut times: Vec<i64> = records.iter().map(|seen| seen.timestamp_millis).collect();
         times.sort_unstable();
         let gaps = times.windows(2).map(|pair| pair[1] - pair[0]);
@@ -302,7 +322,7 @@ impl Run<'_> {
     }
 
     /// What was repeated after each start, and how much might have been.
-    fn restarts(&self, records: &[Seen], starts: &[i64]) -> Vec<Restart> {
+    fn restarts(&self, records: &[Seen]) -> Vec<Restart> {
         let mut in_order: Vec<&Seen> = records.iter().collect();
         in_order.sort_by_key(|record| record.timestamp_millis);
         // How many records there were before this time.
@@ -313,37 +333,52 @@ impl Run<'_> {
             is_repeated.push(!seen.insert(record.id));
         }
         let transaction = self.schedule.transaction_max();
-        let ends = starts.iter().skip(2).copied().chain([i64::MAX]);
-        // Until the second start nothing may be repeated.
-        let second = starts.get(1).map_or(records.len(), |start| before(*start));
-        let mut restarts = vec![Restart {
-            cause: Cause::None,
-            repeated: is_repeated[..second].iter().filter(|is| **is).count(),
-            bound: 0,
-        }];
-        for (pair, end) in starts.windows(2).zip(ends) {
-            let [previous, start] = [pair[0], pair[1]];
-            let (first, last) = (before(start), before(end));
+        let mut restarts = Vec::with_capacity(self.starts.len());
+        for (index, start) in self.starts.iter().enumerate() {
+            let earlier = &self.starts[..index];
+            let end = self.starts.get(index + 1);
+            let first = before(start.at);
+            let last = end.map_or(records.len(), |end| before(end.at));
             let repeated = is_repeated[first..last].iter().filter(|is| **is).count();
-            let losses = self.losses.iter();
-            let between = losses.filter(|(at, _)| (previous..start).contains(at));
-            let cause = between.map(|(_, cause)| *cause).max();
-            let cause = cause.unwrap_or(Cause::Relay);
             let newest = first.checked_sub(1);
             let newest = newest.map_or(0, |at| in_order[at].timestamp_millis);
+            let cause = self.cause(earlier, start.at);
             let since = match cause {
-                Cause::None | Cause::Relay => newest - millis(STATUS_INTERVAL + LATE),
-                Cause::Postgres => newest - millis(STORE_INTERVAL + 2 * LATE),
-                Cause::Slot => previous,
+                Cause::Clean => None,
+                Cause::Relay => Some(newest - millis(STATUS_INTERVAL + LATE)),
+                Cause::Postgres => Some(newest - millis(STORE_INTERVAL + 2 * LATE)),
+                Cause::Slot => earlier.last().map(|previous| previous.at),
             };
+            let bound = since.map_or(0, |since| {
+                first - before(since) + self.schedule.in_flight_max + transaction
+            });
             restarts.push(Restart {
                 cause,
                 repeated,
-                bound: first - before(since) + self.schedule.in_flight_max + transaction,
+                bound,
             });
         }
         restarts
     }
+
+    /// What a start at this time goes on from, after these.
+    fn cause(&self, earlier: &[Start], at: i64) -> Cause {
+        let lost_since = |since: i64| {
+            let losses = self.losses.iter();
+            let between = losses.filter(move |(lost_at, _)| (since..at).contains(lost_at));
+            between.map(|(_, cause)| *cause).max()
+        };
+        if earlier.iter().all(|start| start.ended_well) && lost_since(0).is_none() {
+            return Cause::Clean;
+        }
+        let previous = earlier.last().map_or(0, |start| start.at);
+        lost_since(previous).unwrap_or(Cause::Relay)
+    }
+}
+
+/// One that was only just started does not yet answer, nor listen to signals.
+async fn listens(relay: &mut Relay) {
+    relay.wait_for_log("serving").await;
 }
 
 fn millis(duration: Duration) -> i64 {

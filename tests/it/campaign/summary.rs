@@ -77,7 +77,7 @@ impl fmt::Display for Summary {
                 f,
                 "restarts {:<19}{restarts}; most repeated after one {most} (its bound: {bound})",
                 match cause {
-                    Cause::None => "none, the first",
+                    Cause::Clean => "of nothing left",
                     Cause::Relay => "of the stream",
                     Cause::Postgres => "after a crash",
                     Cause::Slot => "after a recovery",
