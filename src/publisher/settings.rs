@@ -281,6 +281,29 @@ mod tests {
     }
 
     #[test]
+    fn sizes_are_taken_up_to_librdkafkas_limits_and_not_beyond() {
+        for (name, good, bad) in [
+            (
+                "message.max.bytes",
+                ["1000", "1000000000"],
+                ["999", "1000000001"],
+            ),
+            ("batch.size", ["1", "2147483647"], ["0", "2147483648"]),
+            ("batch.num.messages", ["1", "1000000"], ["0", "1000001"]),
+            ("linger.ms", ["0", "900000"], ["-1", "900001"]),
+            ("max.in.flight", ["1", "5"], ["0", "6"]),
+        ] {
+            for value in good {
+                assert_eq!(check(&[(name, value)]), Ok(()), "{name}={value}");
+            }
+            for value in bad {
+                let error = check(&[(name, value)]).unwrap_err();
+                assert!(error.starts_with("-X"), "{name}={value}: {error}");
+            }
+        }
+    }
+
+    #[test]
     fn properties_that_do_not_go_together_are_refused() {
         for (name, value) in [
             ("max.in.flight", "6"),
