@@ -122,9 +122,12 @@ impl KafkaSettings {
                 config.set(names[0], *value);
             }
         }
-        let wished = self.value("batch.size").and_then(|size| size.parse().ok());
-        let batch_bytes = wished.unwrap_or(BATCH_BYTES).min(batch_bytes);
-        config.set("batch.size", batch_bytes.to_string());
+        let most = i32::try_from(batch_bytes.min(BATCH_BYTES)).expect("one million at most");
+        let wished = self.value("batch.size");
+        // What is no size is left for librdkafka to refuse.
+        if let Ok(wished) = wished.map_or(Ok(most), str::parse::<i32>) {
+            config.set("batch.size", wished.min(most).to_string());
+        }
         Ok(config)
     }
 
