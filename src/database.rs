@@ -110,14 +110,11 @@ impl Database {
         let tls = self.tls.connector()?;
         let mut config = self.config.clone();
         config.application_name(application_name);
-        match tokio::time::timeout(self.connect_timeout, Session::open(&config, tls)).await {
-            Ok(Ok(session)) => Ok(session),
-            Ok(Err(error)) => Err(sort(doing, error)),
-            Err(_) => {
-                let message = format!("{doing}: no answer within {:?}", self.connect_timeout);
-                Err(Error::new(ErrorKind::DatabaseAway, message))
-            }
-        }
+        let opened = async {
+            let session = Session::open(&config, tls).await;
+            session.map_err(|error| sort(&doing, error))
+        };
+        within(self.connect_timeout, &doing, opened).await
     }
 
     /// The replication session's settings. `slot` goes into the command as it
@@ -194,6 +191,25 @@ impl Database {
     pub fn connect_timeout(&self) -> Duration {
         self.connect_timeout
     }
+}
+
+/// An answer of the server, for which its client waits without end: a connection that
+/// died without a word is silent until the system gives it up. `doing` says what is
+/// being tried.
+///
+/// # Errors
+/// The answer's own; `DatabaseAway` when the time, in whole seconds, is up.
+pub async fn within<T>(
+    limit: Duration,
+    doing: &str,
+    answer: impl Future<Output = Result<T>>,
+) -> Result<T> {
+    // Boxed, as one of these may wait within another.
+    let answer = tokio::time::timeout(limit, Box::pin(answer)).await;
+    answer.unwrap_or_else(|_| {
+        let message = format!("{doing}: no answer within {} s", limit.as_secs());
+        Err(Error::new(ErrorKind::DatabaseAway, message))
+    })
 }
 
 impl fmt::Debug for Database {

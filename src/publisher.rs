@@ -280,8 +280,9 @@ impl Publisher {
 /// say before: see [`Publisher::take_reports`].
 pub fn failure(code: RDKafkaErrorCode) -> Error {
     let kind = match verdict(code) {
-        Verdict::Rights => ErrorKind::Rights,
-        _ => ErrorKind::BrokerAway,
+        // Judged only alone: the next attempt sends it so.
+        Verdict::Row | Verdict::Topic => ErrorKind::BrokerAway,
+        verdict => verdict.kind(),
     };
     Error::new(kind, "a delivery failed").caused_by(codes::explain(code))
 }

@@ -101,7 +101,10 @@ pub fn sort_replication(context: impl Into<String>, error: PgWireError) -> Error
             }
         }
         PgWireError::Auth(_) => ErrorKind::Rights,
-        PgWireError::MessageTooLarge { .. } => ErrorKind::Event,
+        PgWireError::MessageTooLarge { .. } => {
+            let cause = format!("{error}; {}", refusals::DELETE_ROW);
+            return Error::new(ErrorKind::Event, context).caused_by(cause);
+        }
         _ => ErrorKind::DatabaseAway,
     };
     Error::new(kind, context).caused_by(error)
@@ -227,7 +230,50 @@ mod tests {
                 Database,
             ),
             ("53300", "too many clients", DatabaseAway),
+            (
+                "42704",
+                "unrecognized configuration parameter \"x\"",
+                Settings,
+            ),
+            (
+                "22023",
+                "invalid value for parameter \"work_mem\": \"x\"",
+                Settings,
+            ),
+            ("22023", "valeur invalide", DatabaseAway),
+            (
+                "55P02",
+                "parameter \"x\" cannot be changed without restarting the server",
+                Settings,
+            ),
+            (
+                "53400",
+                "temporary file size exceeds \"temp_file_limit\" (1kB)",
+                Database,
+            ),
+            ("54000", "out of memory", Event),
+            (
+                "08P01",
+                "unsupported startup parameter: replication",
+                Database,
+            ),
+            ("08P01", "server conn crashed?", DatabaseAway),
+            (
+                "25006",
+                "cannot execute UPDATE in a read-only transaction",
+                DatabaseAway,
+            ),
+            (
+                "0A000",
+                "logical decoding cannot be used while in recovery",
+                DatabaseAway,
+            ),
+            ("55000", "recovery is in progress", DatabaseAway),
             ("57P01", "terminating connection", DatabaseAway),
+            ("57P04", "database was dropped", DatabaseAway),
+            ("58030", "could not write block 7", DatabaseAway),
+            ("XX001", "invalid page in block 7", DatabaseAway),
+            ("XX002", "index \"x\" contains corrupted page", DatabaseAway),
             ("40P01", "deadlock detected", DatabaseAway),
             ("XX000", "anything", DatabaseAway),
         ] {
@@ -283,5 +329,17 @@ mod tests {
             sort_replication("x", error.into()).kind(),
             ErrorKind::DatabaseAway
         );
+    }
+
+    #[test]
+    fn a_message_beyond_the_clients_limit_says_how_to_pass_it() {
+        let error = PgWireError::MessageTooLarge {
+            payload_bytes: (1 << 30) + 1,
+            limit_bytes: 1 << 30,
+        };
+        let error = sort_replication("read slot \"x\"", error);
+        assert_eq!(error.kind(), ErrorKind::Event);
+        let line = "read slot \"x\": backend message too large: 1073741825 bytes (max 1073741824); delete ";
+        assert!(error.chain().starts_with(line), "{}", error.chain());
     }
 }

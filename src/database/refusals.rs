@@ -33,6 +33,10 @@ const fn rule(
 }
 
 const RUN_SETUP: &str = "run `postbox setup`";
+const CORRECT_OPTIONS: &str = "correct options in the database URL or PGOPTIONS, or what was set for the role or the database";
+/// What is deleted is not found again in the table, from which a recovery sends.
+pub(super) const DELETE_ROW: &str =
+    "delete the largest rows since the slot's position from the outbox, and run `postbox recover`";
 
 /// The first that fits counts. Postgres translates its messages, so words that we
 /// do not recognise must leave the milder reading: what is not listed may pass.
@@ -94,16 +98,40 @@ pub static RULES: &[Rule] = {
             "there was none at this point of the WAL, which the slot cannot pass: run `postbox recover`",
         ),
         rule(
+            ("42704", "configuration parameter"),
+            "the session's settings name one that there is not",
+            Settings,
+            CORRECT_OPTIONS,
+        ),
+        rule(
             ("42704", ""),
             "no such object of another kind",
             Database,
             RUN_SETUP,
         ),
         rule(
+            ("22023", "parameter"),
+            "the session's settings have a value that the server does not take",
+            Settings,
+            CORRECT_OPTIONS,
+        ),
+        rule(
+            ("55P02", ""),
+            "the session's settings name one that is the server's own",
+            Settings,
+            CORRECT_OPTIONS,
+        ),
+        rule(
             ("55006", ""),
             "the slot is in use by another process",
             SlotInUse,
             "",
+        ),
+        rule(
+            ("53400", "temp_file_limit"),
+            "a temporary file would be too large",
+            Database,
+            "raise the role's temp_file_limit",
         ),
         rule(
             ("53400", ""),
@@ -128,6 +156,42 @@ pub static RULES: &[Rule] = {
             "the server does not replicate",
             Database,
             "set wal_level = logical and restart the server",
+        ),
+        rule(
+            ("54000", ""),
+            "a row is too large for the server to send",
+            Event,
+            DELETE_ROW,
+        ),
+        rule(
+            ("08P01", "startup parameter"),
+            "a connection pooler is between us and the server",
+            Database,
+            "connect to Postgres itself",
+        ),
+        rule(
+            ("26000", ""),
+            "a connection pooler hands our session to others",
+            DatabaseAway,
+            "connect to Postgres itself",
+        ),
+        rule(
+            ("42P05", ""),
+            "a connection pooler hands our session to others",
+            DatabaseAway,
+            "connect to Postgres itself",
+        ),
+        rule(
+            ("25006", ""),
+            "the server is a standby, or default_transaction_read_only is on",
+            DatabaseAway,
+            "if it stays so, connect to the primary, or let the role write",
+        ),
+        rule(
+            ("0A000", ""),
+            "the server is a standby, or lacks what is asked of it",
+            DatabaseAway,
+            "if it stays so, connect to the primary, which must be Postgres itself",
         ),
         rule(
             ("53100", ""),
@@ -155,10 +219,40 @@ pub static RULES: &[Rule] = {
             "",
         ),
         rule(
+            ("57P04", ""),
+            "the database was dropped",
+            DatabaseAway,
+            "the next start says whether there is another",
+        ),
+        rule(
             ("57", ""),
             "the server starts, stops, or ended the session",
             DatabaseAway,
             "",
+        ),
+        rule(
+            ("58", ""),
+            "the server cannot read or write its files",
+            DatabaseAway,
+            "look at the server's log and disk",
+        ),
+        rule(
+            ("XX001", ""),
+            "the server's data is damaged",
+            DatabaseAway,
+            "fail over to a standby: the server's log says what is damaged",
+        ),
+        rule(
+            ("XX002", ""),
+            "an index is damaged",
+            DatabaseAway,
+            "run REINDEX on the index that the message names",
+        ),
+        rule(
+            ("XX", ""),
+            "the server failed, by a defect of its own or of an extension",
+            DatabaseAway,
+            "look at the server's log",
         ),
         rule(("", ""), "anything else", DatabaseAway, ""),
     ]

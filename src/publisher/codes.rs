@@ -13,6 +13,8 @@ pub enum Verdict {
     Topic,
     /// Our identity may not do what a producer does.
     Rights,
+    /// What the brokers know of the protocol: they take no record of ours.
+    Broker,
     /// The brokers, or a record before it; sending it again may work.
     Retry,
 }
@@ -24,6 +26,7 @@ impl Verdict {
         match self {
             Self::Row | Self::Topic => ErrorKind::Event,
             Self::Rights => ErrorKind::Rights,
+            Self::Broker => ErrorKind::Broker,
             Self::Retry => ErrorKind::BrokerAway,
         }
     }
@@ -98,6 +101,22 @@ pub static RULES: &[Rule] = &[
         next_step: "allow Write on the topics, and IdempotentWrite on the cluster before Kafka 2.8",
     },
     Rule {
+        codes: &[Code::UnsupportedCompressionType],
+        meaning: "the brokers do not take our compression",
+        verdict: Verdict::Broker,
+        next_step: "set another with -X compression.codec, or none",
+    },
+    Rule {
+        codes: &[
+            Code::UnsupportedVersion,
+            Code::UnsupportedFeature,
+            Code::InvalidRequiredAcks,
+        ],
+        meaning: "the brokers lack what a producer needs",
+        verdict: Verdict::Broker,
+        next_step: "upgrade them to Kafka 0.11 or later, or take another service",
+    },
+    Rule {
         codes: &[Code::SaslAuthenticationFailed, Code::Authentication],
         meaning: "a broker ended the handshake; stops with exit code 6 if it said that our identity is wrong",
         verdict: Verdict::Retry,
@@ -131,9 +150,14 @@ pub static RULES: &[Rule] = &[
             Code::AllBrokersDown,
             Code::Resolve,
             Code::OperationTimedOut,
+            Code::MessageTimedOut,
+            Code::TimedOutQueue,
             Code::RequestTimedOut,
             Code::NetworkException,
             Code::BrokerNotAvailable,
+            Code::BrokerDestroy,
+            Code::DestroyBroker,
+            Code::UnknownBroker,
         ],
         meaning: "no broker answers",
         verdict: Verdict::Retry,
@@ -146,8 +170,53 @@ pub static RULES: &[Rule] = &[
             Code::ReplicaNotAvailable,
             Code::FencedLeaderEpoch,
             Code::UnknownLeaderEpoch,
+            Code::UnknownTopicId,
         ],
         meaning: "the partition has no leader, or another",
+        verdict: Verdict::Retry,
+        next_step: "",
+    },
+    Rule {
+        codes: &[
+            Code::CoordinatorLoadInProgress,
+            Code::CoordinatorNotAvailable,
+            Code::NotCoordinator,
+            Code::NotController,
+            Code::StaleControllerEpoch,
+            Code::StaleBrokerEpoch,
+            Code::RebootstrapRequired,
+        ],
+        meaning: "the brokers are settling who does what",
+        verdict: Verdict::Retry,
+        next_step: "",
+    },
+    Rule {
+        codes: &[Code::InvalidReplicationFactor],
+        meaning: "the topic cannot be created on demand: there are fewer brokers than replicas",
+        verdict: Verdict::Retry,
+        next_step: "bring the brokers back, or lower their default.replication.factor",
+    },
+    Rule {
+        codes: &[Code::ThrottlingQuotaExceeded],
+        meaning: "a quota is used up",
+        verdict: Verdict::Retry,
+        next_step: "raise the quota if it stays so",
+    },
+    Rule {
+        codes: &[Code::Unknown, Code::InvalidRequest, Code::BadMessage],
+        meaning: "a broker failed at a request, or its answer cannot be read",
+        verdict: Verdict::Retry,
+        next_step: "look at that broker's log",
+    },
+    Rule {
+        codes: &[Code::QueueFull, Code::CriticalSystemResource],
+        meaning: "librdkafka lacks memory or threads",
+        verdict: Verdict::Retry,
+        next_step: "lower --in-flight-bytes-max, or raise the process's limits",
+    },
+    Rule {
+        codes: &[Code::InvalidDifferentRecord],
+        meaning: "another record of its batch was refused",
         verdict: Verdict::Retry,
         next_step: "",
     },
@@ -157,11 +226,14 @@ pub static RULES: &[Rule] = &[
             Code::PurgeInflight,
             Code::Fatal,
             Code::GaplessGuarantee,
+            Code::Inconsistent,
+            Code::State,
             Code::OutOfOrderSequenceNumber,
             Code::DuplicateSequenceNumber,
             Code::UnknownProducerId,
             Code::InvalidProducerEpoch,
             Code::InvalidProducerIdMapping,
+            Code::ProducerFenced,
             Code::Fenced,
         ],
         meaning: "a delivery before it failed, or the brokers forgot the producer: a new one begins where the slot was \

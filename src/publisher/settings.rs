@@ -122,9 +122,12 @@ impl KafkaSettings {
                 config.set(names[0], *value);
             }
         }
-        let wished = self.value("batch.size").and_then(|size| size.parse().ok());
-        let batch_bytes = wished.unwrap_or(BATCH_BYTES).min(batch_bytes);
-        config.set("batch.size", batch_bytes.to_string());
+        let most = i32::try_from(batch_bytes.min(BATCH_BYTES)).expect("one million at most");
+        let wished = self.value("batch.size");
+        // What is no size is left for librdkafka to refuse.
+        if let Ok(wished) = wished.map_or(Ok(most), str::parse::<i32>) {
+            config.set("batch.size", wished.min(most).to_string());
+        }
         Ok(config)
     }
 
@@ -278,6 +281,29 @@ mod tests {
         );
         let error = check(&[("linger.ms", "soon")]).unwrap_err();
         assert!(error.starts_with("-X linger.ms: "), "{error}");
+    }
+
+    #[test]
+    fn sizes_are_taken_up_to_librdkafkas_limits_and_not_beyond() {
+        for (name, good, bad) in [
+            (
+                "message.max.bytes",
+                ["1000", "1000000000"],
+                ["999", "1000000001"],
+            ),
+            ("batch.size", ["1", "2147483647"], ["0", "2147483648"]),
+            ("batch.num.messages", ["1", "1000000"], ["0", "1000001"]),
+            ("linger.ms", ["0", "900000"], ["-1", "900001"]),
+            ("max.in.flight", ["1", "5"], ["0", "6"]),
+        ] {
+            for value in good {
+                assert_eq!(check(&[(name, value)]), Ok(()), "{name}={value}");
+            }
+            for value in bad {
+                let error = check(&[(name, value)]).unwrap_err();
+                assert!(error.starts_with("-X"), "{name}={value}: {error}");
+            }
+        }
     }
 
     #[test]

@@ -9,7 +9,7 @@ use rdkafka::producer::{Producer, ThreadedProducer};
 use rdkafka::types::RDKafkaRespErr;
 use tracing::debug;
 
-use super::codes::{self, Verdict, verdict};
+use super::codes::{self, verdict};
 use super::reports::Context;
 use super::settings::KafkaSettings;
 use crate::error::{Error, ErrorKind, Result};
@@ -39,8 +39,8 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// Asks until the topic is known.
 ///
 /// # Errors
-/// `Event` if there is no such topic or it is not ours to write, `BrokerAway` if
-/// nobody answers.
+/// `Event` if there is no such topic or it is not ours to write, `Broker` or `Rights`
+/// if the brokers take nothing of ours, `BrokerAway` if nobody answers.
 pub(super) async fn resolve(
     producer: ThreadedProducer<Context>,
     settings: KafkaSettings,
@@ -53,18 +53,11 @@ pub(super) async fn resolve(
             Ok(leaders) => break leaders,
             Err(code) => code,
         };
-        let patient = asked.elapsed() < UNKNOWN_MAX;
-        match (verdict(code), code) {
-            (Verdict::Topic, RDKafkaErrorCode::UnknownTopicOrPartition) if patient => {}
-            (Verdict::Topic, _) => {
-                let message = format!("topic \"{name}\": {}", codes::explain(code));
-                return Err(Error::new(ErrorKind::Event, message));
-            }
-            _ if patient => {}
-            _ => {
-                let message = format!("read metadata of topic \"{name}\"");
-                return Err(Error::new(ErrorKind::BrokerAway, message).caused_by(code));
-            }
+        let kind = verdict(code).kind();
+        let may_pass = kind.is_transient() || code == RDKafkaErrorCode::UnknownTopicOrPartition;
+        if !may_pass || asked.elapsed() >= UNKNOWN_MAX {
+            let message = format!("topic \"{name}\": {}", codes::explain(code));
+            return Err(Error::new(kind, message));
         }
         tokio::time::sleep(PAUSE).await;
     };

@@ -12,8 +12,8 @@ use tracing::info;
 
 use super::{Relay, RelaySettings};
 use crate::catalog::{self, Checkpoint};
-use crate::database::{Session, sort};
-use crate::error::{Error, ErrorKind, Result};
+use crate::database::{Session, sort, within};
+use crate::error::Result;
 use crate::health::SILENCE_MAX;
 use crate::publisher::Publisher;
 use crate::source::Source;
@@ -40,11 +40,16 @@ pub(super) async fn connect(relay: &Relay) -> Result<Connected> {
     failpoint!("opened");
     // What was checked was read before the slot was ours.
     let claimed = catalog::claim(&session.client, &settings.contract);
-    let checkpoint = answered("claim the checkpoint", claimed).await?;
+    let checkpoint = within(SILENCE_MAX, "claim the checkpoint", claimed).await?;
     if let Some(gap) = checkpoint.gap.clone() {
         info!("what the slot had lost is sent first, from the table");
         let begun = stream.read_first(&settings.database, gap, checkpoint.lsn);
-        answered("see all that was committed before the slot", begun).await?;
+        within(
+            SILENCE_MAX,
+            "see all that was committed before the slot",
+            begun,
+        )
+        .await?;
     }
     Ok(Connected {
         session,
@@ -68,21 +73,8 @@ async fn open_session(settings: &RelaySettings) -> Result<(Session, Checkpoint)>
         done.map_err(|error| sort("limit statements", error))?;
         catalog::check(&session.client, &settings.contract).await
     };
-    let checkpoint = answered("read what was set up", limited).await?;
+    let checkpoint = within(SILENCE_MAX, "read what was set up", limited).await?;
     Ok((session, checkpoint))
-}
-
-/// What Postgres answers while nobody else looks after the sessions. A connection that
-/// died without a word would be waited for until the system gives it up.
-async fn answered<T>(doing: &str, answer: impl Future<Output = Result<T>>) -> Result<T> {
-    match tokio::time::timeout(SILENCE_MAX, answer).await {
-        Ok(answer) => answer,
-        Err(_) => {
-            let seconds = SILENCE_MAX.as_secs();
-            let message = format!("{doing}: no answer within {seconds} s");
-            Err(Error::new(ErrorKind::DatabaseAway, message))
-        }
-    }
 }
 
 /// A producer whose brokers answer: the slot is only taken by a relay that can

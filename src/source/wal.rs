@@ -24,8 +24,8 @@ use std::pin::pin;
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
+use pgwire_replication::Lsn;
 use pgwire_replication::client::ReplicationClient;
-use pgwire_replication::{Lsn, PgWireError};
 use tokio_postgres::types::PgLsn;
 
 use super::columns::Unreadable;
@@ -104,13 +104,13 @@ impl Stream {
             .await
             .map_err(sorted)?;
         let opened = async {
-            let limit = database.connect_timeout();
-            let found = within(limit, &context, client.identify_system()).await?;
+            let found = client.identify_system().await.map_err(sorted)?;
             settings.system.check_same(&found.into(), &context)?;
             client.start().await.map_err(sorted)?;
-            within(limit, &context, client.wait_started()).await
+            client.wait_started().await.map_err(sorted)
         };
-        if let Err(error) = opened.await {
+        let limit = database.connect_timeout();
+        if let Err(error) = database::within(limit, &context, opened).await {
             client.abort();
             return Err(error);
         }
@@ -282,19 +282,5 @@ impl Stream {
     fn ended(&self) -> Error {
         let message = format!("{}: the server ended the stream", self.context());
         Error::new(ErrorKind::DatabaseAway, message)
-    }
-}
-
-async fn within<T>(
-    limit: Duration,
-    context: &str,
-    answer: impl Future<Output = Result<T, PgWireError>>,
-) -> Result<T> {
-    match tokio::time::timeout(limit, answer).await {
-        Ok(answer) => answer.map_err(|error| database::sort_replication(context, error)),
-        Err(_) => {
-            let message = format!("{context}: no answer within {limit:?}");
-            Err(Error::new(ErrorKind::DatabaseAway, message))
-        }
     }
 }

@@ -135,10 +135,51 @@ async fn headers_and_keys_are_bounded_by_the_record_alone() {
 async fn the_head_of_a_request_is_bounded() {
     let fixture = Fixture::new().await;
     let relay = Relay::streaming(&fixture, &[]).await;
-    for (size, status) in [(15_000, 200), (17_000, 431)] {
+    for (size, status) in [(16_384, 200), (16_385, 431)] {
         let head = "GET /healthz HTTP/1.0\r\nX: ";
         let request = format!("{head}{}\r\n\r\n", "x".repeat(size - head.len() - 4));
         assert_eq!(relay.ask(&request).0, status, "{size}");
     }
     wait_until("the relay is ready", async || relay.get("/readyz").0 == 200).await;
+}
+
+/// Rows come in pages, turns and buffers: 64 to a page of the table and in the buffer of
+/// the stream, 256 in a turn of the relay, 1024 between two marks of a recovery.
+const ROWS: [i32; 6] = [64, 65, 256, 257, 1024, 1025];
+
+async fn insert_rows(fixture: &Fixture, rows: i32) {
+    let sql = "INSERT INTO postbox.outbox (aggregate_type, aggregate_id, event_type, payload) \
+               SELECT $1, $2::integer || '-' || n, 'changed', '{}' FROM generate_series(1, $2::integer) AS n";
+    let inserted = fixture.client.execute(sql, &[&fixture.topic, &rows]).await;
+    inserted.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn transactions_as_large_as_a_buffer_and_a_row_more_go_out_once() {
+    let fixture = Fixture::new().await;
+    let relay = Relay::streaming(&fixture, &[]).await;
+    let mut sent = 0;
+    for rows in ROWS {
+        insert_rows(&fixture, rows).await;
+        fixture.wait_for_confirmation().await;
+        sent += rows as usize;
+        assert_eq!(fixture.records().await.len(), sent, "{rows}");
+    }
+    relay.drain().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn gaps_as_large_as_a_page_and_a_row_more_are_recovered_whole() {
+    let fixture = Fixture::new().await;
+    let mut missed = 0;
+    for rows in ROWS {
+        fixture.drop_slot().await;
+        insert_rows(&fixture, rows).await;
+        missed += rows as usize;
+        fixture.recover(&[]).results();
+        let relay = Relay::streaming(&fixture, &[]).await;
+        fixture.wait_for_confirmation().await;
+        relay.drain().await;
+        assert_eq!(fixture.keys().await.len(), missed, "{rows}");
+    }
 }

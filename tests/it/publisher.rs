@@ -9,7 +9,7 @@ use rdkafka::mocking::MockCluster;
 use rdkafka::types::{RDKafkaApiKey, RDKafkaRespErr};
 use uuid::Uuid;
 
-use crate::support::{Fixture, PATIENCE};
+use crate::support::{Fixture, PATIENCE, Relay};
 
 fn send(publisher: &Publisher, topic: &str, sequence: u64, value: &[u8]) -> Result<(), SendError> {
     let id = Uuid::new_v4().to_string();
@@ -113,4 +113,34 @@ async fn a_producer_without_an_identity_is_refused_for_good() {
     let next = send(&publisher, "mock", 1, b"{}");
     assert!(matches!(next, Err(SendError::Producer(_))), "{next:?}");
     publisher.close().await;
+}
+
+/// What no broker takes from any producer of ours, of any record.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_the_brokers_lack_ends_the_relay_with_what_to_do() {
+    for (answer, why) in [
+        (
+            RDKafkaRespErr::RD_KAFKA_RESP_ERR_UNSUPPORTED_COMPRESSION_TYPE,
+            "; set another with -X compression.codec, or none",
+        ),
+        (
+            RDKafkaRespErr::RD_KAFKA_RESP_ERR_UNSUPPORTED_VERSION,
+            "; upgrade them to Kafka 0.11 or later",
+        ),
+        (
+            RDKafkaRespErr::RD_KAFKA_RESP_ERR_INVALID_REQUIRED_ACKS,
+            "; upgrade them to Kafka 0.11 or later",
+        ),
+    ] {
+        let cluster = MockCluster::new(1).unwrap();
+        let fixture = Fixture::with_brokers(&cluster.bootstrap_servers()).await;
+        cluster.create_topic(&fixture.topic, 1, 1).unwrap();
+        cluster.request_errors(RDKafkaApiKey::Produce, &[answer; 10]);
+        let mut relay = Relay::start(&fixture, &[]);
+        fixture.insert("a", "{}").await;
+        assert_eq!(relay.exit_code().await, 7, "{answer:?}: {}", relay.log());
+        assert!(relay.log().contains(why), "{answer:?}: {}", relay.log());
+        let end = fixture.wal_end().await;
+        assert!(fixture.confirmed().await < end, "{answer:?}");
+    }
 }

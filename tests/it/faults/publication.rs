@@ -66,3 +66,43 @@ async fn rows_that_a_publication_hid_are_noticed(major: &str) {
         }
     }
 }
+
+/// There is a publication, but there was none where the slot is. Before Postgres 18 the
+/// server refuses to decode what lies there, and nobody has to look.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_publication_younger_than_the_slots_position_is_not_one_that_is_gone() {
+    let fixture = Fixture::new().await;
+    let sql = "SELECT current_setting('server_version_num')::integer >= 180000";
+    let is_silent: bool = fixture.client.query_one(sql, &[]).await.unwrap().get(0);
+    let (interval, why) = match is_silent {
+        true => (
+            "1s",
+            "publication \"postbox\" was dropped and made again after the slot was set up",
+        ),
+        false => (
+            "10m",
+            "publication \"postbox\" does not exist (SQLSTATE 42704); there was none at this point of the WAL",
+        ),
+    };
+    let mut relay = Relay::streaming(&fixture, &["--heartbeat-interval", interval]).await;
+    fixture.insert("before", "{}").await;
+    fixture.wait_for_confirmation().await;
+    let (hide, show, _) = CHANGES[0];
+    let younger = format!(
+        "{hide}; INSERT INTO postbox.outbox (aggregate_type, aggregate_id, event_type, payload) \
+         VALUES ('{}', 'hidden', 'changed', '{{}}')",
+        fixture.topic
+    );
+    relay.signal("STOP");
+    fixture.client.batch_execute(&younger).await.unwrap();
+    fixture.client.batch_execute(show).await.unwrap();
+    relay.signal("CONT");
+    assert_eq!(relay.exit_code().await, 5, "{}", relay.log());
+    let log = relay.log();
+    assert!(
+        log.contains(why) && log.contains("run `postbox recover`"),
+        "{log}"
+    );
+    assert!(!log.contains("CREATE PUBLICATION"), "{log}");
+    assert_recoverable(&fixture, "hidden").await;
+}
