@@ -1,10 +1,10 @@
 //! Places where a test can end the program, as a crash would: each step of an
-//! event's way has one. Without the feature `failpoints` there are none.
+//! event's way has one, and each of a recovery. Without the feature `failpoints` there are none.
 //!
 //! The variable `FAILPOINTS` says where, and at which passage: `sent=9*off->panic`
 //! is the tenth event that was handed to the producer. See the crate `fail`.
 
-/// A place on an event's way.
+/// A place where the program can be ended.
 #[cfg(feature = "relay")]
 macro_rules! failpoint {
     ($name:literal) => {

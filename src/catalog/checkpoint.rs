@@ -136,8 +136,11 @@ pub async fn claim(client: &Client, contract: &Contract) -> Result<Checkpoint> {
         // A synchronous standby that is away must not keep a relay from its start.
         let begin = "BEGIN; SET LOCAL synchronous_commit = local";
         client.batch_execute(begin).await?;
+        failpoint!("claiming");
         let rows = client.query_typed(&sql, &parameters).await?;
+        failpoint!("claim_written");
         client.batch_execute("COMMIT").await?;
+        failpoint!("claimed");
         Ok(rows)
     };
     let rows = claimed
@@ -162,13 +165,19 @@ impl Checkpoint {
     ) -> Result<()> {
         let set = "lsn = greatest(lsn, $3)";
         let position = (&lsn as _, Type::PG_LSN);
-        self.store(client, contract, set, &[position]).await
+        failpoint!("storing_position");
+        self.store(client, contract, set, &[position]).await?;
+        failpoint!("position_stored");
+        Ok(())
     }
 
     /// Stores that the gap's rows up to this `seq` are delivered.
     pub async fn store_seq(&self, client: &Client, contract: &Contract, seq: i64) -> Result<()> {
+        failpoint!("storing_seq");
         self.store(client, contract, "seq = $3", &[(&seq as _, Type::INT8)])
-            .await
+            .await?;
+        failpoint!("seq_stored");
+        Ok(())
     }
 
     /// Stores that everything before `lsn`, and every row that `snapshot` sees, is
@@ -182,7 +191,9 @@ impl Checkpoint {
     ) -> Result<()> {
         let set = "lsn = greatest(lsn, $3), snapshot = $4::pg_snapshot, second_snapshot = NULL, seq = NULL";
         let values = [(&lsn as _, Type::PG_LSN), (&snapshot as _, Type::TEXT)];
-        self.store(client, contract, set, &values).await
+        self.store(client, contract, set, &values).await?;
+        failpoint!("fenced");
+        Ok(())
     }
 
     async fn store(

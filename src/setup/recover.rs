@@ -106,7 +106,9 @@ async fn remake(
          SET lsn = NULL, second_snapshot = NULL, seq = NULL, epoch = epoch + 1, updated_at = now() \
          WHERE name = :'slot'",
     );
+    failpoint!("recovery_beginning");
     write(client, contract, &begin).await?;
+    failpoint!("recovery_begun");
     let existing = catalog::find_slot(client, &contract.slot).await?;
     let (existing, since) = (existing.as_ref(), &checkpoint.snapshot);
     let start = create_slot(client, &mut replication, contract, existing, since).await?;
@@ -116,7 +118,9 @@ async fn remake(
         until: start.snapshot.clone(),
         seq: start.seq_before,
     });
+    failpoint!("recovery_finishing");
     finish(client, contract, &system, &start, gap.as_ref()).await?;
+    failpoint!("recovery_finished");
     let missed = format!("rows committed since the last checkpoint: {rows}");
     Ok(match (rows, gap) {
         (0, _) => missed,

@@ -10,6 +10,7 @@ use std::time::Duration;
 use rdkafka::mocking::MockCluster;
 use rdkafka::producer::DefaultProducerContext;
 use rdkafka::types::RDKafkaApiKey::Produce;
+use rdkafka::types::RDKafkaErrorCode;
 use rdkafka::types::RDKafkaRespErr::{self, *};
 
 use crate::support::{Fixture, Relay, wait_until};
@@ -143,6 +144,7 @@ impl Round<'_> {
         };
         let opened = relay.as_ref();
         let before = opened.map_or(0, |relay| relay.published(&self.fixture.topic));
+        let met = opened.map_or(0, |relay| self.met(relay));
         self.brokers.request_errors(Produce, &self.answers());
         if relay.is_some() {
             self.round_trip(ROUND_TRIP);
@@ -150,11 +152,14 @@ impl Round<'_> {
         self.write_window().await;
         let mut relay = relay.unwrap_or_else(|| self.start());
         if self.lasts == Lasts::UntilMended {
-            self.end_in_harm(relay, before).await;
+            self.end_in_harm(relay, before, met).await;
             self.brokers.clear_request_errors(Produce);
             relay = self.start();
         }
         self.fixture.wait_for_confirmation().await;
+        if self.lasts == Lasts::Once {
+            self.assert_met(&relay, met);
+        }
         self.brokers.clear_request_errors(Produce);
         self.round_trip(Duration::ZERO);
         relay
@@ -162,7 +167,7 @@ impl Round<'_> {
 
     /// The brokers take neither the failing request nor any after it, and the relay
     /// ends, by itself or killed: what it confirmed of them would be lost.
-    async fn end_in_harm(&self, mut relay: Relay, before: usize) {
+    async fn end_in_harm(&self, mut relay: Relay, before: usize, met: usize) {
         if self.definite {
             let case = (self.error, self.place);
             assert_eq!(relay.exit_code().await, 8, "{case:?}: {}", relay.log());
@@ -171,6 +176,7 @@ impl Round<'_> {
                 "{case:?}: {}",
                 relay.log()
             );
+            self.assert_met(&relay, met);
             return;
         }
         relay.wait_for_log("streaming").await;
@@ -179,8 +185,29 @@ impl Round<'_> {
             relay.published(&self.fixture.topic) >= taken
         })
         .await;
+        wait_until("the error is met", async || self.met(&relay) > met).await;
         tokio::time::sleep(2 * ROUND_TRIP).await;
         relay.kill();
+    }
+
+    /// How often the producer of this relay was answered with the error, as librdkafka
+    /// says itself.
+    fn met(&self, relay: &Relay) -> usize {
+        // As in `InvalidTopic (Broker: Invalid topic)`.
+        let answer = RDKafkaErrorCode::from(self.error).to_string();
+        let (_, words) = answer.split_once(" (").unwrap();
+        let words = words.strip_suffix(')').unwrap();
+        let answer = format!("encountered error: {words} (actions ");
+        relay.log().matches(&answer).count()
+    }
+
+    fn assert_met(&self, relay: &Relay, before: usize) {
+        let case = (self.error, self.place, self.lasts);
+        assert!(
+            self.met(relay) > before,
+            "{case:?} is not met: {}",
+            relay.log()
+        );
     }
 
     fn round_trip(&self, time: Duration) {
@@ -190,8 +217,9 @@ impl Round<'_> {
     fn start(&self) -> Relay {
         let batch = format!("batch.num.messages={EVENTS}");
         // A request is sent when it is full, and only then.
-        let properties = ["-X", &batch, "-X", "linger.ms=50"];
-        Relay::start(self.fixture, &properties)
+        let properties = ["-X", &batch, "-X", "linger.ms=50", "-X", "debug=msg"];
+        let mut command = Relay::command(self.fixture, &properties);
+        Relay::spawn(command.env("RUST_LOG", "info,librdkafka=debug"))
     }
 
     /// What pipelined requests need: a partition that knows its producer.

@@ -46,6 +46,7 @@ pub(in crate::setup) async fn create_slot(
 ) -> Result<Start> {
     if existing.is_some() {
         drop_slot(replication, contract).await?;
+        failpoint!("slot_dropped");
     }
     let slot = &contract.slot;
     // The older syntax where it can say it: Postgres 14 has no other, and all later
@@ -68,6 +69,7 @@ pub(in crate::setup) async fn create_slot(
             ));
         }
     };
+    failpoint!("slot_created");
     // Slot, consistent point, snapshot, plugin.
     let text = |column: usize| {
         let value = rows.first().and_then(|row| row.get(column)?.as_ref());

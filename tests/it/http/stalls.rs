@@ -35,18 +35,25 @@ async fn wait_for_green(relay: &Relay) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_frozen_broker_is_seen_and_what_waits_for_it() {
     let mut fixture = Fixture::with_servers(&[], &[]).await;
-    let relay = Relay::streaming(&fixture, &["--in-flight-max", "5"]).await;
     let waits = format!("topic \"{}\", partition 0, ", fixture.topic);
-    fixture.insert("a", "{}").await;
-    fixture.wait_for_confirmation().await;
-    // Nothing waits, and more than may be in flight.
-    for (events, reason) in [
-        (0, ["kafka: no broker answers"].as_slice()),
+    let full = ["no progress for ", &waits, "no more are read"];
+    // Nothing waits, and then more than may be in flight.
+    for (bound, events, reason) in [
         (
-            20,
-            &["no progress for ", &waits, "5 events", "no more are read"],
+            ["--in-flight-max", "5"],
+            0,
+            ["kafka: no broker answers"].as_slice(),
         ),
+        (
+            ["--in-flight-max", "5"],
+            20,
+            &[full[0], full[1], full[2], "5 events"],
+        ),
+        (["--in-flight-bytes-max", "1KiB"], 20, &full),
     ] {
+        let relay = Relay::streaming(&fixture, &bound).await;
+        fixture.insert("a", "{}").await;
+        fixture.wait_for_confirmation().await;
         fixture.kafka("pause");
         for _ in 0..events {
             fixture.insert("a", "{}").await;
@@ -54,10 +61,10 @@ async fn a_frozen_broker_is_seen_and_what_waits_for_it() {
         assert_red(&relay, reason).await;
         fixture.kafka("resume");
         wait_for_green(&relay).await;
+        fixture.wait_for_confirmation().await;
+        relay.drain().await;
     }
-    fixture.wait_for_confirmation().await;
-    relay.drain().await;
-    assert_eq!(fixture.records().await.len(), 21);
+    assert_eq!(fixture.records().await.len(), 3 + 20 + 20);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

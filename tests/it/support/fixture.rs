@@ -1,5 +1,6 @@
 //! A database, a slot and a topic for one test.
 
+use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -169,7 +170,17 @@ impl Fixture {
         self.run("recover", database_url, flags)
     }
 
+    /// `postbox recover` as a process that ends at this failpoint.
+    pub(crate) fn recover_until(&self, step: &str) -> Output {
+        let mut command = self.command("recover", &self.database_url, &[]);
+        run(command.env("FAILPOINTS", format!("{step}=panic")))
+    }
+
     fn run(&self, command: &str, database_url: &str, flags: &[&str]) -> Output {
+        run(&mut self.command(command, database_url, flags))
+    }
+
+    fn command(&self, command: &str, database_url: &str, flags: &[&str]) -> Command {
         let mut command = postbox(&[command]);
         command
             .args(flags)
@@ -177,7 +188,7 @@ impl Fixture {
             .env("POSTBOX_SLOT", &self.contract.slot)
             .env("POSTBOX_PUBLICATION", &self.contract.publication)
             .env("POSTBOX_DATABASE_URL", database_url);
-        run(&mut command)
+        command
     }
 
     /// Ends the walsender that reads the slot, if there is one.

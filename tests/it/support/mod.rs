@@ -7,6 +7,7 @@ mod proxy;
 mod psql;
 mod relay;
 mod trials;
+mod window;
 
 use std::time::{Duration, Instant};
 
@@ -17,10 +18,7 @@ pub(crate) use proxy::{Proxy, Weather};
 pub(crate) use psql::run_script;
 pub(crate) use relay::{Relay, signal};
 pub(crate) use trials::trials;
-
-/// What one crash may repeat: what the relay lets be in flight, and what was
-/// delivered since its last status message.
-pub(crate) const WINDOW: usize = 10_000 + 5_000;
+pub(crate) use window::{SERVER_WINDOW, SLOT_WINDOW, SMALL_WINDOW, WINDOW};
 
 /// How long anything may take that is expected to happen.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
