@@ -149,7 +149,7 @@ impl Relay {
         }
         Err(Error::new(
             ErrorKind::NotDrained,
-            "stopped while disconnected: events that were in flight will be sent again",
+            "stopped while disconnected: the last events may be sent again",
         ))
     }
 }

@@ -118,19 +118,22 @@ fn read(row: &Row, contract: &Contract) -> Result<Stored> {
 
 /// Makes the checkpoint this relay's, once it holds the slot: from here on, no relay
 /// before it, however late it wakes, can write it, nor this one after a recovery.
-/// Returns it as it is now. Stores the server's timeline.
+/// Returns it as it is now. Stores the server's timeline and `lsn`, before which
+/// everything is delivered: the slot may know that, and forget it in a crash.
 ///
 /// # Errors
 /// `Slot` if a recovery has begun meanwhile, or the checkpoint was deleted.
-pub async fn claim(client: &Client, contract: &Contract) -> Result<Checkpoint> {
+pub async fn claim(client: &Client, contract: &Contract, lsn: PgLsn) -> Result<Checkpoint> {
     let timeline = super::system(client).await?.timeline;
     let sql = contract.sql(&format!(
-        "UPDATE :\"schema\".checkpoint SET epoch = epoch + 1, timeline = $2, updated_at = now() \
+        "UPDATE :\"schema\".checkpoint \
+         SET epoch = epoch + 1, timeline = $2, lsn = greatest(lsn, $3), updated_at = now() \
          WHERE name = $1 AND lsn IS NOT NULL RETURNING {COLUMNS}"
     ));
     let parameters = [
         (&contract.slot as _, Type::TEXT),
         (&timeline as _, Type::INT4),
+        (&lsn as _, Type::PG_LSN),
     ];
     let claimed = async {
         // A synchronous standby that is away must not keep a relay from its start.

@@ -34,8 +34,6 @@ pub(super) struct Attempt<'r> {
     resolved_topic: Option<Topic>,
     resolving: JoinSet<Result<Topic>>,
     probing: JoinSet<Result<()>>,
-    /// The newest confirmed position that lies behind events.
-    events_end: PgLsn,
     /// Since when the stream is open.
     began: Instant,
     stopping: bool,
@@ -137,7 +135,6 @@ impl<'r> Attempt<'r> {
             resolved_topic: None,
             resolving: JoinSet::new(),
             probing: JoinSet::new(),
-            events_end: PgLsn::from(0),
             began: Instant::now(),
             stopping: false,
             relay,
@@ -213,11 +210,14 @@ impl<'r> Attempt<'r> {
         })
     }
 
-    /// Whether Postgres was told of everything that was sent, now or before.
+    /// Whether Postgres has stored that everything was delivered that was sent, now or
+    /// before. That it was told is not enough: a connection that breaks takes with it what
+    /// was written and not yet read.
     fn is_confirmed(&self) -> bool {
         !self.window.has_work()
             && !self.stream.in_transaction()
-            && self.stream.is_sent(self.events_end)
+            && self.stream.gap_seq().is_none()
+            && self.control.is_stored()
             && self.has_caught_up()
     }
 
@@ -301,7 +301,6 @@ impl<'r> Attempt<'r> {
             self.stream.confirm(lsn);
             failpoint!("confirmed");
             if progress.has_events {
-                self.events_end = lsn;
                 self.control.confirmed(lsn);
             }
         }

@@ -36,10 +36,11 @@ pub(super) async fn connect(relay: &Relay) -> Result<Connected> {
     let (session, checkpoint) = open_session(settings).await?;
     failpoint!("checked");
     let publisher = reach_brokers(relay).await?;
+    let start = checkpoint.lsn;
     let mut stream = open_stream(relay, &session, checkpoint).await?;
     failpoint!("opened");
     // What was checked was read before the slot was ours.
-    let claimed = catalog::claim(&session.client, &settings.contract);
+    let claimed = catalog::claim(&session.client, &settings.contract, start);
     let checkpoint = within(SILENCE_MAX, "claim the checkpoint", claimed).await?;
     if let Some(gap) = checkpoint.gap.clone() {
         info!("what the slot had lost is sent first, from the table");

@@ -126,6 +126,11 @@ impl Control {
         self.shared.confirmed.store(lsn.into(), Ordering::Relaxed);
     }
 
+    /// Whether the last position that lies behind events is stored.
+    pub(super) fn is_stored(&self) -> bool {
+        self.shared.position_is_stored()
+    }
+
     /// Stores the last mark and position.
     pub(super) async fn store(&self) -> Result<()> {
         let mark = self.mark.borrow().clone();

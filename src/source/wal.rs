@@ -261,7 +261,7 @@ impl Stream {
     }
 
     /// Whether this position, or a later one, was written to the server.
-    pub fn is_sent(&self, lsn: PgLsn) -> bool {
+    fn is_sent(&self, lsn: PgLsn) -> bool {
         self.client.metrics().last_applied_lsn().as_u64() >= lsn.into()
     }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::support::{Fixture, Proxy, Relay, SMALL_WINDOW, WINDOW, wait_until};
+use crate::support::{Fixture, Proxy, Relay, SMALL_WINDOW, WINDOW, Weather, wait_until};
 
 /// Without `synchronous_commit`, a crash takes back what was committed and not yet
 /// flushed: none of it may be in Kafka. And what was in flight to a frozen broker is
@@ -104,6 +104,58 @@ async fn a_stop_after_a_cut_leaves_nothing_to_repeat() {
     relay.drain().await;
 }
 
+/// A confirmation that left the relay and did not arrive is none.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stop_after_a_confirmation_was_cut_off_says_that_events_are_repeated() {
+    let mut fixture = Fixture::with_servers(&[], &[]).await;
+    let proxy = Proxy::start().await;
+    let url = fixture.url_behind(&proxy);
+    let mut relay = Relay::streaming(&fixture, &["--database-url", &url]).await;
+    fixture.insert("a", "{}").await;
+    fixture.wait_for_confirmation().await;
+    fixture.kafka("pause");
+    let in_flight = || relay.metric("postbox_in_flight_events") as usize;
+    fixture.insert("a", "{}").await;
+    wait_until("it is on its way", async || in_flight() == 1).await;
+    proxy.weather(Weather::Stalled);
+    fixture.kafka("resume");
+    wait_until("it is delivered", async || in_flight() == 0).await;
+    // More than a status interval: the relay has told what the proxy keeps.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    proxy.cut();
+    relay.wait_for_log("trying again").await;
+    relay.signal("TERM");
+    assert_eq!(relay.exit_code().await, 9, "{}", relay.log());
+    let relay = Relay::streaming(&fixture, &[]).await;
+    fixture.wait_for_confirmation().await;
+    relay.drain().await;
+    assert_eq!(fixture.records().await.len(), 3);
+}
+
+/// What a slot has confirmed may be on the server's disk much later. Each start stores
+/// it, or relays that live for less than a second each would leave it all to a crash.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_the_slot_has_confirmed_is_stored_at_the_start() {
+    let fixture = Fixture::new().await;
+    let relay = Relay::streaming(&fixture, &[]).await;
+    fixture.insert("a", "{}").await;
+    fixture.wait_for_confirmation().await;
+    relay.drain().await;
+    let at_the_end = fixture.stored().await;
+    let forget = "UPDATE postbox.checkpoint SET lsn = '0/1'";
+    fixture.client.batch_execute(forget).await.unwrap();
+    // One at a time: it takes a while until anything else is stored.
+    let many = format!(
+        "INSERT INTO postbox.outbox (aggregate_type, aggregate_id, event_type, payload) \
+         SELECT '{}', 'b', 'changed', '{{}}' FROM generate_series(1, 300)",
+        fixture.topic
+    );
+    fixture.client.batch_execute(&many).await.unwrap();
+    let relay = Relay::streaming(&fixture, &["--in-flight-max", "1"]).await;
+    assert!(fixture.stored().await >= at_the_end);
+    relay.drain().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_frozen_walsender_is_given_up_and_a_stop_then_tells_the_truth() {
     let fixture = Fixture::new().await;
@@ -179,6 +231,12 @@ async fn a_stop_while_disconnected_with_nothing_left_to_confirm_is_orderly() {
     }
     writers.stop().await.unwrap();
     fixture.wait_for_confirmation().await;
+    let before = fixture.wal_end().await;
+    fixture.insert("last", "{}").await;
+    wait_until("its delivery is stored", async || {
+        fixture.stored().await > before
+    })
+    .await;
     fixture.postgres("stop fast");
     wait_until("the relay has noticed", || async {
         relay.get("/readyz").0 == 503

@@ -72,10 +72,15 @@ impl Fixture {
     pub(crate) async fn behind(proxy: &Proxy) -> (Self, String) {
         let fixture = Fixture::with_postgres(&[]).await;
         fixture.set_up().await;
-        proxy.pass_on_to(&fixture.postgres_address());
-        let (address, database) = (proxy.address(), &fixture.contract.slot);
-        let url = format!("postgresql://postgres@{address}/{database}?sslmode=disable");
+        let url = fixture.url_behind(proxy);
         (fixture, url)
+    }
+
+    /// The URL of the database on the test's own Postgres, through the proxy.
+    pub(crate) fn url_behind(&self, proxy: &Proxy) -> String {
+        proxy.pass_on_to(&self.postgres_address());
+        let (address, database) = (proxy.address(), &self.contract.slot);
+        format!("postgresql://postgres@{address}/{database}?sslmode=disable")
     }
 
     /// Where the test's own Postgres listens, as `host:port`.
@@ -314,6 +319,14 @@ impl Fixture {
     pub(crate) async fn confirmed(&self) -> PgLsn {
         let sql = "SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = $1";
         let row = self.client.query_one(sql, &[&self.contract.slot]).await;
+        row.unwrap().get(0)
+    }
+
+    /// The position in the checkpoint.
+    pub(crate) async fn stored(&self) -> PgLsn {
+        let table = self.contract.table("checkpoint");
+        let sql = format!("SELECT lsn FROM {table} WHERE name = $1");
+        let row = self.client.query_one(&sql, &[&self.contract.slot]).await;
         row.unwrap().get(0)
     }
 
