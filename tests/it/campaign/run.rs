@@ -41,7 +41,7 @@ pub(super) enum Cause {
     /// a second older.
     Postgres,
     /// From the checkpoint's snapshot: all since a fence, which is at most as old
-    /// as the stream before, and here the bound.
+    /// as the last stream that was not reading a gap, and here the bound.
     Slot,
 }
 
@@ -49,6 +49,9 @@ const STATUS_INTERVAL: Duration = Duration::from_millis(50);
 
 /// How often the relay stores its position.
 const STORE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Rows of a gap after which the relay stores how far it is.
+const MARK_ROWS: usize = 1024;
 
 /// What a timer may be late on a busy machine.
 const LATE: Duration = Duration::from_millis(500);
@@ -69,6 +72,8 @@ impl Outcome {
 struct Start {
     /// In milliseconds since 1970.
     at: i64,
+    /// Whether it had to read first, from the table, what a slot had lost.
+    has_gap: bool,
     /// Whether the relay then streamed until it said, by its exit code, that all was confirmed.
     ended_well: bool,
 }
@@ -183,12 +188,10 @@ impl Run<'_> {
     }
 
     fn ended(&mut self, relay: &Relay, code: Option<i32>) {
-        let times = starts(&relay.log());
-        let ended_well = code == Some(0) && times.len() == 1;
-        let starts = times.iter().map(|at| Start {
-            at: *at,
-            ended_well,
-        });
+        let mut starts = starts(&relay.log());
+        if let [only] = &mut starts[..] {
+            only.ended_well = code == Some(0);
+        }
         self.starts.extend(starts);
     }
 
@@ -347,10 +350,17 @@ impl Run<'_> {
                 Cause::Clean => None,
                 Cause::Relay => Some(newest - millis(STATUS_INTERVAL + LATE)),
                 Cause::Postgres => Some(newest - millis(STORE_INTERVAL + 2 * LATE)),
-                Cause::Slot => earlier.last().map(|previous| previous.at),
+                Cause::Slot => {
+                    let mut streams = earlier.iter().rev().filter(|start| !start.has_gap);
+                    Some(streams.next().map_or(0, |stream| stream.at))
+                }
+            };
+            let marked = match earlier.last() {
+                Some(previous) if previous.has_gap => MARK_ROWS,
+                _ => 0,
             };
             let bound = since.map_or(0, |since| {
-                first - before(since) + self.schedule.in_flight_max + transaction
+                first - before(since) + self.schedule.in_flight_max + transaction + marked
             });
             restarts.push(Restart {
                 cause,
@@ -390,14 +400,21 @@ fn now() -> i64 {
     millis(since_epoch.unwrap())
 }
 
-/// When the relay of this log began to stream, in milliseconds since 1970.
-fn starts(log: &str) -> Vec<i64> {
-    let lines = log.lines().filter(|line| line.contains(" INFO streaming "));
-    lines
-        .map(|line| {
+/// When the relay of this log began to stream. How it ended is not in it.
+fn starts(log: &str) -> Vec<Start> {
+    let mut has_gap = false;
+    let mut starts = Vec::new();
+    for line in log.lines() {
+        has_gap |= line.contains(" what the slot had lost is sent first");
+        if line.contains(" INFO streaming ") {
             let time = line.split_whitespace().next().unwrap_or_default();
             let time = time.replace('T', " ").replace('Z', "+00");
-            Timestamp::parse(&time).unwrap().unix_millis()
-        })
-        .collect()
+            starts.push(Start {
+                at: Timestamp::parse(&time).unwrap().unix_millis(),
+                has_gap: std::mem::take(&mut has_gap),
+                ended_well: false,
+            });
+        }
+    }
+    starts
 }
