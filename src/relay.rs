@@ -74,8 +74,8 @@ pub struct Relay {
     /// The largest batch. An attempt with a refused batch halves it, as the topic's limit may be
     /// smaller and not ours to ask for; it does not grow again.
     batch_bytes: usize,
-    /// The last event that was sent, if Postgres may not know that it was delivered.
-    unconfirmed: Option<Place>,
+    /// The last event that was sent, if Postgres may not have stored that it was delivered.
+    unstored: Option<Place>,
     /// What this relay's fences are known by.
     nonce: String,
     /// Whether the last attempt delivered anything, or held for a while.
@@ -91,7 +91,7 @@ impl Relay {
             health,
             suspects: BTreeSet::new(),
             batch_bytes: BATCH_BYTES,
-            unconfirmed: None,
+            unstored: None,
             nonce: uuid::Uuid::new_v4().to_string(),
             worked: false,
         }
@@ -144,7 +144,7 @@ impl Relay {
 
     /// A stop that was asked for.
     fn end(&self) -> Result<()> {
-        if self.unconfirmed.is_none() {
+        if self.unstored.is_none() {
             return Ok(());
         }
         Err(Error::new(

@@ -253,6 +253,26 @@ mod tests {
             ),
             ("54000", "out of memory", Event),
             (
+                "54000",
+                "string buffer exceeds maximum allowed length",
+                Event,
+            ),
+            (
+                "54000",
+                "database is not accepting commands that assign new transaction IDs to avoid wraparound data loss",
+                DatabaseAway,
+            ),
+            (
+                "22023",
+                "replication slot \"x\" specified in parameter \"synchronized_standby_slots\" does not exist",
+                DatabaseAway,
+            ),
+            (
+                "55000",
+                "replication slot \"x\" specified in parameter \"synchronized_standby_slots\" does not have active_pid",
+                DatabaseAway,
+            ),
+            (
                 "08P01",
                 "unsupported startup parameter: replication",
                 Database,

@@ -110,7 +110,7 @@ pub static RULES: &[Rule] = {
             RUN_SETUP,
         ),
         rule(
-            ("22023", "parameter"),
+            ("22023", "invalid value for parameter"),
             "the session's settings have a value that the server does not take",
             Settings,
             CORRECT_OPTIONS,
@@ -140,6 +140,12 @@ pub static RULES: &[Rule] = {
             "raise max_replication_slots or drop a slot that is not used",
         ),
         rule(
+            ("55000", "specified in parameter"),
+            "a standby that the server waits for is away",
+            DatabaseAway,
+            "look at synchronized_standby_slots",
+        ),
+        rule(
             ("55000", "replication slot"),
             "the slot was invalidated, is physical, or belongs to another database or plugin",
             Slot,
@@ -158,10 +164,22 @@ pub static RULES: &[Rule] = {
             "set wal_level = logical and restart the server",
         ),
         rule(
-            ("54000", ""),
+            ("54000", "out of memory"),
             "a row is too large for the server to send",
             Event,
             DELETE_ROW,
+        ),
+        rule(
+            ("54000", "string buffer"),
+            "a row is too large for the server to send, in later versions' words",
+            Event,
+            DELETE_ROW,
+        ),
+        rule(
+            ("54000", ""),
+            "a limit of the server, such as transaction ids that have run out",
+            DatabaseAway,
+            "look at the server's log; where it says wraparound, VACUUM",
         ),
         rule(
             ("08P01", "startup parameter"),
@@ -240,7 +258,7 @@ pub static RULES: &[Rule] = {
             ("XX001", ""),
             "the server's data is damaged",
             DatabaseAway,
-            "fail over to a standby: the server's log says what is damaged",
+            "look at the server's log",
         ),
         rule(
             ("XX002", ""),

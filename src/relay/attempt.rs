@@ -84,14 +84,12 @@ impl<'r> Attempt<'r> {
             attempt.take_leave(error.kind()).await;
         }
         attempt.update_gauges();
-        let unconfirmed = match result {
-            Err(_) if !attempt.is_confirmed() => {
-                attempt.relay.unconfirmed.max(attempt.window.last_sent)
-            }
+        let unstored = match result {
+            Err(_) if !attempt.is_stored() => attempt.relay.unstored.max(attempt.window.last_sent),
             _ => None,
         };
         let relay = attempt.relay;
-        relay.unconfirmed = unconfirmed;
+        relay.unstored = unstored;
         relay.worked = attempt.window.has_delivered || attempt.began.elapsed() > BACKOFF_MAX;
         attempt.stream.close().await;
         let refused = attempt.window.has_refused;
@@ -205,7 +203,7 @@ impl<'r> Attempt<'r> {
     /// Whether what attempts before this one sent, and could not confirm, has been sent
     /// again, or will not come again.
     fn has_caught_up(&self) -> bool {
-        self.relay.unconfirmed.is_none_or(|place| {
+        self.relay.unstored.is_none_or(|place| {
             self.window.last_sent >= Some(place) || self.stream.received() > place.commit_lsn
         })
     }
@@ -213,7 +211,7 @@ impl<'r> Attempt<'r> {
     /// Whether Postgres has stored that everything was delivered that was sent, now or
     /// before. That it was told is not enough: a connection that breaks takes with it what
     /// was written and not yet read.
-    fn is_confirmed(&self) -> bool {
+    fn is_stored(&self) -> bool {
         !self.window.has_work()
             && !self.stream.in_transaction()
             && self.stream.gap_seq().is_none()

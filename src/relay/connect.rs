@@ -8,16 +8,17 @@
 use std::pin::pin;
 use std::time::Duration;
 
+use tokio_postgres::Client;
 use tracing::info;
 
 use super::{Relay, RelaySettings};
-use crate::catalog::{self, Checkpoint};
+use crate::catalog::{self, Checkpoint, Stored};
 use crate::database::{Session, sort, within};
-use crate::error::Result;
+use crate::error::{ErrorKind, Result};
 use crate::health::SILENCE_MAX;
 use crate::publisher::Publisher;
-use crate::source::Source;
 use crate::source::wal::{Stream, WalSettings};
+use crate::source::{Place, Source};
 
 /// What an attempt is made of.
 pub(super) struct Connected {
@@ -31,9 +32,11 @@ pub(super) struct Connected {
 /// How long a broker may take to give a sign of life.
 pub(super) const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
 
-pub(super) async fn connect(relay: &Relay) -> Result<Connected> {
-    let settings = &relay.settings;
-    let (session, checkpoint) = open_session(settings).await?;
+pub(super) async fn connect(relay: &mut Relay) -> Result<Connected> {
+    let session = open_session(&relay.settings).await?;
+    let begin = begin_at(relay, &session.client);
+    let checkpoint = within(SILENCE_MAX, "read what was set up", begin).await?;
+    let (relay, settings) = (&*relay, &relay.settings);
     failpoint!("checked");
     let publisher = reach_brokers(relay).await?;
     let start = checkpoint.lsn;
@@ -60,8 +63,8 @@ pub(super) async fn connect(relay: &Relay) -> Result<Connected> {
     })
 }
 
-/// A session that has found everything in its place.
-async fn open_session(settings: &RelaySettings) -> Result<(Session, Checkpoint)> {
+/// The relay's ordinary session.
+async fn open_session(settings: &RelaySettings) -> Result<Session> {
     let name = format!("postbox {} control", settings.contract.slot);
     let session = settings.database.connect(&name).await?;
     // What we no longer wait for must not stay behind in the server: a statement that
@@ -71,11 +74,40 @@ async fn open_session(settings: &RelaySettings) -> Result<(Session, Checkpoint)>
     let limit = format!("SET statement_timeout = {}", limit.as_millis());
     let limited = async {
         let done = session.client.batch_execute(&limit).await;
-        done.map_err(|error| sort("limit statements", error))?;
-        catalog::check(&session.client, &settings.contract).await
+        done.map_err(|error| sort("limit statements", error))
     };
-    let checkpoint = within(SILENCE_MAX, "read what was set up", limited).await?;
-    Ok((session, checkpoint))
+    within(SILENCE_MAX, "limit statements", limited).await?;
+    Ok(session)
+}
+
+/// Where the relay begins, if everything is in its place. One that has to stand by
+/// learns how far the other is, as that may have stored what this one could not.
+async fn begin_at(relay: &mut Relay, client: &Client) -> Result<Checkpoint> {
+    let contract = &relay.settings.contract;
+    let checked = catalog::check(client, contract).await;
+    if let Some(place) = relay.unstored {
+        let is_stored = match &checked {
+            Ok(checkpoint) => is_behind(place, checkpoint),
+            Err(error) if error.kind() == ErrorKind::SlotInUse => {
+                let stored = catalog::stored(client, contract).await?;
+                matches!(stored, Stored::At(checkpoint) if is_behind(place, &checkpoint))
+            }
+            Err(_) => false,
+        };
+        if is_stored {
+            relay.unstored = None;
+        }
+    }
+    checked
+}
+
+/// Whether the checkpoint says that this event is delivered.
+fn is_behind(place: Place, checkpoint: &Checkpoint) -> bool {
+    match &checkpoint.gap {
+        None => place.commit_lsn < checkpoint.lsn,
+        // It may be one of the gap, whose end is stored once all of them are delivered.
+        Some(_) => false,
+    }
 }
 
 /// A producer whose brokers answer: the slot is only taken by a relay that can

@@ -239,7 +239,8 @@ impl Shared {
         self.checkpoint
             .store_position(client, &self.contract, lsn)
             .await?;
-        self.stored.store(confirmed, Ordering::Relaxed);
+        // A store at the end of an attempt may overtake the one of the interval.
+        self.stored.fetch_max(confirmed, Ordering::Relaxed);
         Ok(())
     }
 

@@ -246,8 +246,7 @@ impl Stream {
         Ok(())
     }
 
-    /// How long nothing has come while we were listening, as of the last
-    /// [`check_alive`](Self::check_alive).
+    /// How long nothing has come while we were listening.
     pub fn silence(&self) -> Duration {
         self.last_heard.elapsed()
     }

@@ -3,7 +3,9 @@
 
 use std::time::{Duration, Instant};
 
-use crate::support::{Fixture, PATIENCE, Proxy, Relay, SMALL_WINDOW, WINDOW, Weather, trials};
+use crate::support::{
+    Fixture, PATIENCE, Proxy, Relay, SMALL_WINDOW, WINDOW, Weather, connect, trials, wait_until,
+};
 
 /// What happens to the active relay.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,6 +74,42 @@ async fn a_relay_that_stands_by_takes_over_from_one_that_is_frozen() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_relay_that_stands_by_takes_over_from_one_that_is_cut_off() {
     take_over(Harm::Isolate).await;
+}
+
+/// What a relay could not store, the one that took over has: an orderly end is one again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_that_stands_by_learns_what_the_other_has_stored() {
+    let proxy = Proxy::start().await;
+    let (mut fixture, server) = Fixture::behind(&proxy).await;
+    let flags = ["--database-url", &server, "--status-interval", "4s"];
+    let mut left = Relay::streaming(&fixture, &flags).await;
+    let lock = "BEGIN; SELECT * FROM postbox.checkpoint FOR UPDATE";
+    fixture.client.batch_execute(lock).await.unwrap();
+    let writer = connect(&fixture.database_url).await;
+    let emit = format!(
+        "SELECT postbox.emit('{}', 'a', 'changed', '{{}}')",
+        fixture.topic
+    );
+    writer.batch_execute(&emit).await.unwrap();
+    wait_until("it is delivered", async || {
+        left.published(&fixture.topic) == 1
+    })
+    .await;
+    proxy.weather(Weather::Silent);
+    proxy.cut();
+    left.wait_for_log("trying again").await;
+    fixture.reconnect().await;
+    let before = fixture.wal_end().await;
+    let other = Relay::streaming(&fixture, &[]).await;
+    fixture.insert("b", "{}").await;
+    wait_until("what is delivered is stored", async || {
+        fixture.stored().await > before
+    })
+    .await;
+    proxy.weather(Weather::Fair);
+    left.wait_for_log("standing by").await;
+    assert_eq!(left.stop().await, 0);
+    other.drain().await;
 }
 
 /// How long it takes, and that it does not take longer than is promised.

@@ -191,11 +191,12 @@ async fn a_full_disk_under_postgres_is_waited_for() {
         status == 503 && body.contains("postgres: connect to ")
     })
     .await;
-    let log = relay.log();
-    let lines = log.lines().filter(|line| line.contains(" WARN "));
-    let told = lines
-        .filter(|line| line.contains("trying again in ") && line.contains("connect to postgres"));
-    assert!(told.count() > 0, "{full:?}: {log}");
+    wait_until(&format!("the log says so: {full:?}"), || async {
+        let log = relay.log();
+        let mut lines = log.lines().filter(|line| line.contains(" WARN "));
+        lines.any(|line| line.contains("trying again in ") && line.contains("connect to postgres"))
+    })
+    .await;
     disk.make_room();
     // Without room for its WAL, Postgres ends, and may not come back by itself.
     let _ = fixture.postgres.as_mut().unwrap().command("start");

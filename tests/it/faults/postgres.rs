@@ -147,7 +147,7 @@ async fn what_the_slot_has_confirmed_is_stored_at_the_start() {
     // One at a time: it takes a while until anything else is stored.
     let many = format!(
         "INSERT INTO postbox.outbox (aggregate_type, aggregate_id, event_type, payload) \
-         SELECT '{}', 'b', 'changed', '{{}}' FROM generate_series(1, 300)",
+         SELECT '{}', 'b', 'changed', '{{}}' FROM generate_series(1, 1000)",
         fixture.topic
     );
     fixture.client.batch_execute(&many).await.unwrap();

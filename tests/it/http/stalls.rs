@@ -94,11 +94,12 @@ async fn a_postgres_that_says_nothing_is_seen() {
 async fn a_stream_that_says_nothing_beside_a_server_that_writes_is_seen() {
     let fixture = Fixture::with_postgres(&[]).await;
     fixture.setup(&[]).results();
-    let relay = Relay::streaming(&fixture, &["--wal-sender-timeout", "10m"]).await;
+    let silent = ["--wal-sender-timeout", "10m", "--heartbeat-interval", "10m"];
+    let relay = Relay::streaming(&fixture, &silent).await;
     fixture.insert("a", "{}").await;
     fixture.wait_for_confirmation().await;
     // Where nothing is written, nothing is owed.
-    tokio::time::sleep(Duration::from_secs(12)).await;
+    tokio::time::sleep(Duration::from_secs(14)).await;
     assert_eq!(relay.get("/readyz").0, 200);
 
     let walsender = fixture.walsender().await;
