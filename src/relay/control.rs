@@ -107,6 +107,8 @@ impl Control {
 
     /// Where the WAL ended some seconds ago. A stream that lives has come up to it, or
     /// sends what lies before it: even where nothing is published, it tells positions.
+    /// Only a server that decodes a large transaction, or whose WAL ends in the midst of
+    /// a record, is late with that, and pings at half of `wal_sender_timeout`.
     pub(super) fn wal_end_before(&self) -> PgLsn {
         self.shared.wal_end_before.load(Ordering::Relaxed).into()
     }
