@@ -204,7 +204,7 @@ pub async fn within<T>(
     doing: &str,
     answer: impl Future<Output = Result<T>>,
 ) -> Result<T> {
-    // Boxed, as one of these may wait within another.
+    // Boxed: a caller's future is large, and would be part of every future that waits for it.
     let answer = tokio::time::timeout(limit, Box::pin(answer)).await;
     answer.unwrap_or_else(|_| {
         let message = format!("{doing}: no answer within {} s", limit.as_secs());

@@ -33,10 +33,6 @@ pub struct SlotState {
     pub invalidation_reason: Option<String>,
     /// Bytes of WAL until it may be lost; `None` without `max_slot_wal_keep_size`.
     pub safe_wal_size: Option<i64>,
-    /// Bytes of WAL that the server keeps for it.
-    pub retained_bytes: i64,
-    /// Bytes of WAL that are not confirmed yet.
-    pub lag_bytes: i64,
     /// Where the server writes.
     pub wal_end: PgLsn,
 }
@@ -53,14 +49,10 @@ pub async fn slot_state(client: &Client, slot: &str) -> Result<SlotState> {
 
 /// The slot's state, if there is such a slot.
 pub async fn find_slot(client: &Client, slot: &str) -> Result<Option<SlotState>> {
-    // to_jsonb: invalidation_reason and failover came with Postgres 17. A confirmed position
-    // can be ahead of the local WAL's end for a moment after a crash: never less
-    // than nothing.
+    // to_jsonb: invalidation_reason and failover came with Postgres 17.
     let sql = "SELECT slot_type, plugin::text, database::text, coalesce(database = current_database(), false), \
                       temporary, active_pid, restart_lsn, confirmed_flush_lsn, wal_status, \
                       to_jsonb(s) ->> 'invalidation_reason', safe_wal_size, \
-                      coalesce(greatest(pg_current_wal_lsn() - restart_lsn, 0), 0)::bigint, \
-                      coalesce(greatest(pg_current_wal_lsn() - confirmed_flush_lsn, 0), 0)::bigint, \
                       coalesce((to_jsonb(s) ->> 'failover')::boolean, false), \
                       pg_current_wal_lsn() \
                FROM pg_replication_slots AS s WHERE slot_name = $1::text::name";
@@ -80,14 +72,29 @@ pub async fn find_slot(client: &Client, slot: &str) -> Result<Option<SlotState>>
         wal_status: row.get(8),
         invalidation_reason: row.get(9),
         safe_wal_size: row.get(10),
-        retained_bytes: row.get(11),
-        lag_bytes: row.get(12),
-        failover: row.get(13),
-        wal_end: row.get(14),
+        failover: row.get(11),
+        wal_end: row.get(12),
     }))
 }
 
 impl SlotState {
+    /// Bytes of WAL that the server keeps for it.
+    pub fn retained_bytes(&self) -> i64 {
+        self.bytes_since(self.restart_lsn)
+    }
+
+    /// Bytes of WAL that are not confirmed yet.
+    pub fn lag_bytes(&self) -> i64 {
+        self.bytes_since(self.confirmed_flush_lsn)
+    }
+
+    fn bytes_since(&self, lsn: Option<PgLsn>) -> i64 {
+        // A confirmed position can be ahead of the local WAL's end for a moment after a
+        // crash: never less than nothing.
+        let bytes = lsn.map_or(0, |lsn| u64::from(self.wal_end).saturating_sub(lsn.into()));
+        i64::try_from(bytes).unwrap_or(i64::MAX)
+    }
+
     /// Refuses a slot that cannot be ours, and one that has lost its WAL.
     pub fn check(&self, slot: &str) -> Result<()> {
         self.check_ours(slot)?;

@@ -103,11 +103,8 @@ async fn begin_at(relay: &mut Relay, client: &Client) -> Result<Checkpoint> {
 
 /// Whether the checkpoint says that this event is delivered.
 fn is_behind(place: Place, checkpoint: &Checkpoint) -> bool {
-    match &checkpoint.gap {
-        None => place.commit_lsn < checkpoint.lsn,
-        // It may be one of the gap, whose end is stored once all of them are delivered.
-        Some(_) => false,
-    }
+    // While there is a gap, it may be one of its events: they lie before the slot.
+    checkpoint.gap.is_none() && place.commit_lsn < checkpoint.lsn
 }
 
 /// A producer whose brokers answer: the slot is only taken by a relay that can

@@ -130,7 +130,7 @@ impl Control {
 
     /// Whether the last position that lies behind events is stored.
     pub(super) fn is_stored(&self) -> bool {
-        self.shared.position_is_stored()
+        self.shared.is_stored()
     }
 
     /// Stores the last mark and position.
@@ -139,7 +139,7 @@ impl Control {
         if let Some(mark) = mark {
             self.shared.store_mark(mark).await?;
         }
-        if !self.shared.position_is_stored() {
+        if !self.is_stored() {
             self.shared.store_position().await?;
         }
         Ok(())
@@ -173,7 +173,7 @@ async fn run(
             _ = beat.tick() => tokio::time::timeout(SILENCE_MAX, shared.beat()).await,
             _ = slot.tick() => tokio::time::timeout(SILENCE_MAX, shared.look_at_slot()).await,
             _ = store.tick() => {
-                if shared.position_is_stored() { continue }
+                if shared.is_stored() { continue }
                 tokio::time::timeout(SILENCE_MAX, shared.store_position()).await
             }
             Ok(()) = mark.changed() => {
@@ -218,8 +218,8 @@ impl Shared {
 
     async fn look_at_slot(&self) -> Result<()> {
         let state = catalog::slot_state(&self.session.client, &self.contract.slot).await?;
-        self.metrics.slot_lag_bytes.set(state.lag_bytes);
-        self.metrics.retained_wal_bytes.set(state.retained_bytes);
+        self.metrics.slot_lag_bytes.set(state.lag_bytes());
+        self.metrics.retained_wal_bytes.set(state.retained_bytes());
         let before = self.wal_end.swap(state.wal_end.into(), Ordering::Relaxed);
         self.wal_end_before.store(before, Ordering::Relaxed);
         if let Some(status) = &state.wal_status {
@@ -230,7 +230,7 @@ impl Shared {
         Ok(())
     }
 
-    fn position_is_stored(&self) -> bool {
+    fn is_stored(&self) -> bool {
         self.confirmed.load(Ordering::Relaxed) <= self.stored.load(Ordering::Relaxed)
     }
 

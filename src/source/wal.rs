@@ -254,18 +254,15 @@ impl Stream {
     /// Waits until the last confirmation was written to the server, if that is
     /// still possible. Cancel-safe.
     pub async fn confirmation_sent(&self) {
-        while self.client.is_running() && !self.is_sent(self.confirmed) {
+        let confirmed = self.confirmed.into();
+        let written = || self.client.metrics().last_applied_lsn().as_u64();
+        while self.client.is_running() && written() < confirmed {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     }
 
-    /// Whether this position, or a later one, was written to the server.
-    fn is_sent(&self, lsn: PgLsn) -> bool {
-        self.client.metrics().last_applied_lsn().as_u64() >= lsn.into()
-    }
-
     /// Ends the stream. Only what [`confirmation_sent`](Self::confirmation_sent)
-    /// has waited for is sure to have reached the server.
+    /// has waited for is sure to have been written.
     pub async fn close(mut self) {
         // The client forgets a confirmation that it has not yet sent, and closes.
         let closed = tokio::time::timeout(Duration::from_secs(1), self.client.shutdown()).await;

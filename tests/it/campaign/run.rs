@@ -7,7 +7,7 @@ use postbox::timestamp::Timestamp;
 
 use super::schedule::{Action, Schedule, Side};
 use super::world::World;
-use crate::support::{Fixture, Relay};
+use crate::support::{Fixture, LATE, Relay, STATUS_INTERVAL, STORE_INTERVAL};
 
 /// What a run has shown.
 #[derive(Debug)]
@@ -45,16 +45,8 @@ pub(super) enum Cause {
     Slot,
 }
 
-const STATUS_INTERVAL: Duration = Duration::from_millis(50);
-
-/// How often the relay stores its position.
-const STORE_INTERVAL: Duration = Duration::from_secs(1);
-
 /// Rows of a gap after which the relay stores how far it is.
 const MARK_ROWS: usize = 1024;
-
-/// What a timer may be late on a busy machine.
-const LATE: Duration = Duration::from_millis(500);
 
 /// How long nothing may move once all harm is over. How long it then takes to confirm
 /// everything depends on the machine: a window of 20 events has few in each batch.

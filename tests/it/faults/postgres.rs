@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::support::{Fixture, Proxy, Relay, SMALL_WINDOW, WINDOW, Weather, wait_until};
+use crate::support::{Fixture, Proxy, Relay, SMALL_WINDOW, WINDOW, Weather, signal, wait_until};
 
 /// Without `synchronous_commit`, a crash takes back what was committed and not yet
 /// flushed: none of it may be in Kafka. And what was in flight to a frozen broker is
@@ -145,12 +145,7 @@ async fn what_the_slot_has_confirmed_is_stored_at_the_start() {
     let forget = "UPDATE postbox.checkpoint SET lsn = '0/1'";
     fixture.client.batch_execute(forget).await.unwrap();
     // One at a time: it takes a while until anything else is stored.
-    let many = format!(
-        "INSERT INTO postbox.outbox (aggregate_type, aggregate_id, event_type, payload) \
-         SELECT '{}', 'b', 'changed', '{{}}' FROM generate_series(1, 1000)",
-        fixture.topic
-    );
-    fixture.client.batch_execute(&many).await.unwrap();
+    fixture.insert_many("b", "{}", 1000).await;
     let relay = Relay::streaming(&fixture, &["--in-flight-max", "1"]).await;
     assert!(fixture.stored().await >= at_the_end);
     relay.drain().await;
@@ -171,24 +166,12 @@ async fn a_frozen_walsender_is_given_up_and_a_stop_then_tells_the_truth() {
         relay.published(&fixture.topic) > 0
     })
     .await;
-    let sql = "SELECT active_pid FROM pg_replication_slots WHERE slot_name = $1";
-    let pid: i32 = fixture
-        .client
-        .query_one(sql, &[&fixture.contract.slot])
-        .await
-        .unwrap()
-        .get(0);
-    let signal = |name: &str| {
-        let sent = std::process::Command::new("kill")
-            .args([name, &pid.to_string()])
-            .status();
-        assert!(sent.unwrap().success());
-    };
-    signal("-STOP");
+    let walsender = fixture.walsender().await;
+    signal(walsender, "STOP");
     relay.wait_for_log("trying again").await;
     relay.signal("TERM");
     let code = relay.exit_code().await;
-    signal("-CONT");
+    signal(walsender, "CONT");
     // A part of the transaction was delivered, and will be again.
     assert_eq!(code, 9, "{}", relay.log());
     let relay = Relay::streaming(&fixture, &[]).await;

@@ -45,12 +45,8 @@ async fn a_slot_given_up_beside_a_relay_that_waits_for_kafka_is_recovered() {
     fixture.wait_for_confirmation().await;
     fixture.kafka("pause");
     // More than any buffer between the server and the relay holds.
-    let many = format!(
-        "INSERT INTO postbox.outbox (aggregate_type, aggregate_id, event_type, payload) \
-         SELECT '{}', 'many', 'changed', to_json(repeat('x', 1000)) FROM generate_series(1, 30000)",
-        fixture.topic
-    );
-    fixture.client.batch_execute(&many).await.unwrap();
+    let payload = format!("\"{}\"", "x".repeat(1000));
+    fixture.insert_many("many", &payload, 30_000).await;
     fixture.outrun_slot().await;
     assert_eq!(relay.exit_code().await, 4, "{}", relay.log());
     fixture.kafka("resume");

@@ -305,13 +305,18 @@ impl Fixture {
 
     /// Inserts one event with this payload.
     pub(crate) async fn insert(&self, key: &str, payload: &str) {
+        self.insert_many(key, payload, 1).await;
+    }
+
+    /// Inserts so many of them in one transaction.
+    pub(crate) async fn insert_many(&self, key: &str, payload: &str, events: i32) {
         let sql = format!(
             "INSERT INTO {} (aggregate_type, aggregate_id, event_type, payload) \
-             VALUES ($1, $2, 'changed', $3::text::json)",
+             SELECT $1, $2, 'changed', $3::text::json FROM generate_series(1, $4)",
             self.contract.table("outbox")
         );
-        let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 3] =
-            [&self.topic, &key, &payload];
+        let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 4] =
+            [&self.topic, &key, &payload, &events];
         self.client.execute(&sql, &parameters).await.unwrap();
     }
 

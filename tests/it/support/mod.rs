@@ -18,7 +18,9 @@ pub(crate) use proxy::{Proxy, Weather};
 pub(crate) use psql::run_script;
 pub(crate) use relay::{Relay, signal};
 pub(crate) use trials::trials;
-pub(crate) use window::{SERVER_WINDOW, SLOT_WINDOW, SMALL_WINDOW, WINDOW};
+pub(crate) use window::{
+    LATE, SERVER_WINDOW, SLOT_WINDOW, SMALL_WINDOW, STATUS_INTERVAL, STORE_INTERVAL, WINDOW,
+};
 
 /// How long anything may take that is expected to happen.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);

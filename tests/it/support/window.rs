@@ -17,21 +17,23 @@ const EVENTS_PER_SECOND: usize = 500;
 /// The most events of one transaction.
 const TRANSACTION_MAX: usize = 10;
 
-/// How old the last status message is that the server took: one interval, and what a
-/// timer may be late on a busy machine.
-const UNCONFIRMED_MAX: Duration = Duration::from_millis(50 + 500);
+/// How often a relay tells Postgres what is delivered.
+pub(crate) const STATUS_INTERVAL: Duration = Duration::from_millis(50);
 
-/// How old a position may be that a relay has stored, as the server forgets later ones
-/// in a crash.
-const UNSTORED_MAX: Duration = Duration::from_millis(1000 + 500);
+/// How often it stores its position, as the server forgets what it was told in a crash.
+pub(crate) const STORE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// What a timer may be late on a busy machine.
+pub(crate) const LATE: Duration = Duration::from_millis(500);
 
 /// What one crash of a relay, or one cut of its connection, may repeat under the
 /// steady load: what was in flight, the transaction that was being read, and what was
 /// delivered since the last status message.
-pub(crate) const WINDOW: usize = IN_FLIGHT_MAX + TRANSACTION_MAX + delivered_in(UNCONFIRMED_MAX);
+pub(crate) const WINDOW: usize =
+    IN_FLIGHT_MAX + TRANSACTION_MAX + delivered_in(STATUS_INTERVAL) + delivered_in(LATE);
 
 /// The same for a crash of Postgres.
-pub(crate) const SERVER_WINDOW: usize = WINDOW + delivered_in(UNSTORED_MAX);
+pub(crate) const SERVER_WINDOW: usize = WINDOW + delivered_in(STORE_INTERVAL) + delivered_in(LATE);
 
 /// The same for a slot that was lost, with a heartbeat each second, after which its
 /// fence comes out of the slot and is stored.
