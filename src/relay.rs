@@ -118,8 +118,8 @@ impl Relay {
             }
             let reason = error.kind().label();
             self.metrics.reconnects.with_label_values(&[reason]).inc();
-            // An attempt that worked is not part of a series.
-            if self.worked {
+            // An attempt that worked, or found another relay at work, is not part of a series.
+            if self.worked || error.kind() == ErrorKind::SlotInUse {
                 backoff = self::backoff();
             }
             let pause = match error.kind() {

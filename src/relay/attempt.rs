@@ -312,9 +312,15 @@ impl<'r> Attempt<'r> {
         let may_read = self.may_read();
         self.stream.check_alive(may_read)?;
         self.update_gauges();
-        if !may_read && self.control.server_gives_up() {
-            let message = "the slot is beyond max_slot_wal_keep_size, and events cannot be sent: \
-                           it is let go, as the server's checkpoint would wait for us";
+        if !may_read
+            && self.control.server_gives_up()
+            && self.relay.health.stalled_for() > SILENCE_MAX
+        {
+            let message = format!(
+                "the slot is beyond max_slot_wal_keep_size, and nothing was acknowledged for {} s: \
+                 it is let go, as the server's checkpoint would wait for us",
+                SILENCE_MAX.as_secs()
+            );
             return Err(Error::new(ErrorKind::DatabaseAway, message));
         }
         if let Some(sent_at) = self.window.oldest_sent_at()

@@ -13,6 +13,7 @@ use tracing::info;
 
 use super::{Relay, RelaySettings};
 use crate::catalog::{self, Checkpoint, Stored};
+use crate::contract::Contract;
 use crate::database::{Session, sort, within};
 use crate::error::{ErrorKind, Result};
 use crate::health::SILENCE_MAX;
@@ -80,31 +81,38 @@ async fn open_session(settings: &RelaySettings) -> Result<Session> {
     Ok(session)
 }
 
-/// Where the relay begins, if everything is in its place. One that has to stand by
-/// learns how far the other is, as that may have stored what this one could not.
+/// Where the relay begins, if everything is in its place. What is stored may be on from
+/// what this relay could not store: another has been at work, or an answer was lost.
 async fn begin_at(relay: &mut Relay, client: &Client) -> Result<Checkpoint> {
     let contract = &relay.settings.contract;
     let checked = catalog::check(client, contract).await;
-    if let Some(place) = relay.unstored {
-        let is_stored = match &checked {
-            Ok(checkpoint) => is_behind(place, checkpoint),
-            Err(error) if error.kind() == ErrorKind::SlotInUse => {
-                let stored = catalog::stored(client, contract).await?;
-                matches!(stored, Stored::At(checkpoint) if is_behind(place, &checkpoint))
-            }
-            Err(_) => false,
-        };
-        if is_stored {
-            relay.unstored = None;
-        }
+    let is_ours = match &checked {
+        Ok(_) => true,
+        Err(error) => error.kind() == ErrorKind::SlotInUse,
+    };
+    if let Some(place) = relay.unstored
+        && is_ours
+        && (is_stored(place, client, contract).await? || is_lost(place, client, contract).await?)
+    {
+        relay.unstored = None;
     }
     checked
 }
 
-/// Whether the checkpoint says that this event is delivered.
-fn is_behind(place: Place, checkpoint: &Checkpoint) -> bool {
-    // While there is a gap, it may be one of its events: they lie before the slot.
-    checkpoint.gap.is_none() && place.commit_lsn < checkpoint.lsn
+/// Whether it is stored that this event is delivered. That the slot has confirmed it is
+/// not enough: it may forget that in a crash.
+async fn is_stored(place: Place, client: &Client, contract: &Contract) -> Result<bool> {
+    Ok(match catalog::stored(client, contract).await? {
+        // While there is a gap, it may be one of its events: they lie before the slot.
+        Stored::At(checkpoint) => checkpoint.gap.is_none() && place.commit_lsn < checkpoint.lsn,
+        _ => false,
+    })
+}
+
+/// Whether this event lies where there is no WAL yet: a fail-over has lost it.
+async fn is_lost(place: Place, client: &Client, contract: &Contract) -> Result<bool> {
+    let state = catalog::slot_state(client, &contract.slot).await?;
+    Ok(place.commit_lsn >= state.wal_end)
 }
 
 /// A producer whose brokers answer: the slot is only taken by a relay that can

@@ -200,8 +200,8 @@ async fn prepare(
         .map(|column| format!("o.{}::text", escape_identifier(&column.name)))
         .collect();
     let sql = format!(
-        "SELECT o.seq, CASE WHEN isfinite(created_at) THEN (extract(epoch FROM created_at) * 1000000)::bigint \
-                       ELSE 0 END, {} FROM {outbox} AS o \
+        "SELECT o.seq, CASE WHEN created_at < '10000-01-01Z' AND isfinite(created_at) \
+                       THEN (extract(epoch FROM created_at) * 1000000)::bigint ELSE 0 END, {} FROM {outbox} AS o \
          WHERE NOT pg_visible_in_snapshot(xid, $1::text::pg_snapshot) \
            AND pg_visible_in_snapshot(xid, $2::text::pg_snapshot) AND o.seq > $3 ORDER BY o.seq LIMIT $4",
         texts.join(", "),

@@ -108,6 +108,31 @@ async fn a_relay_that_stands_by_learns_what_the_other_has_stored() {
     other.drain().await;
 }
 
+/// Finding the slot with another relay ends a series of failures, so that the next one
+/// does not keep a relay from taking over.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_that_stands_by_begins_its_pauses_anew() {
+    let proxy = Proxy::start().await;
+    let (fixture, server) = Fixture::behind(&proxy).await;
+    let active = Relay::streaming(&fixture, &[]).await;
+    let other = Relay::start(&fixture, &["--database-url", &server]);
+    let lines = |what: &str| other.log().matches(what).count();
+    for round in 1..=2 {
+        proxy.pass_on_to(&fixture.postgres_address());
+        wait_until("it stands by", async || lines("standing by") == round).await;
+        let failures = lines("trying again in ");
+        proxy.pass_on_to("127.0.0.1:1");
+        wait_until("it has failed some times", async || {
+            lines("trying again in ") >= failures + 5
+        })
+        .await;
+        let log = other.log();
+        let pauses: Vec<&str> = log.split("trying again in ").skip(1).collect();
+        assert!(pauses[failures] < "0.3", "{log}");
+    }
+    active.drain().await;
+}
+
 /// How long it takes, and that it does not take longer than is promised.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "measures: make trials"]

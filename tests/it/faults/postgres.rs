@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use crate::support::{Fixture, Proxy, Relay, SMALL_WINDOW, WINDOW, Weather, signal, wait_until};
+use crate::support::{
+    Fixture, Proxy, Relay, SMALL_WINDOW, WINDOW, Weather, connect, signal, wait_until,
+};
 
 /// Without `synchronous_commit`, a crash takes back what was committed and not yet
 /// flushed: none of it may be in Kafka. And what was in flight to a frozen broker is
@@ -130,6 +132,30 @@ async fn a_stop_after_a_confirmation_was_cut_off_says_that_events_are_repeated()
     fixture.wait_for_confirmation().await;
     relay.drain().await;
     assert_eq!(fixture.records().await.len(), 3);
+}
+
+/// What the slot has confirmed and nobody has stored, a crash of Postgres may still forget.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stop_before_the_position_is_stored_says_that_events_may_be_repeated() {
+    let mut fixture = Fixture::with_servers(&[], &[]).await;
+    let mut relay = Relay::streaming(&fixture, &[]).await;
+    let locking = connect(&fixture.database_url).await;
+    let lock = "BEGIN; SELECT * FROM postbox.checkpoint FOR UPDATE";
+    locking.batch_execute(lock).await.unwrap();
+    fixture.insert("a", "{}").await;
+    fixture.wait_for_confirmation().await;
+    fixture.kafka("pause");
+    let cut = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
+               WHERE application_name LIKE '% control' OR backend_type = 'walsender'";
+    fixture.client.batch_execute(cut).await.unwrap();
+    relay.wait_for_log("trying again").await;
+    locking.batch_execute("ROLLBACK").await.unwrap();
+    wait_until("it has looked for the brokers", async || {
+        relay.log().matches("trying again").count() >= 2
+    })
+    .await;
+    relay.signal("TERM");
+    assert_eq!(relay.exit_code().await, 9, "{}", relay.log());
 }
 
 /// What a slot has confirmed may be on the server's disk much later. Each start stores

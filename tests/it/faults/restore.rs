@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Command;
 
 use super::assert_recoverable;
-use crate::support::{Fixture, Relay, statement};
+use crate::support::{Fixture, Relay, connect, statement, wait_until};
 
 /// A dump that was restored into another cluster brings the checkpoint along, and no
 /// slot.
@@ -54,34 +54,12 @@ async fn a_restored_backup_is_on_another_timeline_and_has_no_slot() {
     fixture.insert("before", "{}").await;
     fixture.wait_for_confirmation().await;
     relay.drain().await;
-    let data = fixture
-        .postgres
-        .as_ref()
-        .unwrap()
-        .fact("data_dir")
-        .to_owned();
-    let backup = format!("{data}.backup");
-    fixture.postgres("stop fast");
-    run(&["cp", "-a", &data, &backup]);
-    fixture.postgres("start");
-    fixture.reconnect().await;
+    let backup = back_up(&mut fixture).await;
     fixture.insert("after the backup", "{}").await;
     fixture.postgres("stop immediate");
-
-    run(&["rm", "-rf", &data]);
-    run(&["mv", &backup, &data]);
-    run(&[
-        "rm",
-        "-rf",
-        &format!("{data}/pg_replslot/{}", fixture.contract.slot),
-    ]);
-    let data = Path::new(&data);
-    fs::write(data.join("recovery.signal"), "").unwrap();
-    let settings = fs::read_to_string(data.join("postgresql.auto.conf")).unwrap();
-    let settings = format!("{settings}\nrestore_command = 'false'\n");
-    fs::write(data.join("postgresql.auto.conf"), settings).unwrap();
-    fixture.postgres("start");
-    fixture.reconnect().await;
+    let slot = format!("{backup}/pg_replslot/{}", fixture.contract.slot);
+    run(&["rm", "-r", &slot]);
+    restore(&mut fixture, &backup).await;
 
     let mut relay = Relay::start(&fixture, &[]);
     assert_eq!(relay.exit_code().await, 4, "{}", relay.log());
@@ -91,6 +69,66 @@ async fn a_restored_backup_is_on_another_timeline_and_has_no_slot() {
     assert!(log.contains(" is gone: run `postbox recover`"), "{log}");
     fixture.insert("missed", "{}").await;
     assert_recoverable(&fixture, "missed").await;
+}
+
+/// A fail-over may lose what was committed last. A relay that has delivered it, and could
+/// not store that, does not wait for it at the end.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stop_does_not_wait_for_what_a_fail_over_lost() {
+    let mut fixture = Fixture::with_postgres(&[]).await;
+    fixture.setup(&[]).results();
+    let backup = back_up(&mut fixture).await;
+    // The restored server writes a little by itself.
+    let ahead = "SELECT pg_logical_emit_message(false, 'fill', repeat('x', 1000000))";
+    fixture.client.batch_execute(ahead).await.unwrap();
+    let mut relay = Relay::streaming(&fixture, &["--shutdown-timeout", "5s"]).await;
+    let locking = connect(&fixture.database_url).await;
+    let lock = "BEGIN; SELECT * FROM postbox.checkpoint FOR UPDATE";
+    locking.batch_execute(lock).await.unwrap();
+    fixture.insert("lost", "{}").await;
+    wait_until("it is delivered", async || {
+        relay.published(&fixture.topic) == 1
+    })
+    .await;
+    fixture.postgres("stop immediate");
+    relay.wait_for_log("trying again").await;
+    restore(&mut fixture, &backup).await;
+    wait_until("it streams again", async || {
+        relay.log().matches("INFO streaming").count() == 2
+    })
+    .await;
+    relay.signal("TERM");
+    assert_eq!(relay.exit_code().await, 0, "{}", relay.log());
+}
+
+/// Copies the files of the test's Postgres, while it is stopped.
+async fn back_up(fixture: &mut Fixture) -> String {
+    let data = data_directory(fixture);
+    let backup = format!("{data}.backup");
+    fixture.postgres("stop fast");
+    run(&["cp", "-a", &data, &backup]);
+    fixture.postgres("start");
+    fixture.reconnect().await;
+    backup
+}
+
+/// Recovers the stopped Postgres from that copy, onto another timeline.
+async fn restore(fixture: &mut Fixture, backup: &str) {
+    let data = data_directory(fixture);
+    run(&["rm", "-rf", &data]);
+    run(&["mv", backup, &data]);
+    let data = Path::new(&data);
+    fs::write(data.join("recovery.signal"), "").unwrap();
+    let settings = fs::read_to_string(data.join("postgresql.auto.conf")).unwrap();
+    let settings = format!("{settings}\nrestore_command = 'false'\n");
+    fs::write(data.join("postgresql.auto.conf"), settings).unwrap();
+    fixture.postgres("start");
+    fixture.reconnect().await;
+}
+
+fn data_directory(fixture: &Fixture) -> String {
+    let postgres = fixture.postgres.as_ref().expect("a Postgres of its own");
+    postgres.fact("data_dir").to_owned()
 }
 
 fn run(command: &[&str]) {

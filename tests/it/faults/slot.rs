@@ -1,7 +1,7 @@
 //! A slot that the server gives up.
 
 use super::assert_recoverable;
-use crate::support::{Fixture, Relay};
+use crate::support::{Fixture, Relay, connect, wait_until};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_slot_given_up_beside_a_frozen_relay_is_recovered() {
@@ -60,4 +60,35 @@ async fn a_slot_given_up_beside_a_relay_that_waits_for_kafka_is_recovered() {
     fixture.wait_for_confirmation().await;
     relay.drain().await;
     assert!(fixture.keys().await.len() > 30_000);
+}
+
+/// A relay that gets on, however slowly, keeps a slot that the server would give up.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slot_that_would_be_given_up_is_kept_while_events_are_delivered() {
+    let fixture = Fixture::with_postgres(&["max_slot_wal_keep_size=1MB"]).await;
+    fixture.setup(&[]).results();
+    // The slot needs the WAL since the oldest open transaction began.
+    let open = connect(&fixture.database_url).await;
+    let begin = "BEGIN; SELECT pg_current_xact_id()";
+    open.batch_execute(begin).await.unwrap();
+    let relay = Relay::streaming(&fixture, &["--in-flight-max", "1"]).await;
+    let unreserved = "SELECT wal_status = 'unreserved' FROM pg_replication_slots";
+    wait_until("the server keeps no more WAL", async || {
+        let fill = "SELECT pg_logical_emit_message(false, 'fill', 'x'), pg_switch_wal()";
+        fixture.client.batch_execute(fill).await.unwrap();
+        let row = fixture.client.query_one(unreserved, &[]).await;
+        row.unwrap().get(0)
+    })
+    .await;
+    let is_told = || {
+        let status = "postbox_slot_wal_status{status=\"unreserved\"} 1";
+        relay.get("/metrics").1.contains(status)
+    };
+    wait_until("the relay knows", async || is_told()).await;
+    // Nothing of a transaction can be confirmed before its end.
+    fixture.insert_many("a", "{}", 500).await;
+    fixture.wait_for_confirmation().await;
+    assert!(is_told());
+    relay.drain().await;
+    assert_eq!(fixture.records().await.len(), 500);
 }
