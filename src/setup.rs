@@ -17,6 +17,7 @@ mod recover;
 mod slot;
 
 use std::fmt;
+use std::time::Duration;
 
 use pgwire_replication::ReplicationClient;
 use tokio_postgres::Client;
@@ -24,7 +25,7 @@ use tokio_postgres::error::SqlState;
 
 use crate::catalog::{self, PUBLICATION, Stored};
 use crate::contract::{Contract, check_name};
-use crate::database::{Database, sort, sort_replication};
+use crate::database::{Database, sort, sort_replication, within};
 use crate::error::{Error, ErrorKind, Result};
 
 pub use print::print_sql;
@@ -32,6 +33,10 @@ pub use recover::recover;
 
 /// How long set-up waits for a lock, or for another's transaction to end.
 const PATIENCE: &str = "60s";
+
+/// How long the server may take for anything else, longer than for a lock: a commit may
+/// wait for a synchronous standby.
+const ANSWER_MAX: Duration = Duration::from_secs(90);
 
 /// Names our advisory lock. Locks of this kind are per database.
 const LOCK: i64 = i64::from_be_bytes(*b"\0postbox");
@@ -206,7 +211,9 @@ async fn open_replication(
         .await
         .map_err(|error| sort_replication(doing, error))?;
     let bound = format!("SET lock_timeout = '{PATIENCE}'");
-    match replication.simple_query(&bound).await {
+    // The client connects with its first command.
+    let bounded = async { Ok(replication.simple_query(&bound).await) };
+    match within(database.connect_timeout(), doing, bounded).await? {
         Ok(_) => Ok(replication),
         Err(error) => {
             let error = sort_replication(doing, error);

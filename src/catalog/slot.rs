@@ -23,6 +23,9 @@ pub struct SlotState {
     pub failover: bool,
     /// The walsender that reads it.
     pub active_pid: Option<i32>,
+    /// Whether that waits until its client reads, and does nothing else meanwhile: it was
+    /// told to end, and has last words. Outside of these it never waits to write.
+    pub is_ending: bool,
     /// From where the server keeps WAL for it.
     pub restart_lsn: Option<PgLsn>,
     /// Everything that committed before it has been confirmed.
@@ -54,8 +57,9 @@ pub async fn find_slot(client: &Client, slot: &str) -> Result<Option<SlotState>>
                       temporary, active_pid, restart_lsn, confirmed_flush_lsn, wal_status, \
                       to_jsonb(s) ->> 'invalidation_reason', safe_wal_size, \
                       coalesce((to_jsonb(s) ->> 'failover')::boolean, false), \
-                      pg_current_wal_lsn() \
-               FROM pg_replication_slots AS s WHERE slot_name = $1::text::name";
+                      pg_current_wal_lsn(), coalesce(a.wait_event = 'ClientWrite', false) \
+               FROM pg_replication_slots AS s LEFT JOIN pg_stat_activity AS a ON a.pid = s.active_pid \
+               WHERE slot_name = $1::text::name";
     let rows = client
         .query_typed(sql, &[(&slot, Type::TEXT)])
         .await
@@ -74,6 +78,7 @@ pub async fn find_slot(client: &Client, slot: &str) -> Result<Option<SlotState>>
         safe_wal_size: row.get(10),
         failover: row.get(11),
         wal_end: row.get(12),
+        is_ending: row.get(13),
     }))
 }
 

@@ -10,7 +10,7 @@ use tokio_postgres::types::PgLsn;
 use tracing::info;
 
 use super::connect::{Connected, PROBE_TIMEOUT, connect};
-use super::control::Control;
+use super::control::{Control, walsender_is_ending};
 use super::partitions::OPEN_MAX;
 use super::window::{Stop, Window};
 use super::{BACKOFF_MAX, Relay};
@@ -312,16 +312,8 @@ impl<'r> Attempt<'r> {
         let may_read = self.may_read();
         self.stream.check_alive(may_read)?;
         self.update_gauges();
-        if !may_read
-            && self.control.server_gives_up()
-            && self.relay.health.stalled_for() > SILENCE_MAX
-        {
-            let message = format!(
-                "the slot is beyond max_slot_wal_keep_size, and nothing was acknowledged for {} s: \
-                 it is let go, as the server's checkpoint would wait for us",
-                SILENCE_MAX.as_secs()
-            );
-            return Err(Error::new(ErrorKind::DatabaseAway, message));
+        if self.control.walsender_is_ending() {
+            return Err(walsender_is_ending());
         }
         if let Some(sent_at) = self.window.oldest_sent_at()
             && sent_at.elapsed() > OPEN_MAX

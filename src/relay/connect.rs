@@ -92,9 +92,12 @@ async fn begin_at(relay: &mut Relay, client: &Client) -> Result<Checkpoint> {
     };
     if let Some(place) = relay.unstored
         && is_ours
-        && (is_stored(place, client, contract).await? || is_lost(place, client, contract).await?)
     {
-        relay.unstored = None;
+        relay.unstored = match is_stored(place, client, contract).await? {
+            true => None,
+            // A fail-over may have lost it, and not what was sent before it.
+            false => Some(place.min(last_place(client, contract).await?)),
+        };
     }
     checked
 }
@@ -109,10 +112,13 @@ async fn is_stored(place: Place, client: &Client, contract: &Contract) -> Result
     })
 }
 
-/// Whether this event lies where there is no WAL yet: a fail-over has lost it.
-async fn is_lost(place: Place, client: &Client, contract: &Contract) -> Result<bool> {
+/// The last place that an event may have in the WAL there is.
+async fn last_place(client: &Client, contract: &Contract) -> Result<Place> {
     let state = catalog::slot_state(client, &contract.slot).await?;
-    Ok(place.commit_lsn >= state.wal_end)
+    Ok(Place {
+        commit_lsn: u64::from(state.wal_end).saturating_sub(1).into(),
+        ordinal: u64::MAX,
+    })
 }
 
 /// A producer whose brokers answer: the slot is only taken by a relay that can

@@ -53,7 +53,7 @@ struct Shared {
     traffic: AtomicBool,
     confirmed: AtomicU64,
     stored: AtomicU64,
-    gives_up: AtomicBool,
+    is_ending: AtomicBool,
     /// The end of the WAL, as of the last look and of the one before it.
     wal_end: AtomicU64,
     wal_end_before: AtomicU64,
@@ -80,7 +80,7 @@ impl Control {
             traffic: AtomicBool::new(true),
             confirmed: AtomicU64::new(0),
             stored: AtomicU64::new(0),
-            gives_up: AtomicBool::new(false),
+            is_ending: AtomicBool::new(false),
             wal_end: AtomicU64::new(0),
             wal_end_before: AtomicU64::new(0),
         });
@@ -99,10 +99,10 @@ impl Control {
         }
     }
 
-    /// Whether the server keeps no more WAL for the slot, and gives it up as soon as
-    /// nobody reads it: until then, its next checkpoint waits.
-    pub(super) fn server_gives_up(&self) -> bool {
-        self.shared.gives_up.load(Ordering::Relaxed)
+    /// Whether the walsender was told to end, and waits until we read: as does the
+    /// server's checkpoint, if that gives the slot up.
+    pub(super) fn walsender_is_ending(&self) -> bool {
+        self.shared.is_ending.load(Ordering::Relaxed)
     }
 
     /// Where the WAL ended some seconds ago. A stream that lives has come up to it, or
@@ -154,9 +154,18 @@ impl Control {
             if state.confirmed_flush_lsn >= Some(lsn) {
                 return Ok(());
             }
+            if state.is_ending {
+                return Err(walsender_is_ending());
+            }
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
+}
+
+/// The walsender was told to end, and only a client that reads or goes lets it.
+pub(super) fn walsender_is_ending() -> Error {
+    let message = "the server has told its walsender to end, which waits for us: it is let go";
+    Error::new(ErrorKind::DatabaseAway, message)
 }
 
 async fn run(
@@ -224,9 +233,8 @@ impl Shared {
         self.wal_end_before.store(before, Ordering::Relaxed);
         if let Some(status) = &state.wal_status {
             self.metrics.wal_status(status);
-            self.gives_up
-                .store(status == "unreserved", Ordering::Relaxed);
         }
+        self.is_ending.store(state.is_ending, Ordering::Relaxed);
         Ok(())
     }
 

@@ -24,10 +24,10 @@ use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
 use self::start::{SEES_NOTHING, Start, create_slot};
-use super::{Report, State};
+use super::{ANSWER_MAX, Report, State};
 use crate::catalog::{self, Checkpoint, Gap, Stored, System};
 use crate::contract::Contract;
-use crate::database::{sort, sort_replication};
+use crate::database::{sort, sort_replication, within};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Checks the slot that the checkpoint names, and its publication.
@@ -64,8 +64,12 @@ pub(super) async fn create(
         slot.check_unused(&contract.slot)?;
         let start =
             foreign::take_over(client, contract, slot, publication_is_new, backfill_none).await?;
+        // At once: an unfinished set-up is taken to have left a slot that nobody has read.
+        write(client, contract, "BEGIN").await?;
         note_intention(client, contract).await?;
+        failpoint!("taking_over");
         finish(client, contract, &system, &start, None).await?;
+        write(client, contract, "COMMIT").await?;
         let rows = start.rows_before;
         let note =
             format!("rows in the outbox: {rows}; those before its position stay unpublished");
@@ -92,18 +96,22 @@ pub(super) async fn create(
 }
 
 pub(super) async fn identify_system(replication: &mut ReplicationClient) -> Result<System> {
-    let found = replication.identify_system().await;
-    found
-        .map(System::from)
-        .map_err(|error| sort_replication("identify the system", error))
+    let doing = "identify the system";
+    let found = async {
+        let found = replication.identify_system().await;
+        found.map_err(|error| sort_replication(doing, error))
+    };
+    within(ANSWER_MAX, doing, found).await.map(System::from)
 }
 
 async fn drop_slot(replication: &mut ReplicationClient, contract: &Contract) -> Result<()> {
     let command = format!("DROP_REPLICATION_SLOT {}", contract.slot);
-    replication
-        .simple_query(&command)
-        .await
-        .map_err(|error| sort_replication(format!("drop {}", object(contract)), error))?;
+    let doing = format!("drop {}", object(contract));
+    let dropped = async {
+        let dropped = replication.simple_query(&command).await;
+        dropped.map_err(|error| sort_replication(&doing, error))
+    };
+    within(ANSWER_MAX, &doing, dropped).await?;
     Ok(())
 }
 
@@ -123,10 +131,12 @@ async fn forget_intention(client: &Client, contract: &Contract) -> Result<()> {
 }
 
 pub(super) async fn write(client: &Client, contract: &Contract, sql: &str) -> Result<()> {
-    client
-        .batch_execute(sql)
-        .await
-        .map_err(|error| sort(format!("write checkpoint \"{}\"", contract.slot), error))
+    let doing = format!("write checkpoint \"{}\"", contract.slot);
+    let written = async {
+        let written = client.batch_execute(sql).await;
+        written.map_err(|error| sort(&doing, error))
+    };
+    within(ANSWER_MAX, &doing, written).await
 }
 
 /// Writes where the slot begins, and the gap before it that is to be sent.
@@ -155,11 +165,12 @@ pub(super) async fn finish(
         (&system.timeline as _, Type::INT4),
         (&start.publication_identity as _, Type::TEXT),
     ];
-    let rows = client
-        .query_typed(&sql, &parameters)
-        .await
-        .map_err(|error| sort(format!("write checkpoint \"{}\"", contract.slot), error))?;
-    if rows.is_empty() {
+    let doing = format!("write checkpoint \"{}\"", contract.slot);
+    let written = async {
+        let rows = client.query_typed(&sql, &parameters).await;
+        rows.map_err(|error| sort(&doing, error))
+    };
+    if within(ANSWER_MAX, &doing, written).await?.is_empty() {
         return Err(taken_over(contract));
     }
     Ok(())

@@ -6,6 +6,8 @@
 //! never give. Itself, as text, is what tells them from those it gives. And the publication's identity is taken as of
 //! the very point where the slot begins.
 
+use std::time::Duration;
+
 use pgwire_replication::ReplicationClient;
 use tokio_postgres::types::PgLsn;
 use tokio_postgres::{Client, IsolationLevel};
@@ -13,7 +15,7 @@ use tokio_postgres::{Client, IsolationLevel};
 use super::{drop_slot, object};
 use crate::catalog::SlotState;
 use crate::contract::Contract;
-use crate::database::{sort, sort_replication};
+use crate::database::{sort, sort_replication, within};
 use crate::error::{Error, ErrorKind, Result};
 use crate::setup::PATIENCE;
 
@@ -28,6 +30,10 @@ pub(in crate::setup) struct Start {
     pub(in crate::setup) seq_before: i64,
     pub(in crate::setup) publication_identity: Option<String>,
 }
+
+/// How long the server may take to begin a slot. It waits for each open transaction in
+/// turn, and says nothing meanwhile, as if it had died.
+const CREATION_MAX: Duration = Duration::from_secs(600);
 
 /// Transaction ids below 3 are reserved: this snapshot sees no row of ours.
 pub(super) const SEES_NOTHING: &str = "3:3:";
@@ -56,17 +62,20 @@ pub(in crate::setup) async fn create_slot(
         false => "EXPORT_SNAPSHOT",
     };
     let command = format!("CREATE_REPLICATION_SLOT {slot} LOGICAL pgoutput {options}");
-    let rows = match replication.simple_query(&command).await {
+    let doing = format!("create {}", object(contract));
+    let created = async { Ok(replication.simple_query(&command).await) };
+    let rows = match within(CREATION_MAX, &doing, created).await? {
         Ok(rows) => rows,
-        Err(error) if error.to_string().contains("SQLSTATE 55P03") => {
-            let error = sort_replication(format!("create {}", object(contract)), error);
-            return Err(open_transaction(client, contract).await?.caused_by(error));
-        }
         Err(error) => {
-            return Err(sort_replication(
-                format!("create {}", object(contract)),
-                error,
-            ));
+            let in_time = !error.to_string().contains("SQLSTATE 55P03");
+            let error = sort_replication(doing, error);
+            if in_time {
+                return Err(error);
+            }
+            let failover = existing.is_some_and(|slot| slot.failover);
+            return Err(open_transaction(client, contract, failover)
+                .await?
+                .caused_by(error));
         }
     };
     failpoint!("slot_created");
@@ -147,7 +156,7 @@ fn in_order(snapshot: String) -> String {
 }
 
 /// A slot begins when every transaction that was open has ended.
-async fn open_transaction(client: &Client, contract: &Contract) -> Result<Error> {
+async fn open_transaction(client: &Client, contract: &Contract, failover: bool) -> Result<Error> {
     let sql = "SELECT format('process %s of database \"%s\" has been in one since %s', pid, datname, \
                              date_trunc('second', xact_start)) \
                FROM pg_stat_activity WHERE backend_xid IS NOT NULL AND pid <> pg_backend_pid() \
@@ -164,13 +173,18 @@ async fn open_transaction(client: &Client, contract: &Contract) -> Result<Error>
         true => "pg_stat_activity names it in backend_xid".to_owned(),
         false => found.join(", "),
     };
-    Ok(Error::new(
-        ErrorKind::Slot,
-        format!(
-            "{} was not made, as a transaction stayed open for {PATIENCE}: {named}; end it and run the command again",
-            object(contract)
-        ),
-    ))
+    let mut message = format!(
+        "{} was not made, as a transaction stayed open for {PATIENCE}: {named}; end it and run the command again",
+        object(contract)
+    );
+    if failover {
+        message += &format!(
+            ", then, as the next slot will not follow a fail-over as this one did, \
+             ALTER_REPLICATION_SLOT {} (FAILOVER) in a replication session",
+            contract.slot
+        );
+    }
+    Ok(Error::new(ErrorKind::Slot, message))
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use postbox::timestamp::Timestamp;
 
 use super::schedule::{Action, Schedule, Side};
 use super::world::World;
-use crate::support::{Fixture, LATE, Relay, STATUS_INTERVAL, STORE_INTERVAL};
+use crate::support::{Fixture, LATE, Relay, STATUS_INTERVAL, STORE_INTERVAL, wait_until};
 
 /// What a run has shown.
 #[derive(Debug)]
@@ -17,6 +17,8 @@ pub(super) struct Outcome {
     pub(super) restarts: Vec<Restart>,
     /// The longest time in which nothing reached Kafka, harm included.
     pub(super) longest_stall: Duration,
+    /// The longest time in which nothing moved once all harm was over.
+    pub(super) longest_recovery: Duration,
 }
 
 /// A relay began to stream, and repeated what was delivered and not known to be.
@@ -31,7 +33,8 @@ pub(super) struct Restart {
 /// What a restart goes on from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Cause {
-    /// The first start, or one after orderly ends only: nothing is left to repeat.
+    /// The first start, or one after orderly ends only: nothing is left to repeat, even
+    /// if the server has crashed.
     Clean,
     /// From the slot's position, which the server remembers. It may repeat what
     /// was in flight, the transaction that was being read, and what was delivered
@@ -52,6 +55,9 @@ const MARK_ROWS: usize = 1024;
 /// everything depends on the machine: a window of 20 events has few in each batch.
 const STALL_MAX: Duration = Duration::from_secs(60);
 
+/// How long a relay that is told to stop is waited for before the next one starts.
+const END_MAX: Duration = Duration::from_secs(1);
+
 impl Outcome {
     pub(super) fn is_over_bound(&self) -> bool {
         let mut restarts = self.restarts.iter();
@@ -66,8 +72,8 @@ struct Start {
     at: i64,
     /// Whether it had to read first, from the table, what a slot had lost.
     has_gap: bool,
-    /// Whether the relay then streamed until it said, by its exit code, that all was confirmed.
-    ended_well: bool,
+    /// When the relay said, by its exit code, that all it had ever sent was confirmed.
+    ended_well_at: Option<i64>,
 }
 
 struct Run<'w> {
@@ -75,6 +81,8 @@ struct Run<'w> {
     fixture: Fixture,
     schedule: Schedule,
     relays: Vec<Relay>,
+    /// Those that were told to stop, and wait for what is away.
+    ending: Vec<Relay>,
     /// When relays that ended had begun to stream.
     starts: Vec<Start>,
     frozen: Option<u32>,
@@ -92,6 +100,7 @@ pub(super) async fn run(world: &mut World, seed: u64) -> Outcome {
         fixture,
         schedule,
         relays: Vec::new(),
+        ending: Vec::new(),
         starts: Vec::new(),
         frozen: None,
         losses: Vec::new(),
@@ -181,27 +190,26 @@ impl Run<'_> {
 
     fn ended(&mut self, relay: &Relay, code: Option<i32>) {
         let mut starts = starts(&relay.log());
-        if let [only] = &mut starts[..] {
-            only.ended_well = code == Some(0);
+        for start in &mut starts {
+            start.ended_well_at = (code == Some(0)).then(now);
         }
         self.starts.extend(starts);
     }
 
-    /// SIGTERM; it may take as long as what it waits for is away, so it is
-    /// not waited for: the next relay stands by.
+    /// SIGTERM. It may take as long as what it waits for is away: the next relay then
+    /// stands by.
     async fn end_relay(&mut self) {
         self.wake();
         let mut relay = self.relays.remove(0);
         listens(&mut relay).await;
         relay.signal("TERM");
-        let code = tokio::time::timeout(Duration::from_secs(1), relay.exit_code()).await;
-        let code = code.ok();
-        assert!(
-            matches!(code, None | Some(0 | 9)),
-            "{code:?}:\n{}",
-            relay.log()
-        );
-        self.ended(&relay, code);
+        match tokio::time::timeout(END_MAX, relay.exit_code()).await {
+            Ok(code) => {
+                assert!([0, 9].contains(&code), "{code}:\n{}", relay.log());
+                self.ended(&relay, Some(code));
+            }
+            Err(_) => self.ending.push(relay),
+        }
     }
 
     fn freeze(&mut self) {
@@ -224,6 +232,7 @@ impl Run<'_> {
         if !self.world.postgres_runs() {
             return;
         }
+        self.relays.append(&mut self.ending);
         while !self.relays.is_empty() {
             self.kill_relay();
         }
@@ -273,7 +282,14 @@ impl Run<'_> {
         for relay in &mut self.relays {
             listens(relay).await;
         }
+        for mut relay in std::mem::take(&mut self.ending) {
+            let code = relay.exit_code().await;
+            assert!([0, 9].contains(&code), "{code}:\n{}", relay.log());
+            // The next may have started while it was still at work.
+            self.ended(&relay, None);
+        }
         let (mut progress, mut moved) = (None, Instant::now());
+        let mut longest_recovery = Duration::ZERO;
         loop {
             let confirmed = self.fixture.confirmed().await;
             if confirmed >= end {
@@ -288,6 +304,7 @@ impl Run<'_> {
             if progress.replace((confirmed, published)) != Some((confirmed, published)) {
                 moved = Instant::now();
             }
+            longest_recovery = longest_recovery.max(moved.elapsed());
             assert!(
                 moved.elapsed() < STALL_MAX,
                 "nothing moved for {STALL_MAX:?}:\n{}",
@@ -295,11 +312,20 @@ impl Run<'_> {
             );
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
-        for relay in std::mem::take(&mut self.relays) {
+        wait_until("a relay is ready", async || {
+            self.relays
+                .iter()
+                .any(|relay| relay.get("/readyz").0 == 200)
+        })
+        .await;
+        for mut relay in std::mem::take(&mut self.relays) {
             self.ended(&relay, None);
+            let is_ready = relay.get("/readyz").0 == 200;
+            relay.signal("TERM");
+            let code = relay.exit_code().await;
             // One that stands by cannot know that the other confirmed what it left.
-            let code = relay.stop().await;
-            assert!([0, 9].contains(&code), "exit code {code}");
+            let is_true = code == 0 || (code == 9 && !is_ready);
+            assert!(is_true, "exit code {code}:\n{}", relay.log());
         }
         let ledger = self.fixture.ledger().await;
         let records = self.fixture.records().await;
@@ -313,6 +339,7 @@ impl Run<'_> {
             verdict: oracle::judge(&ledger, &records),
             restarts,
             longest_stall: Duration::from_millis(stall),
+            longest_recovery,
         }
     }
 
@@ -370,11 +397,13 @@ impl Run<'_> {
             let between = losses.filter(move |(lost_at, _)| (since..at).contains(lost_at));
             between.map(|(_, cause)| *cause).max()
         };
-        if earlier.iter().all(|start| start.ended_well) && lost_since(0).is_none() {
+        let previous = earlier.last().map_or(0, |start| start.at);
+        let lost = lost_since(previous);
+        let mut ends = earlier.iter().map(|start| start.ended_well_at);
+        if ends.all(|end| end.is_some_and(|end| end <= at)) && lost != Some(Cause::Slot) {
             return Cause::Clean;
         }
-        let previous = earlier.last().map_or(0, |start| start.at);
-        lost_since(previous).unwrap_or(Cause::Relay)
+        lost.unwrap_or(Cause::Relay)
     }
 }
 
@@ -404,7 +433,7 @@ fn starts(log: &str) -> Vec<Start> {
             starts.push(Start {
                 at: Timestamp::parse(&time).unwrap().unix_millis(),
                 has_gap: std::mem::take(&mut has_gap),
-                ended_well: false,
+                ended_well_at: None,
             });
         }
     }

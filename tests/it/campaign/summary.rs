@@ -23,6 +23,7 @@ pub(super) struct Summary {
     repeated: BTreeMap<Cause, (usize, (usize, usize))>,
     over_bound: Vec<u64>,
     longest_stall: Duration,
+    longest_recovery: Duration,
     /// What was done, and how often.
     harms: BTreeMap<String, usize>,
     /// Seeds with a relay that ended, or was not done in time.
@@ -54,6 +55,7 @@ impl Summary {
             self.over_bound.push(seed);
         }
         self.longest_stall = self.longest_stall.max(outcome.longest_stall);
+        self.longest_recovery = self.longest_recovery.max(outcome.longest_recovery);
         if !verdict.is_clean(usize::MAX) {
             self.failed.push(seed);
         }
@@ -90,6 +92,11 @@ impl fmt::Display for Summary {
             "longest stall, with harm    {:.1} s",
             self.longest_stall.as_secs_f64()
         )?;
+        writeln!(
+            f,
+            "longest stall, harm over    {:.1} s",
+            self.longest_recovery.as_secs_f64()
+        )?;
         writeln!(f, "failed seeds                {:?}", self.failed)?;
         let harms = self.harms.iter();
         let harms: Vec<String> = harms
@@ -111,11 +118,13 @@ pub(super) fn report(seed: u64, outcome: &Outcome) {
         verdict,
         restarts,
         longest_stall,
+        longest_recovery,
     } = outcome;
     eprintln!(
-        "seed {seed}: {verdict}; {} restarts; stalled {:.1} s",
+        "seed {seed}: {verdict}; {} restarts; stalled {:.1} s, {:.1} s of them after all harm",
         restarts.len(),
-        longest_stall.as_secs_f64()
+        longest_stall.as_secs_f64(),
+        longest_recovery.as_secs_f64()
     );
     if !verdict.is_clean(usize::MAX) || outcome.is_over_bound() {
         let schedule = Schedule::draw(seed, Load::new("postbox", "events"));

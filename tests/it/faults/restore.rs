@@ -72,33 +72,43 @@ async fn a_restored_backup_is_on_another_timeline_and_has_no_slot() {
 }
 
 /// A fail-over may lose what was committed last. A relay that has delivered it, and could
-/// not store that, does not wait for it at the end.
+/// not store that, does not wait for it at the end; but for what was delivered before, and
+/// is not lost, it does.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stop_does_not_wait_for_what_a_fail_over_lost() {
-    let mut fixture = Fixture::with_postgres(&[]).await;
-    fixture.setup(&[]).results();
-    let backup = back_up(&mut fixture).await;
-    // The restored server writes a little by itself.
-    let ahead = "SELECT pg_logical_emit_message(false, 'fill', repeat('x', 1000000))";
-    fixture.client.batch_execute(ahead).await.unwrap();
-    let mut relay = Relay::streaming(&fixture, &["--shutdown-timeout", "5s"]).await;
-    let locking = connect(&fixture.database_url).await;
-    let lock = "BEGIN; SELECT * FROM postbox.checkpoint FOR UPDATE";
-    locking.batch_execute(lock).await.unwrap();
-    fixture.insert("lost", "{}").await;
-    wait_until("it is delivered", async || {
-        relay.published(&fixture.topic) == 1
-    })
-    .await;
-    fixture.postgres("stop immediate");
-    relay.wait_for_log("trying again").await;
-    restore(&mut fixture, &backup).await;
-    wait_until("it streams again", async || {
-        relay.log().matches("INFO streaming").count() == 2
-    })
-    .await;
-    relay.signal("TERM");
-    assert_eq!(relay.exit_code().await, 0, "{}", relay.log());
+async fn a_stop_after_a_fail_over_waits_for_what_is_left() {
+    for (kafka_is_away, code) in [(false, 0), (true, 9)] {
+        let mut fixture = Fixture::with_servers(&[], &[]).await;
+        fixture.insert("kept", "{}").await;
+        let backup = back_up(&mut fixture).await;
+        // The restored server writes a little by itself.
+        let ahead = "SELECT pg_logical_emit_message(false, 'fill', repeat('x', 1000000))";
+        fixture.client.batch_execute(ahead).await.unwrap();
+        let mut relay = Relay::streaming(&fixture, &["--shutdown-timeout", "5s"]).await;
+        let locking = connect(&fixture.database_url).await;
+        let lock = "BEGIN; SELECT * FROM postbox.checkpoint FOR UPDATE";
+        locking.batch_execute(lock).await.unwrap();
+        fixture.insert("lost", "{}").await;
+        wait_until("it is delivered", async || {
+            relay.published(&fixture.topic) == 2
+        })
+        .await;
+        fixture.postgres("stop immediate");
+        relay.wait_for_log("trying again").await;
+        if kafka_is_away {
+            fixture.kafka("pause");
+        }
+        restore(&mut fixture, &backup).await;
+        let (reached, times) = match kafka_is_away {
+            true => ("waiting for kafka", 1),
+            false => ("INFO streaming", 2),
+        };
+        wait_until(reached, async || {
+            relay.log().matches(reached).count() == times
+        })
+        .await;
+        relay.signal("TERM");
+        assert_eq!(relay.exit_code().await, code, "{}", relay.log());
+    }
 }
 
 /// Copies the files of the test's Postgres, while it is stopped.

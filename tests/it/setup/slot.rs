@@ -182,6 +182,9 @@ async fn a_slot_that_someone_else_made_is_taken_over_where_nothing_can_be_lost()
     let setup = fixture.setup(&[]);
     let complaint = setup.complaint(4);
     assert!(complaint.contains("has rows: 1;"), "{complaint}");
+    // Interrupted, it is still another's, and holds what it held.
+    let interrupted = fixture.setup_until("taking_over", &["--backfill", "none"]);
+    assert!(!interrupted.stderr.is_empty(), "{interrupted:?}");
     let setup = fixture.setup(&["--backfill", "none"]);
     let note = format!(
         "{taken_over} (rows in the outbox: 1; those before its position stay unpublished)\n"

@@ -177,7 +177,16 @@ impl Fixture {
 
     /// `postbox recover` as a process that ends at this failpoint.
     pub(crate) fn recover_until(&self, step: &str) -> Output {
-        let mut command = self.command("recover", &self.database_url, &[]);
+        self.run_until(step, "recover", &[])
+    }
+
+    /// The same with `postbox setup`.
+    pub(crate) fn setup_until(&self, step: &str, flags: &[&str]) -> Output {
+        self.run_until(step, "setup", flags)
+    }
+
+    fn run_until(&self, step: &str, command: &str, flags: &[&str]) -> Output {
+        let mut command = self.command(command, &self.database_url, flags);
         run(command.env("FAILPOINTS", format!("{step}=panic")))
     }
 
@@ -230,7 +239,9 @@ impl Fixture {
                 let fill = "SELECT pg_logical_emit_message(false, 'fill', 'x'), pg_switch_wal()";
                 self.client.batch_execute(fill).await.unwrap();
             }
-            self.client.batch_execute("CHECKPOINT").await.unwrap();
+            let checkpoint = self.client.batch_execute("CHECKPOINT");
+            let done = tokio::time::timeout(PATIENCE, checkpoint).await;
+            done.expect("a checkpoint waits for the slot").unwrap();
             self.client.query_one(lost, &[]).await.unwrap().get(0)
         })
         .await;
