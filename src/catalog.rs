@@ -17,6 +17,7 @@ mod checkpoint;
 mod identity;
 mod publication;
 mod slot;
+mod snapshot;
 
 use pgwire_replication::IdentifySystem;
 use tokio_postgres::Client;
@@ -32,6 +33,7 @@ pub use slot::{SlotState, find_slot, slot_state};
 
 pub(crate) use checkpoint::compare_publication;
 pub(crate) use publication::{PUBLICATION, exists as publication_exists};
+pub(crate) use snapshot::wait_until_seen;
 
 /// The oldest Postgres whose pgoutput sends logical messages.
 const VERSION_MIN: i32 = 140_000;

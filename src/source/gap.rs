@@ -13,7 +13,6 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::Duration;
 
 use postgres_protocol::escape::escape_identifier;
 use tokio::task::JoinSet;
@@ -73,7 +72,7 @@ impl GapReader {
         settings.system.check_same(&found, DOING)?;
         let prepared = async {
             let prepared = prepare(&session.client, &settings.source).await?;
-            wait_until_seen(&session.client, &gap.until).await?;
+            catalog::wait_until_seen(&session.client, &gap.until).await?;
             Ok(prepared)
         };
         let (statement, relation) = prepared.await.map_err(|error| sort(DOING, error))?;
@@ -216,26 +215,6 @@ async fn prepare(
     };
     Ok((statement, relation))
 }
-
-/// Waits until ordinary sessions see everything that a slot's snapshot sees. That is
-/// made from the WAL, where a transaction is committed before it has waited for its
-/// synchronous standby; until it has, its rows are invisible in the table.
-async fn wait_until_seen(client: &Client, until: &str) -> Result<(), tokio_postgres::Error> {
-    let sql = "SELECT pg_snapshot_xmax(s.now) >= pg_snapshot_xmax(s.until) \
-                      AND NOT EXISTS (SELECT FROM pg_snapshot_xip(s.now) AS xid \
-                                      WHERE pg_visible_in_snapshot(xid, s.until)) \
-               FROM (SELECT pg_current_snapshot() AS now, $1::text::pg_snapshot AS until) AS s";
-    loop {
-        let rows = client.query_typed(sql, &[(&until, Type::TEXT)]).await?;
-        if rows.first().is_some_and(|row| row.get(0)) {
-            return Ok(());
-        }
-        tokio::time::sleep(SEEN_INTERVAL).await;
-    }
-}
-
-/// How often it is looked.
-const SEEN_INTERVAL: Duration = Duration::from_millis(50);
 
 fn row(row: &tokio_postgres::Row) -> Row {
     let seq: i64 = row.get(0);

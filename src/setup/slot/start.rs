@@ -2,7 +2,7 @@
 //!
 //! A slot is created over the replication protocol, with an *exported snapshot*:
 //! it sees what committed before the slot's consistent point, and the slot streams
-//! the rest. Under that snapshot we read three things. Rows it sees the slot will
+//! the rest. Under that snapshot, once ordinary sessions see as much, we read three things. Rows it sees the slot will
 //! never give. Itself, as text, is what tells them from those it gives. And the publication's identity is taken as of
 //! the very point where the slot begins.
 
@@ -10,14 +10,14 @@ use std::time::Duration;
 
 use pgwire_replication::ReplicationClient;
 use tokio_postgres::types::PgLsn;
-use tokio_postgres::{Client, IsolationLevel};
+use tokio_postgres::{Client, IsolationLevel, Transaction};
 
 use super::{drop_slot, object};
-use crate::catalog::SlotState;
+use crate::catalog::{self, SlotState};
 use crate::contract::Contract;
 use crate::database::{sort, sort_replication, within};
 use crate::error::{Error, ErrorKind, Result};
-use crate::setup::PATIENCE;
+use crate::setup::{ANSWER_MAX, PATIENCE};
 
 /// Where a slot begins.
 pub(in crate::setup) struct Start {
@@ -93,14 +93,31 @@ pub(in crate::setup) async fn create_slot(
             ),
         ));
     };
-    look_before(client, contract, since, lsn, exported)
+    let doing = format!("read the outbox before {}", object(contract));
+    let snapshot = text_of(client, exported).await;
+    let snapshot = snapshot.map_err(|error| sort(&doing, error))?;
+    let seen = async {
+        let seen = catalog::wait_until_seen(client, &snapshot).await;
+        seen.map_err(|error| sort(&doing, error))
+    };
+    within(
+        ANSWER_MAX,
+        "see all that was committed before the slot",
+        seen,
+    )
+    .await?;
+    look_before(client, contract, since, lsn, exported, snapshot)
         .await
-        .map_err(|error| {
-            sort(
-                format!("read the outbox before {}", object(contract)),
-                error,
-            )
-        })
+        .map_err(|error| sort(&doing, error))
+}
+
+/// The exported snapshot as text. Reads no table: see `catalog/snapshot.rs`.
+async fn text_of(client: &mut Client, exported: &str) -> Result<String, tokio_postgres::Error> {
+    let transaction = import(client, exported).await?;
+    let sql = "SELECT pg_current_snapshot()::text";
+    let row = transaction.query_one(sql, &[]).await?;
+    transaction.commit().await?;
+    Ok(in_order(row.get(0)))
 }
 
 /// What there was before the slot, through its exported snapshot.
@@ -110,7 +127,31 @@ async fn look_before(
     since: &str,
     lsn: PgLsn,
     exported: &str,
+    snapshot: String,
 ) -> Result<Start, tokio_postgres::Error> {
+    let transaction = import(client, exported).await?;
+    let own = "SET LOCAL row_security = off; SET LOCAL statement_timeout = 0";
+    transaction.batch_execute(own).await?;
+    let sql = contract.sql(
+        "SELECT count(*), coalesce(min(seq) - 1, 0), :\"schema\".publication_identity(:'publication') \
+         FROM :\"schema\".outbox WHERE NOT pg_visible_in_snapshot(xid, $1::text::pg_snapshot)",
+    );
+    let row = transaction.query_one(&sql, &[&since]).await?;
+    transaction.commit().await?;
+    Ok(Start {
+        lsn,
+        snapshot,
+        rows_before: row.get(0),
+        seq_before: row.get(1),
+        publication_identity: row.get(2),
+    })
+}
+
+/// A transaction that sees what the exported snapshot sees.
+async fn import<'c>(
+    client: &'c mut Client,
+    exported: &str,
+) -> Result<Transaction<'c>, tokio_postgres::Error> {
     let transaction = client
         .build_transaction()
         .isolation_level(IsolationLevel::RepeatableRead)
@@ -118,25 +159,9 @@ async fn look_before(
         .start()
         .await?;
     let exported = postgres_protocol::escape::escape_literal(exported);
-    transaction
-        .batch_execute(&format!(
-            "SET TRANSACTION SNAPSHOT {exported}; SET LOCAL row_security = off; SET LOCAL statement_timeout = 0"
-        ))
-        .await?;
-    let sql = contract.sql(
-        "SELECT pg_current_snapshot()::text, count(*), coalesce(min(seq) - 1, 0), \
-                :\"schema\".publication_identity(:'publication') \
-         FROM :\"schema\".outbox WHERE NOT pg_visible_in_snapshot(xid, $1::text::pg_snapshot)",
-    );
-    let row = transaction.query_one(&sql, &[&since]).await?;
-    transaction.commit().await?;
-    Ok(Start {
-        lsn,
-        snapshot: in_order(row.get(0)),
-        rows_before: row.get(1),
-        seq_before: row.get(2),
-        publication_identity: row.get(3),
-    })
+    let import = format!("SET TRANSACTION SNAPSHOT {exported}");
+    transaction.batch_execute(&import).await?;
+    Ok(transaction)
 }
 
 /// A snapshot as the type `pg_snapshot` takes it.

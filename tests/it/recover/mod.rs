@@ -8,7 +8,9 @@ use postbox::oracle::Load;
 use postbox::servers::Server;
 
 use crate::setup::slot::{open_transaction, wait_for_waiting};
-use crate::support::{Fixture, Relay, run_script, shared_brokers, trials, wait_until};
+use crate::support::{
+    Fixture, Relay, connect, run_script, shared_brokers, signal, trials, wait_until,
+};
 
 const FAST: [&str; 4] = ["--heartbeat-interval", "1s", "--in-flight-max", "500"];
 
@@ -247,6 +249,46 @@ async fn what_commits_while_the_slot_is_made_is_not_lost() {
     fixture.wait_for_confirmation().await;
     relay.drain().await;
     assert_eq!(fixture.keys().await, ["meanwhile"]);
+}
+
+/// A process may be held up between its commit in the WAL and the moment at which others
+/// see it. Whoever then reads its rows through a slot's snapshot destroys them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_of_a_commit_that_is_held_up_are_not_lost() {
+    let fixture = Fixture::with_postgres(&[]).await;
+    fixture.set_up().await;
+    let writers = fixture.writers(Load {
+        writers: 8,
+        events_max: 1,
+        rollback_percent: 0,
+        large_per_mille: 0,
+        events_per_second: 10_000.0,
+        ..fixture.load()
+    });
+    let server = connect(&fixture.database_url).await;
+    let end = Instant::now() + Duration::from_secs(15);
+    let holding_up = tokio::spawn(async move {
+        // As a rule one that waits until another has flushed its commit too.
+        let sql = "SELECT pid FROM pg_stat_activity WHERE query = 'COMMIT' AND state = 'active' \
+                   ORDER BY wait_event = 'WALWrite' DESC, random() LIMIT 1";
+        while Instant::now() < end {
+            for row in server.query(sql, &[]).await.unwrap() {
+                let process = row.get::<_, i32>(0).unsigned_abs();
+                signal(process, "STOP");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                signal(process, "CONT");
+            }
+        }
+    });
+    while !holding_up.is_finished() {
+        fixture.drop_slot().await;
+        fixture.recover(&[]).results();
+    }
+    holding_up.await.unwrap();
+    writers.stop().await.unwrap();
+    let relay = Relay::streaming(&fixture, &FAST).await;
+    let verdict = fixture.judge(relay).await;
+    assert!(verdict.is_clean(usize::MAX), "{verdict}");
 }
 
 /// Not at the first row of the table, of which there may be many.
