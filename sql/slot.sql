@@ -27,6 +27,10 @@ BEGIN
             RAISE 'replication slot "%" is gone, and is not made again: a new one would skip what was committed since %', wanted, at.lsn
             USING HINT = 'Those rows are still in the outbox. Run postbox recover, which loses none of them.';
         END IF;
+        IF there.wal_status = 'lost' OR to_jsonb(there) ->> 'invalidation_reason' IS NOT NULL THEN
+            RAISE 'replication slot "%" was invalidated by the server', wanted
+            USING HINT = 'Run postbox recover, which makes it anew and loses nothing.';
+        END IF;
         IF at.publication_identity IS DISTINCT FROM publication_identity(at.publication::name) THEN
             RAISE 'publication "%" is not what it was when the slot was set up', at.publication
             USING HINT = 'Run postbox setup, which says what changed, and then postbox recover.';

@@ -1,7 +1,7 @@
 //! A slot that the server gives up.
 
 use super::assert_recoverable;
-use crate::support::{Fixture, Relay, connect, wait_until};
+use crate::support::{Fixture, Relay, connect, run_script, wait_until};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_slot_given_up_beside_a_frozen_relay_is_recovered() {
@@ -31,6 +31,22 @@ async fn a_slot_given_up_beside_a_frozen_relay_is_recovered() {
         "{log}"
     );
     assert!(log.contains("run `postbox recover`"), "{log}");
+    let again = fixture.setup(&[]);
+    let complaint = again.complaint(4);
+    assert!(
+        complaint.contains("was invalidated by the server"),
+        "{complaint}"
+    );
+    let script = fixture.setup(&["--print"]);
+    let client = connect(&fixture.database_url).await;
+    let refused = run_script(&client, script.results()).await.unwrap_err();
+    let refused = refused.as_db_error().unwrap().message();
+    assert!(
+        refused.contains("was invalidated by the server"),
+        "{refused}"
+    );
+    // With it goes its lock.
+    drop(client);
     assert_recoverable(&fixture, "missed").await;
 }
 

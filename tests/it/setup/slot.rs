@@ -182,6 +182,19 @@ async fn a_slot_that_someone_else_made_is_taken_over_where_nothing_can_be_lost()
     let setup = fixture.setup(&[]);
     let complaint = setup.complaint(4);
     assert!(complaint.contains("has rows: 1;"), "{complaint}");
+    // Rows that are hidden are not none.
+    let (role, url) = fixture.role("blind").await;
+    let blind = format!(
+        "ALTER ROLE {role} REPLICATION; GRANT ALL ON SCHEMA postbox TO {role}; \
+         GRANT ALL ON ALL TABLES IN SCHEMA postbox TO {role}; \
+         ALTER TABLE postbox.outbox ENABLE ROW LEVEL SECURITY"
+    );
+    fixture.client.batch_execute(&blind).await.unwrap();
+    let setup = fixture.setup_as(&url, &[]);
+    let stderr = &setup.stderr;
+    assert!(stderr.contains("row-level security policy"), "{setup:?}");
+    let seeing = "ALTER TABLE postbox.outbox DISABLE ROW LEVEL SECURITY";
+    fixture.client.batch_execute(seeing).await.unwrap();
     // Interrupted, it is still another's, and holds what it held.
     let interrupted = fixture.setup_until("taking_over", &["--backfill", "none"]);
     assert!(!interrupted.stderr.is_empty(), "{interrupted:?}");
