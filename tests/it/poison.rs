@@ -352,19 +352,9 @@ async fn a_relay_that_was_never_set_up_says_what_to_run() {
 /// A session that waits for a lock compares nothing.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_publication_made_again_is_noticed_though_the_checkpoint_is_locked() {
-    let mut fixture = Fixture::new().await;
+    let fixture = Fixture::new().await;
     let mut relay = Relay::streaming(&fixture, &["--heartbeat-interval", "1s"]).await;
-    let lock = "BEGIN; SELECT * FROM postbox.checkpoint FOR UPDATE";
-    fixture.client.batch_execute(lock).await.unwrap();
-    let locked = std::mem::replace(
-        &mut fixture.client,
-        fixture
-            .database
-            .connect("postbox test")
-            .await
-            .unwrap()
-            .client,
-    );
+    let locked = fixture.lock_checkpoint().await;
     fixture.insert("a", "{}").await;
     let waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND pid = ANY($1)";
     let sessions = "SELECT array_agg(pid) FROM pg_stat_activity WHERE application_name = $1";

@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use crate::support::{
-    Fixture, PATIENCE, Proxy, Relay, SMALL_WINDOW, WINDOW, Weather, connect, trials, wait_until,
+    Fixture, PATIENCE, Proxy, Relay, SMALL_WINDOW, WINDOW, Weather, trials, wait_until,
 };
 
 /// What happens to the active relay.
@@ -83,9 +83,7 @@ async fn a_relay_that_stands_by_learns_what_the_other_has_stored() {
     let (fixture, server) = Fixture::behind(&proxy).await;
     let flags = ["--database-url", &server, "--status-interval", "4s"];
     let mut left = Relay::streaming(&fixture, &flags).await;
-    let locking = connect(&fixture.database_url).await;
-    let lock = "BEGIN; SELECT * FROM postbox.checkpoint FOR UPDATE";
-    locking.batch_execute(lock).await.unwrap();
+    let locking = fixture.lock_checkpoint().await;
     fixture.insert("a", "{}").await;
     wait_until("it is delivered", async || {
         left.published(&fixture.topic) == 1

@@ -2,9 +2,7 @@
 
 use std::time::Duration;
 
-use crate::support::{
-    Fixture, Proxy, Relay, SMALL_WINDOW, WINDOW, Weather, connect, signal, wait_until,
-};
+use crate::support::{Fixture, Proxy, Relay, SMALL_WINDOW, WINDOW, Weather, signal, wait_until};
 
 /// Without `synchronous_commit`, a crash takes back what was committed and not yet
 /// flushed: none of it may be in Kafka. And what was in flight to a frozen broker is
@@ -84,14 +82,13 @@ async fn a_stop_after_a_cut_leaves_nothing_to_repeat() {
         &["--database-url", &url, "--status-interval", "4s"],
     )
     .await;
-    let lock = "BEGIN; SELECT * FROM postbox.checkpoint FOR UPDATE";
-    fixture.client.batch_execute(lock).await.unwrap();
+    let locking = fixture.lock_checkpoint().await;
     wait_until("all is delivered", || async {
         relay.published(&fixture.topic) == 2000
     })
     .await;
     proxy.cut();
-    fixture.client.batch_execute("ROLLBACK").await.unwrap();
+    locking.batch_execute("ROLLBACK").await.unwrap();
     wait_until("it streams again", || async {
         relay.log().matches("INFO streaming").count() == 2
     })
@@ -139,9 +136,7 @@ async fn a_stop_after_a_confirmation_was_cut_off_says_that_events_are_repeated()
 async fn a_stop_before_the_position_is_stored_says_that_events_may_be_repeated() {
     let mut fixture = Fixture::with_servers(&[], &[]).await;
     let mut relay = Relay::streaming(&fixture, &[]).await;
-    let locking = connect(&fixture.database_url).await;
-    let lock = "BEGIN; SELECT * FROM postbox.checkpoint FOR UPDATE";
-    locking.batch_execute(lock).await.unwrap();
+    let locking = fixture.lock_checkpoint().await;
     fixture.insert("a", "{}").await;
     fixture.wait_for_confirmation().await;
     fixture.kafka("pause");

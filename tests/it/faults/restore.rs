@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Command;
 
 use super::assert_recoverable;
-use crate::support::{Fixture, Relay, connect, statement, wait_until};
+use crate::support::{Fixture, Relay, statement, wait_until};
 
 /// A dump that was restored into another cluster brings the checkpoint along, and no
 /// slot.
@@ -84,9 +84,7 @@ async fn a_stop_after_a_fail_over_waits_for_what_is_left() {
         let ahead = "SELECT pg_logical_emit_message(false, 'fill', repeat('x', 1000000))";
         fixture.client.batch_execute(ahead).await.unwrap();
         let mut relay = Relay::streaming(&fixture, &["--shutdown-timeout", "5s"]).await;
-        let locking = connect(&fixture.database_url).await;
-        let lock = "BEGIN; SELECT * FROM postbox.checkpoint FOR UPDATE";
-        locking.batch_execute(lock).await.unwrap();
+        let _locked = fixture.lock_checkpoint().await;
         fixture.insert("lost", "{}").await;
         wait_until("it is delivered", async || {
             relay.published(&fixture.topic) == 2

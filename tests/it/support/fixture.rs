@@ -331,6 +331,15 @@ impl Fixture {
         self.client.execute(&sql, &parameters).await.unwrap();
     }
 
+    /// A session that keeps relays from storing anything until it rolls back or goes.
+    pub(crate) async fn lock_checkpoint(&self) -> Client {
+        let session = connect(&self.database_url).await;
+        let table = self.contract.table("checkpoint");
+        let lock = format!("BEGIN; SELECT * FROM {table} FOR UPDATE");
+        session.batch_execute(&lock).await.unwrap();
+        session
+    }
+
     /// The slot's confirmed position.
     pub(crate) async fn confirmed(&self) -> PgLsn {
         let sql = "SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = $1";
