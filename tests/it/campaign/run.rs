@@ -43,8 +43,8 @@ pub(super) enum Cause {
     /// From the checkpoint's position, after a crash of the server, which is up to
     /// a second older.
     Postgres,
-    /// From the checkpoint's snapshot: all since a fence, which is at most as old
-    /// as the last stream that was not reading a gap, and here the bound.
+    /// From the checkpoint's snapshot: all since a fence, as many rows as the recovery
+    /// has counted.
     Slot,
 }
 
@@ -88,6 +88,8 @@ struct Run<'w> {
     frozen: Option<u32>,
     /// What takes the slot's position away, and when, in milliseconds since 1970.
     losses: Vec<(i64, Cause)>,
+    /// When recoveries ended, and how many rows they left to be sent.
+    recoveries: Vec<(i64, usize)>,
 }
 
 /// Runs the schedule of this seed.
@@ -104,6 +106,7 @@ pub(super) async fn run(world: &mut World, seed: u64) -> Outcome {
         starts: Vec::new(),
         frozen: None,
         losses: Vec::new(),
+        recoveries: Vec::new(),
     };
     run.start_relay();
     run.relays[0].wait_for_log("streaming").await;
@@ -212,6 +215,14 @@ impl Run<'_> {
         }
     }
 
+    /// Of a relay that was told to stop.
+    async fn expect_end(&mut self, mut relay: Relay) {
+        let code = relay.exit_code().await;
+        assert!([0, 9].contains(&code), "{code}:\n{}", relay.log());
+        // The next may have started while it was still at work.
+        self.ended(&relay, None);
+    }
+
     fn freeze(&mut self) {
         if self.frozen.is_none() {
             self.relays[0].signal("STOP");
@@ -232,16 +243,25 @@ impl Run<'_> {
         if !self.world.postgres_runs() {
             return;
         }
-        self.relays.append(&mut self.ending);
         while !self.relays.is_empty() {
             self.kill_relay();
+        }
+        for mut relay in std::mem::take(&mut self.ending) {
+            if relay.is_running() {
+                self.ended(&relay, None);
+                relay.kill();
+            } else {
+                self.expect_end(relay).await;
+            }
         }
         // Else a walsender may wait for what a stalled network does not pass.
         self.world.proxy(Side::Postgres).cut();
         self.fixture.reconnect().await;
         self.fixture.drop_slot().await;
         self.losses.push((now(), Cause::Slot));
-        self.fixture.recover(&[]).results();
+        let recovery = self.fixture.recover(&[]);
+        self.recoveries
+            .push((now(), rows_missed(recovery.results())));
         self.start_relay();
     }
 
@@ -282,11 +302,8 @@ impl Run<'_> {
         for relay in &mut self.relays {
             listens(relay).await;
         }
-        for mut relay in std::mem::take(&mut self.ending) {
-            let code = relay.exit_code().await;
-            assert!([0, 9].contains(&code), "{code}:\n{}", relay.log());
-            // The next may have started while it was still at work.
-            self.ended(&relay, None);
+        for relay in std::mem::take(&mut self.ending) {
+            self.expect_end(relay).await;
         }
         let (mut progress, mut moved) = (None, Instant::now());
         let mut longest_recovery = Duration::ZERO;
@@ -365,22 +382,24 @@ impl Run<'_> {
             let newest = first.checked_sub(1);
             let newest = newest.map_or(0, |at| in_order[at].timestamp_millis);
             let cause = self.cause(earlier, start.at);
-            let since = match cause {
-                Cause::Clean => None,
-                Cause::Relay => Some(newest - millis(STATUS_INTERVAL + LATE)),
-                Cause::Postgres => Some(newest - millis(STORE_INTERVAL + 2 * LATE)),
-                Cause::Slot => {
-                    let mut streams = earlier.iter().rev().filter(|start| !start.has_gap);
-                    Some(streams.next().map_or(0, |stream| stream.at))
-                }
-            };
             let marked = match earlier.last() {
                 Some(previous) if previous.has_gap => MARK_ROWS,
                 _ => 0,
             };
-            let bound = since.map_or(0, |since| {
-                first - before(since) + self.schedule.in_flight_max + transaction + marked
-            });
+            let since = |time: Duration| {
+                let delivered = first - before(newest - millis(time));
+                delivered + self.schedule.in_flight_max + transaction + marked
+            };
+            let bound = match cause {
+                Cause::Clean => 0,
+                Cause::Relay => since(STATUS_INTERVAL + LATE),
+                Cause::Postgres => since(STORE_INTERVAL + 2 * LATE),
+                Cause::Slot => {
+                    let mut recoveries = self.recoveries.iter().rev();
+                    let last = recoveries.find(|(at, _)| *at <= start.at);
+                    last.expect("a recovery").1
+                }
+            };
             restarts.push(Restart {
                 cause,
                 repeated,
@@ -405,6 +424,15 @@ impl Run<'_> {
         }
         lost.unwrap_or(Cause::Relay)
     }
+}
+
+/// How many rows a recovery has found that were committed since the last fence.
+fn rows_missed(report: &str) -> usize {
+    let (_, rows) = report
+        .split_once("rows committed since the last checkpoint: ")
+        .unwrap_or_else(|| panic!("{report}"));
+    let end = rows.find(|c: char| !c.is_ascii_digit());
+    rows[..end.unwrap_or(rows.len())].parse().unwrap()
 }
 
 /// One that was only just started does not yet answer, nor listen to signals.

@@ -269,8 +269,9 @@ async fn rows_of_a_commit_that_is_held_up_are_not_lost() {
     let end = Instant::now() + Duration::from_secs(15);
     let holding_up = tokio::spawn(async move {
         // As a rule one that waits until another has flushed its commit too.
-        let sql = "SELECT pid FROM pg_stat_activity WHERE query = 'COMMIT' AND state = 'active' \
-                   ORDER BY wait_event = 'WALWrite' DESC, random() LIMIT 1";
+        let sql = "SELECT pid FROM pg_stat_activity \
+                   WHERE query = 'COMMIT' AND state = 'active' AND backend_xid IS NOT NULL \
+                   ORDER BY wait_event = 'WALWrite' DESC NULLS LAST, random() LIMIT 1";
         while Instant::now() < end {
             for row in server.query(sql, &[]).await.unwrap() {
                 let process = row.get::<_, i32>(0).unsigned_abs();
