@@ -13,6 +13,8 @@ SET search_path = :"schema", pg_temp;
 SET postbox.slot = :'slot';
 SET postbox.publication = :'publication';
 SET postbox.backfill = :'backfill';
+-- A policy that hides rows of the outbox must be an error.
+SET row_security = off;
 
 DO $$
 DECLARE
@@ -73,11 +75,24 @@ WHERE EXISTS (SELECT FROM checkpoint WHERE name = :'slot' AND lsn IS NULL);
 DO $$
 DECLARE
     wanted CONSTANT text := current_setting('postbox.slot');
+    own xid8;
+    deadline CONSTANT timestamptz := clock_timestamp() + interval '60 seconds';
 BEGIN
     PERFORM FROM checkpoint WHERE name = wanted AND lsn IS NULL;
     IF NOT FOUND THEN
         RETURN;
     END IF;
+    -- What was committed before the slot is seen only once its transaction has ended,
+    -- which may wait for a synchronous standby.
+    own := pg_current_xact_id();
+    WHILE pg_snapshot_xmin(pg_current_snapshot()) < own LOOP
+        IF clock_timestamp() > deadline THEN
+            PERFORM pg_drop_replication_slot(wanted);
+            RAISE 'transactions that were open when the slot was made have stayed open for 60 s'
+            USING HINT = 'pg_stat_activity names them in backend_xid. End them and run this again.';
+        END IF;
+        PERFORM pg_sleep(0.02);
+    END LOOP;
     IF current_setting('postbox.backfill') <> 'none' AND EXISTS (SELECT FROM outbox) THEN
         PERFORM pg_drop_replication_slot(wanted);
         RAISE 'rows were committed to the outbox while the slot was being made, and may lie before it'
@@ -94,4 +109,5 @@ BEGIN
 END
 $$;
 
+RESET row_security;
 RESET search_path;

@@ -33,7 +33,7 @@ pub use slot::{SlotState, find_slot, slot_state};
 
 pub(crate) use checkpoint::compare_publication;
 pub(crate) use publication::{PUBLICATION, exists as publication_exists};
-pub(crate) use snapshot::wait_until_seen;
+pub(crate) use snapshot::{wait_until_ended, wait_until_seen};
 
 /// The oldest Postgres whose pgoutput sends logical messages.
 const VERSION_MIN: i32 = 140_000;
@@ -78,7 +78,8 @@ impl System {
 /// server's present timeline, and not before the slot's own position. Of a slot that is
 /// told to begin before it, servers older than August 2025 forget the later one.
 ///
-/// Another timeline is a warning; [`claim`] stores it once the stream runs.
+/// Another timeline is a warning; [`claim`] stores it once the stream runs. So is a role
+/// that may not see its walsender.
 ///
 /// # Errors
 ///
@@ -101,12 +102,30 @@ pub async fn check(client: &Client, contract: &Contract) -> Result<Checkpoint> {
     slot.check(&contract.slot)?;
     slot.check_unused(&contract.slot)?;
     compare_publication(client, contract, &checkpoint).await?;
+    warn_of_hidden_walsender(client).await?;
     let confirmed = slot.confirmed_flush_lsn.unwrap_or(checkpoint.lsn);
     Ok(Checkpoint {
         system,
         lsn: checkpoint.lsn.max(confirmed),
         ..checkpoint
     })
+}
+
+/// A session that has taken another role on is not shown what processes of its own login
+/// wait for: see [`SlotState::is_ending`].
+async fn warn_of_hidden_walsender(client: &Client) -> Result<()> {
+    let sql = "SELECT current_user::text, \
+                      pg_has_role(session_user, 'USAGE') OR pg_has_role('pg_read_all_stats', 'USAGE')";
+    let row = client.query_one(sql, &[]).await;
+    let row = row.map_err(|error| sort("read what the role may see", error))?;
+    let (role, is_shown): (&str, bool) = (row.get(0), row.get(1));
+    if !is_shown {
+        warn!(
+            "role \"{role}\" is not shown its walsender: while Kafka is away, a checkpoint that gives up a slot \
+             beyond max_slot_wal_keep_size waits: GRANT pg_read_all_stats TO \"{role}\""
+        );
+    }
+    Ok(())
 }
 
 /// Checks that the server can do logical replication at all.

@@ -186,7 +186,10 @@ impl SetupOptions {
 
 /// One set-up at a time in a database. The lock goes with the session.
 async fn lock(client: &Client) -> Result<()> {
-    let sql = format!("SET lock_timeout = '{PATIENCE}'; SELECT pg_advisory_lock({LOCK})");
+    // A policy that hides rows of the outbox must be an error.
+    let sql = format!(
+        "SET row_security = off; SET lock_timeout = '{PATIENCE}'; SELECT pg_advisory_lock({LOCK})"
+    );
     client.batch_execute(&sql).await.map_err(|error| {
         if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) {
             let message = "another `postbox setup` or `recover` is at work in this database";
@@ -210,7 +213,9 @@ async fn open_replication(
     let mut replication = ReplicationClient::connect_gated(config)
         .await
         .map_err(|error| sort_replication(doing, error))?;
-    let bound = format!("SET lock_timeout = '{PATIENCE}'");
+    // The session that holds a slot's exported snapshot is idle in a transaction.
+    let bound =
+        format!("SET lock_timeout = '{PATIENCE}'; SET idle_in_transaction_session_timeout = 0");
     // The client connects with its first command.
     let bounded = async { Ok(replication.simple_query(&bound).await) };
     match within(database.connect_timeout(), doing, bounded).await? {

@@ -37,3 +37,19 @@ pub(crate) async fn wait_until_seen(
         tokio::time::sleep(SEEN_INTERVAL).await;
     }
 }
+
+/// Waits until every transaction that has begun by now has ended, so that ordinary
+/// sessions see all that were committed by now. Where there is no slot's snapshot to
+/// tell which.
+pub(crate) async fn wait_until_ended(client: &Client) -> Result<(), tokio_postgres::Error> {
+    let sql = "SELECT pg_current_xact_id()::text";
+    let now: String = client.query_one(sql, &[]).await?.get(0);
+    let sql = "SELECT pg_snapshot_xmin(pg_current_snapshot()) > $1::text::xid8";
+    loop {
+        let rows = client.query_typed(sql, &[(&now, Type::TEXT)]).await?;
+        if rows.first().is_some_and(|row| row.get(0)) {
+            return Ok(());
+        }
+        tokio::time::sleep(SEEN_INTERVAL).await;
+    }
+}

@@ -100,7 +100,7 @@ async fn remake(
     checkpoint: &Checkpoint,
     skip_missed: bool,
 ) -> Result<String> {
-    let system = identify_system(&mut replication).await?;
+    let system = identify_system(client, &mut replication).await?;
     let begin = contract.sql(
         "UPDATE :\"schema\".checkpoint \
          SET lsn = NULL, second_snapshot = NULL, seq = NULL, epoch = epoch + 1, updated_at = now() \

@@ -56,7 +56,7 @@ pub(super) async fn create(
     backfill_none: bool,
     report: &mut Report,
 ) -> Result<()> {
-    let system = identify_system(&mut replication).await?;
+    let system = identify_system(client, &mut replication).await?;
     let unfinished = catalog::stored(client, contract).await? == Stored::Unfinished;
     let existing = catalog::find_slot(client, &contract.slot).await?;
     if let (Some(slot), false) = (&existing, unfinished) {
@@ -95,13 +95,19 @@ pub(super) async fn create(
     Ok(())
 }
 
-pub(super) async fn identify_system(replication: &mut ReplicationClient) -> Result<System> {
+/// The server that both sessions are with: what one drops, the other must make anew.
+pub(super) async fn identify_system(
+    client: &Client,
+    replication: &mut ReplicationClient,
+) -> Result<System> {
     let doing = "identify the system";
     let found = async {
         let found = replication.identify_system().await;
         found.map_err(|error| sort_replication(doing, error))
     };
-    within(ANSWER_MAX, doing, found).await.map(System::from)
+    let found = within(ANSWER_MAX, doing, found).await.map(System::from)?;
+    catalog::system(client).await?.check_same(&found, doing)?;
+    Ok(found)
 }
 
 async fn drop_slot(replication: &mut ReplicationClient, contract: &Contract) -> Result<()> {

@@ -11,8 +11,8 @@
 //!   watches one, and lets go of the stream when that ends.
 //! - A server that gives a slot up (`max_slot_wal_keep_size`) first ends its walsender,
 //!   in a checkpoint, and waits for that. A walsender whose client reads nothing, as
-//!   Kafka is away, does not end: it waits to say goodbye. So the relay lets go of the
-//!   stream before.
+//!   Kafka is away, does not end: it waits to say goodbye. So the relay looks out for
+//!   one that was told to end, and lets go of the stream.
 //! - A slot's position is on the server's disk only now and then, up to 15 s old: after a
 //!   crash the server would repeat all since. So the relay stores its position in the
 //!   checkpoint too, and asks to begin there; the server takes the later of the two.

@@ -70,3 +70,33 @@ async fn a_stream_from_another_server_than_the_session_is_refused() {
     }
     assert!(old.keys().await.len() >= 2);
 }
+
+/// It would drop the slot of one, and make it anew on the other.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_recovery_on_two_servers_is_refused_and_changes_neither() {
+    let proxy = Proxy::start().await;
+    let (old, url) = Fixture::behind(&proxy).await;
+    let new = Fixture::with_postgres(&[]).await;
+    let database = format!("CREATE DATABASE {}", old.contract.slot);
+    new.client.batch_execute(&database).await.unwrap();
+    old.drop_slot().await;
+    old.insert("a", "{}").await;
+    let (ours, other) = (old.postgres_address(), new.postgres_address());
+    proxy.pass_on_in_turn(&[&ours, &other]);
+    let recovery = old.recover_as(&url, &[]);
+    let complaint = recovery.complaint(3);
+    assert!(complaint.contains("two servers"), "{complaint}");
+    let slots = "SELECT count(*) FROM pg_replication_slots";
+    for client in [&old.client, &new.client] {
+        let slots: i64 = client.query_one(slots, &[]).await.unwrap().get(0);
+        assert_eq!(slots, 0);
+    }
+    let begun = "SELECT count(*) FROM postbox.checkpoint WHERE lsn IS NULL";
+    let begun: i64 = old.client.query_one(begun, &[]).await.unwrap().get(0);
+    assert_eq!(begun, 0);
+    old.recover(&[]).results();
+    let relay = Relay::streaming(&old, &[]).await;
+    old.wait_for_confirmation().await;
+    relay.drain().await;
+    assert_eq!(old.records().await.len(), 1);
+}

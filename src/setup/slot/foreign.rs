@@ -1,6 +1,8 @@
 //! A slot that someone else made, and its take-over.
 //!
-//! It has no exported snapshot. If the outbox is empty *now*, nothing lies before
+//! It has no exported snapshot. If the outbox is empty *now*, and no transaction is
+//! left that may have been committed before the slot and is not seen yet (see
+//! `catalog/snapshot.rs`), nothing lies before
 //! the slot, and the present snapshot is as good. If it has rows, we cannot tell
 //! which of them the slot still holds: they must be given up by name, and the
 //! checkpoint gets a snapshot that sees nothing, so that a recovery before the
@@ -11,10 +13,11 @@ use tokio_postgres::types::PgLsn;
 
 use super::object;
 use super::start::{SEES_NOTHING, Start};
-use crate::catalog::SlotState;
+use crate::catalog::{self, SlotState};
 use crate::contract::Contract;
-use crate::database::sort;
+use crate::database::{sort, within};
 use crate::error::{Error, ErrorKind, Result};
+use crate::setup::ANSWER_MAX;
 
 /// Where the slot begins for us, if it can be read without losing rows.
 pub(super) async fn take_over(
@@ -40,17 +43,15 @@ pub(super) async fn take_over(
         "SELECT pg_current_snapshot()::text, (SELECT count(*) FROM :\"schema\".outbox), \
                 :\"schema\".publication_identity(:'publication')",
     );
-    let counted = async {
-        // A policy that hides rows must be an error.
-        client.batch_execute("SET row_security = off").await?;
-        client.query_one(&sql, &[]).await
+    let doing = format!("read the outbox beside {}", object(contract));
+    let ended = async {
+        let ended = catalog::wait_until_ended(client).await;
+        ended.map_err(|error| sort(&doing, error))
     };
-    let row = counted.await.map_err(|error| {
-        sort(
-            format!("read the outbox beside {}", object(contract)),
-            error,
-        )
-    })?;
+    let waiting = "wait until all transactions that are open now have ended";
+    within(ANSWER_MAX, waiting, ended).await?;
+    let row = client.query_one(&sql, &[]).await;
+    let row = row.map_err(|error| sort(doing, error))?;
     let (snapshot, rows_before) = (row.get(0), row.get(1));
     if rows_before > 0 && !backfill_none {
         return Err(rows_beside_the_slot(contract, rows_before));

@@ -130,8 +130,8 @@ async fn look_before(
     snapshot: String,
 ) -> Result<Start, tokio_postgres::Error> {
     let transaction = import(client, exported).await?;
-    let own = "SET LOCAL row_security = off; SET LOCAL statement_timeout = 0";
-    transaction.batch_execute(own).await?;
+    let unlimited = "SET LOCAL statement_timeout = 0";
+    transaction.batch_execute(unlimited).await?;
     let sql = contract.sql(
         "SELECT count(*), coalesce(min(seq) - 1, 0), :\"schema\".publication_identity(:'publication') \
          FROM :\"schema\".outbox WHERE NOT pg_visible_in_snapshot(xid, $1::text::pg_snapshot)",

@@ -176,3 +176,23 @@ async fn a_role_that_does_not_exist_is_refused_before_anything_is_made() {
     let schemas = "SELECT count(*) FROM pg_namespace WHERE nspname = 'postbox'";
     assert_eq!(count(&fixture, schemas).await, 0);
 }
+
+/// As where a login of the day takes the role of the one that owns things.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_role_that_is_not_shown_its_walsender_is_told() {
+    let fixture = Fixture::empty().await;
+    let ((owner, _), (login, url)) = (fixture.role("owner").await, fixture.role("login").await);
+    fixture.setup(&["--grant-to", &owner]).results();
+    fixture.setup(&["--grant-to", &login]).results();
+    let taken_on = format!("GRANT {owner} TO {login}; ALTER ROLE {login} SET role = '{owner}'");
+    fixture.client.batch_execute(&taken_on).await.unwrap();
+    let flags = ["--database-url", &url];
+    let relay = Relay::streaming(&fixture, &flags).await;
+    let mend = statement(&relay.log(), "GRANT pg_read_all_stats").to_owned();
+    relay.drain().await;
+    fixture.client.batch_execute(&mend).await.unwrap();
+    let relay = Relay::streaming(&fixture, &flags).await;
+    let log = relay.log();
+    assert!(!log.contains("walsender"), "{log}");
+    relay.drain().await;
+}

@@ -4,6 +4,9 @@ use std::process::Command;
 
 use postbox::catalog::SCHEMA_VERSION;
 
+use super::slot::{
+    HOLDING_UP, blind_role, held_up_event, let_go, open_transaction, wait_for_waiting,
+};
 use super::{all_there, assert_events_flow, count, forget_slot, slots};
 use crate::support::{Fixture, connect, postbox, run, run_script};
 
@@ -53,7 +56,12 @@ async fn the_printed_script_is_one_for_psql() {
 
 /// What the script is refused with.
 async fn refusal(fixture: &Fixture, script: &str) -> String {
-    let client = connect(&fixture.database_url).await;
+    refusal_as(&fixture.database_url, script).await
+}
+
+/// The same, by the role of this URL.
+async fn refusal_as(database_url: &str, script: &str) -> String {
+    let client = connect(database_url).await;
     let error = run_script(&client, script).await.unwrap_err();
     error.as_db_error().unwrap().message().to_owned()
 }
@@ -161,6 +169,11 @@ async fn the_printed_script_refuses_what_set_up_refuses() {
         "{message}"
     );
     assert_eq!(slots(&fixture).await, 0);
+    // Rows that are hidden are not none.
+    let message = refusal_as(&blind_role(&fixture).await, &plain).await;
+    assert!(message.contains("row-level security policy"), "{message}");
+    let seeing = "ALTER TABLE postbox.outbox DISABLE ROW LEVEL SECURITY";
+    fixture.client.batch_execute(seeing).await.unwrap();
 
     let newer = format!("INSERT INTO postbox.migration (version) VALUES ({SCHEMA_VERSION} + 1)");
     fixture.client.batch_execute(&newer).await.unwrap();
@@ -173,6 +186,31 @@ async fn the_printed_script_refuses_what_set_up_refuses() {
     run_script(&fixture.client, &without).await.unwrap();
     assert_eq!(fixture.setup(&[]).results(), all_there(&fixture));
     assert_events_flow(&fixture, &[]).await;
+}
+
+/// A commit that waits for a standby is in the WAL before the slot, and nobody sees it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_printed_script_waits_for_what_was_committed_and_is_not_seen() {
+    let fixture = Fixture::with_postgres(&[HOLDING_UP, "autovacuum=off"]).await;
+    fixture.setup(&[]).results();
+    forget_slot(&fixture).await;
+    let (first, first_id) = open_transaction(&fixture).await;
+    let (script, client) = (script(&fixture, &[]), connect(&fixture.database_url).await);
+    let script = tokio::spawn(async move { run_script(&client, &script).await });
+    // The server begins a slot in two steps; what begins after the first, and is committed
+    // before the second, the slot will not give.
+    wait_for_waiting(&fixture, &first_id).await;
+    let (second, second_id) = open_transaction(&fixture).await;
+    first.batch_execute("COMMIT").await.unwrap();
+    wait_for_waiting(&fixture, &second_id).await;
+    let held_up = held_up_event(&fixture).await;
+    second.batch_execute("ROLLBACK").await.unwrap();
+    let_go(&fixture, || script.is_finished()).await;
+    held_up.await.unwrap();
+    let refused = script.await.unwrap().unwrap_err();
+    let message = refused.as_db_error().unwrap().message();
+    assert!(message.starts_with("rows were committed"), "{message}");
+    assert_eq!(slots(&fixture).await, 0);
 }
 
 #[test]

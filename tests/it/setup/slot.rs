@@ -14,6 +14,67 @@ pub(crate) async fn open_transaction(fixture: &Fixture) -> (Client, String) {
     (client, id)
 }
 
+/// Commits an event that nobody sees, as its commit waits for a standby that there is
+/// not: what ends when it is no longer to wait.
+pub(crate) async fn held_up_event(fixture: &Fixture) -> tokio::task::JoinHandle<()> {
+    for statement in [
+        "ALTER SYSTEM SET synchronous_standby_names = 'nobody'",
+        "SELECT pg_reload_conf()",
+    ] {
+        fixture.client.batch_execute(statement).await.unwrap();
+    }
+    wait_until("a standby is missing", async || {
+        let sql = "SELECT count(*) FROM pg_settings \
+                   WHERE name = 'synchronous_standby_names' AND setting <> ''";
+        count(fixture, sql).await > 0
+    })
+    .await;
+    let writer = connect(&fixture.database_url).await;
+    let waits = "SET synchronous_commit = on";
+    writer.batch_execute(waits).await.unwrap();
+    let held_up = tokio::spawn(async move {
+        let emit = "SELECT postbox.emit('order', 'a', 'order_placed', '{}')";
+        writer.batch_execute(emit).await.unwrap();
+    });
+    let sql = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'";
+    wait_until("a commit is held up", async || {
+        count(fixture, sql).await > 0
+    })
+    .await;
+    held_up
+}
+
+/// By this, a commit waits for a standby only if its session wants to.
+pub(crate) const HOLDING_UP: &str = "synchronous_commit=local";
+
+/// Waits until set-up waits for what is held up, or is over; then holds it up no more.
+pub(crate) async fn let_go(fixture: &Fixture, is_over: impl Fn() -> bool) {
+    // Its own text has it too.
+    let waits = "SELECT count(*) FROM pg_stat_activity \
+                 WHERE query LIKE '%pg_snapshot_xmin(pg_current_snapshot())%' AND pid <> pg_backend_pid()";
+    wait_until("set-up waits for what is held up", async || {
+        is_over() || count(fixture, waits).await > 0
+    })
+    .await;
+    let let_go = "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'";
+    fixture.client.batch_execute(let_go).await.unwrap();
+}
+
+/// The URL of a role that may do everything, and from which a policy hides all rows.
+pub(crate) async fn blind_role(fixture: &Fixture) -> String {
+    let (role, url) = fixture.role("blind").await;
+    let database = &fixture.contract.slot;
+    let blind = format!(
+        "ALTER ROLE {role} REPLICATION; GRANT ALL ON DATABASE {database} TO {role}; \
+         GRANT ALL ON SCHEMA postbox TO {role}; \
+         GRANT ALL ON ALL TABLES IN SCHEMA postbox TO {role}; \
+         GRANT ALL ON ALL FUNCTIONS IN SCHEMA postbox TO {role}; \
+         ALTER TABLE postbox.outbox ENABLE ROW LEVEL SECURITY"
+    );
+    fixture.client.batch_execute(&blind).await.unwrap();
+    url
+}
+
 /// Waits until the walsender that makes a slot waits for this transaction.
 pub(crate) async fn wait_for_waiting(fixture: &Fixture, id: &str) {
     let sql =
@@ -183,14 +244,7 @@ async fn a_slot_that_someone_else_made_is_taken_over_where_nothing_can_be_lost()
     let complaint = setup.complaint(4);
     assert!(complaint.contains("has rows: 1;"), "{complaint}");
     // Rows that are hidden are not none.
-    let (role, url) = fixture.role("blind").await;
-    let blind = format!(
-        "ALTER ROLE {role} REPLICATION; GRANT ALL ON SCHEMA postbox TO {role}; \
-         GRANT ALL ON ALL TABLES IN SCHEMA postbox TO {role}; \
-         ALTER TABLE postbox.outbox ENABLE ROW LEVEL SECURITY"
-    );
-    fixture.client.batch_execute(&blind).await.unwrap();
-    let setup = fixture.setup_as(&url, &[]);
+    let setup = fixture.setup_as(&blind_role(&fixture).await, &[]);
     let stderr = &setup.stderr;
     assert!(stderr.contains("row-level security policy"), "{setup:?}");
     let seeing = "ALTER TABLE postbox.outbox DISABLE ROW LEVEL SECURITY";
@@ -208,4 +262,29 @@ async fn a_slot_that_someone_else_made_is_taken_over_where_nothing_can_be_lost()
     fixture.wait_for_confirmation().await;
     relay.drain().await;
     assert_eq!(fixture.records().await.len(), 1);
+}
+
+/// A commit that waits for a standby is in the WAL, and nobody sees it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_take_over_waits_for_what_was_committed_and_is_not_seen() {
+    let fixture = Fixture::with_postgres(&[HOLDING_UP]).await;
+    fixture.setup(&[]).results();
+    let slot = &fixture.contract.slot;
+    forget_slot(&fixture).await;
+    let make = format!("SELECT pg_create_logical_replication_slot('{slot}', 'pgoutput')");
+    fixture.client.batch_execute(&make).await.unwrap();
+    let held_up = held_up_event(&fixture).await;
+    let past = format!("SELECT pg_replication_slot_advance('{slot}', pg_current_wal_flush_lsn())");
+    fixture.client.batch_execute(&past).await.unwrap();
+    let setup = std::thread::scope(|scope| {
+        let setup = scope.spawn(|| fixture.setup(&[]));
+        tokio::task::block_in_place(|| {
+            let let_go = let_go(&fixture, || setup.is_finished());
+            tokio::runtime::Handle::current().block_on(let_go);
+        });
+        setup.join().unwrap()
+    });
+    held_up.await.unwrap();
+    let complaint = setup.complaint(4);
+    assert!(complaint.contains("has rows: 1;"), "{complaint}");
 }
