@@ -373,7 +373,7 @@ impl<'r> Attempt<'r> {
     /// event must not send those before it each time; and a slot that cannot be
     /// read on may be dropped next. But a server that stops is not held up.
     async fn take_leave(&mut self, kind: ErrorKind) {
-        use ErrorKind::{DatabaseAway, Event, Publication};
+        use ErrorKind::{BrokerAway, DatabaseAway, Event, Publication};
         if matches!(kind, DatabaseAway | Event | Publication) {
             let settled = async {
                 while !self.window.is_settled() {
@@ -392,6 +392,11 @@ impl<'r> Attempt<'r> {
                 }
                 let _ = tokio::time::timeout(PARTING_MAX, self.control.store()).await;
             }
+        }
+        // A walsender that is busy writing may not read the last confirmation before it
+        // is let go, and would begin with the transaction before a refused event again.
+        if kind == BrokerAway {
+            let _ = tokio::time::timeout(PARTING_MAX, self.control.store()).await;
         }
         // What was confirmed last may not have left yet.
         let sent = self.stream.confirmation_sent();
