@@ -29,13 +29,7 @@ pub(crate) async fn wait_until_seen(
                       AND NOT EXISTS (SELECT FROM pg_snapshot_xip(s.now) AS xid \
                                       WHERE pg_visible_in_snapshot(xid, s.until)) \
                FROM (SELECT pg_current_snapshot() AS now, $1::text::pg_snapshot AS until) AS s";
-    loop {
-        let rows = client.query_typed(sql, &[(&snapshot, Type::TEXT)]).await?;
-        if rows.first().is_some_and(|row| row.get(0)) {
-            return Ok(());
-        }
-        tokio::time::sleep(SEEN_INTERVAL).await;
-    }
+    wait_until(client, sql, snapshot).await
 }
 
 /// Waits until every transaction that has begun by now has ended, so that ordinary
@@ -45,8 +39,13 @@ pub(crate) async fn wait_until_ended(client: &Client) -> Result<(), tokio_postgr
     let sql = "SELECT pg_current_xact_id()::text";
     let now: String = client.query_one(sql, &[]).await?.get(0);
     let sql = "SELECT pg_snapshot_xmin(pg_current_snapshot()) > $1::text::xid8";
+    wait_until(client, sql, &now).await
+}
+
+/// Waits until this query, of one text, says yes.
+async fn wait_until(client: &Client, sql: &str, text: &str) -> Result<(), tokio_postgres::Error> {
     loop {
-        let rows = client.query_typed(sql, &[(&now, Type::TEXT)]).await?;
+        let rows = client.query_typed(sql, &[(&text, Type::TEXT)]).await?;
         if rows.first().is_some_and(|row| row.get(0)) {
             return Ok(());
         }

@@ -42,15 +42,22 @@ async fn another_timeline_is_told_once_and_events_go_on() {
     relay.drain().await;
 }
 
+/// A server behind the proxy, the URL of its database there, and another server with a
+/// database of that name.
+async fn two_servers(proxy: &Proxy) -> (Fixture, String, Fixture) {
+    let (old, url) = Fixture::behind(proxy).await;
+    let new = Fixture::with_postgres(&[]).await;
+    let database = format!("CREATE DATABASE {}", old.contract.slot);
+    new.client.batch_execute(&database).await.unwrap();
+    (old, url, new)
+}
+
 /// While an address moves, the session that checks, the stream, and the one that reads
 /// what the slot had lost, may be with different servers.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stream_from_another_server_than_the_session_is_refused() {
     let proxy = Proxy::start().await;
-    let (old, url) = Fixture::behind(&proxy).await;
-    let new = Fixture::with_postgres(&[]).await;
-    let database = format!("CREATE DATABASE {}", old.contract.slot);
-    new.client.batch_execute(&database).await.unwrap();
+    let (old, url, new) = two_servers(&proxy).await;
     let (ours, other) = (old.postgres_address(), new.postgres_address());
     for turns in [&[&ours[..], &other[..]][..], &[&ours, &ours, &other]] {
         if turns.len() == 3 {
@@ -75,10 +82,7 @@ async fn a_stream_from_another_server_than_the_session_is_refused() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_recovery_on_two_servers_is_refused_and_changes_neither() {
     let proxy = Proxy::start().await;
-    let (old, url) = Fixture::behind(&proxy).await;
-    let new = Fixture::with_postgres(&[]).await;
-    let database = format!("CREATE DATABASE {}", old.contract.slot);
-    new.client.batch_execute(&database).await.unwrap();
+    let (old, url, new) = two_servers(&proxy).await;
     old.drop_slot().await;
     old.insert("a", "{}").await;
     let (ours, other) = (old.postgres_address(), new.postgres_address());
