@@ -80,6 +80,8 @@ pub struct Relay {
     nonce: String,
     /// Whether the last attempt delivered anything, or held for a while.
     worked: bool,
+    /// Whether the last attempt ended as this process seemed to have been frozen.
+    was_frozen: bool,
 }
 
 impl Relay {
@@ -94,6 +96,7 @@ impl Relay {
             unstored: None,
             nonce: uuid::Uuid::new_v4().to_string(),
             worked: false,
+            was_frozen: false,
         }
     }
 

@@ -118,22 +118,30 @@ fn read(row: &Row, contract: &Contract) -> Result<Stored> {
 
 /// Makes the checkpoint this relay's, once it holds the slot: from here on, no relay
 /// before it, however late it wakes, can write it, nor this one after a recovery.
-/// Returns it as it is now. Stores the server's timeline and `lsn`, before which
-/// everything is delivered: the slot may know that, and forget it in a crash.
+/// Takes it as it was `checked` and returns it as it is now. Stores the server's
+/// timeline and the position, before which everything is delivered: the slot may know
+/// that, and forget it in a crash.
 ///
 /// # Errors
-/// `Slot` if a recovery has begun meanwhile, or the checkpoint was deleted.
-pub async fn claim(client: &Client, contract: &Contract, lsn: PgLsn) -> Result<Checkpoint> {
+/// `SlotInUse` if another relay has claimed it since it was checked: that one has got
+/// the slot from a server that gave us up. `Slot` if a recovery has begun meanwhile, or
+/// the checkpoint was deleted.
+pub async fn claim(
+    client: &Client,
+    contract: &Contract,
+    checked: &Checkpoint,
+) -> Result<Checkpoint> {
     let timeline = super::system(client).await?.timeline;
     let sql = contract.sql(&format!(
         "UPDATE :\"schema\".checkpoint \
          SET epoch = epoch + 1, timeline = $2, lsn = greatest(lsn, $3), updated_at = now() \
-         WHERE name = $1 AND lsn IS NOT NULL RETURNING {COLUMNS}"
+         WHERE name = $1 AND epoch = $4 AND lsn IS NOT NULL RETURNING {COLUMNS}"
     ));
     let parameters = [
         (&contract.slot as _, Type::TEXT),
         (&timeline as _, Type::INT4),
-        (&lsn as _, Type::PG_LSN),
+        (&checked.lsn as _, Type::PG_LSN),
+        (&checked.epoch as _, Type::INT8),
     ];
     let claimed = async {
         // A synchronous standby that is away must not keep a relay from its start.
@@ -153,9 +161,18 @@ pub async fn claim(client: &Client, contract: &Contract, lsn: PgLsn) -> Result<C
         Some(Stored::At(checkpoint)) => Ok(checkpoint),
         _ => match stored(client, contract).await? {
             Stored::Missing => Err(super::not_set_up(contract)),
+            Stored::At(_) => Err(taken_over(contract)),
             _ => Err(super::recovery_is_unfinished(contract)),
         },
     }
+}
+
+fn taken_over(contract: &Contract) -> Error {
+    let message = format!(
+        "checkpoint \"{}\" was taken over by another relay, or by a recovery",
+        contract.slot
+    );
+    Error::new(ErrorKind::SlotInUse, message)
 }
 
 impl Checkpoint {
@@ -217,14 +234,10 @@ impl Checkpoint {
             .query_typed(&sql, &parameters)
             .await
             .map_err(|error| sort(doing("write", contract), error))?;
-        if rows.is_empty() {
-            let message = format!(
-                "checkpoint \"{}\" was taken over by another relay, or by a recovery",
-                contract.slot
-            );
-            return Err(Error::new(ErrorKind::SlotInUse, message));
+        match rows.is_empty() {
+            true => Err(taken_over(contract)),
+            false => Ok(()),
         }
-        Ok(())
     }
 }
 

@@ -36,6 +36,8 @@ pub(super) struct Attempt<'r> {
     probing: JoinSet<Result<()>>,
     /// Since when the stream is open.
     began: Instant,
+    /// Ended by [`check_awake`](Self::check_awake).
+    was_frozen: bool,
     stopping: bool,
 }
 
@@ -51,6 +53,10 @@ const PAUSE: Duration = Duration::from_micros(300);
 
 /// How often liveness, progress and the brokers are looked at.
 const TICK: Duration = Duration::from_secs(1);
+
+/// A process that did not come round for this long was frozen: a tick ends each wait,
+/// and a burst takes less.
+const FROZEN_MIN: Duration = Duration::from_secs(2);
 
 /// After how long without a delivery the brokers are asked for a sign of life.
 const PROBE_INTERVAL: Duration = Duration::from_secs(4);
@@ -90,6 +96,7 @@ impl<'r> Attempt<'r> {
         };
         let relay = attempt.relay;
         relay.unstored = unstored;
+        relay.was_frozen = attempt.was_frozen;
         relay.worked = attempt.window.has_delivered || attempt.began.elapsed() > BACKOFF_MAX;
         attempt.stream.close().await;
         let refused = attempt.window.has_refused;
@@ -134,6 +141,7 @@ impl<'r> Attempt<'r> {
             resolving: JoinSet::new(),
             probing: JoinSet::new(),
             began: Instant::now(),
+            was_frozen: false,
             stopping: false,
             relay,
         }
@@ -143,11 +151,13 @@ impl<'r> Attempt<'r> {
         let mut tick = tokio::time::interval(TICK);
         let mut deadline = None;
         let mut busy = 0;
+        let mut awake_at = Instant::now();
         loop {
             self.settle()?;
             if self.stopping && self.is_drained() {
                 return self.finish(deadline).await;
             }
+            self.check_awake(std::mem::replace(&mut awake_at, Instant::now()))?;
             self.release_held().await?;
             let read = self.read_burst()?;
             if read > 0 {
@@ -174,6 +184,28 @@ impl<'r> Attempt<'r> {
                 item = self.stream.next(), if may_read => self.take(item?)?,
             }
         }
+    }
+
+    /// Ends the attempt of a process that was frozen, before it sends what has come in
+    /// the meantime: the server may have ended its walsender, and another relay may have
+    /// sent the same.
+    fn check_awake(&mut self, awake_at: Instant) -> Result<()> {
+        let asleep = awake_at.elapsed();
+        // The last status message may have left a status interval before, which is half
+        // of this timeout at most.
+        let given_up = self.relay.settings.wal_sender_timeout / 2;
+        // If the next attempt finds the same, it is our own work that takes as long, and
+        // must get done.
+        let is_again = self.relay.was_frozen && !self.window.has_delivered;
+        if asleep < given_up.max(FROZEN_MIN) || is_again {
+            return Ok(());
+        }
+        self.was_frozen = true;
+        let message = format!(
+            "this process did not run for {:.1} s, and the server may have given it up",
+            asleep.as_secs_f64()
+        );
+        Err(Error::new(ErrorKind::DatabaseAway, message))
     }
 
     /// Takes what has already arrived.

@@ -36,15 +36,13 @@ pub(super) const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
 pub(super) async fn connect(relay: &mut Relay) -> Result<Connected> {
     let session = open_session(&relay.settings).await?;
     let begin = begin_at(relay, &session.client);
-    let checkpoint = within(SILENCE_MAX, "read what was set up", begin).await?;
+    let checked = within(SILENCE_MAX, "read what was set up", begin).await?;
     let (relay, settings) = (&*relay, &relay.settings);
     failpoint!("checked");
     let publisher = reach_brokers(relay).await?;
-    let start = checkpoint.lsn;
-    let mut stream = open_stream(relay, &session, checkpoint).await?;
+    let mut stream = open_stream(relay, &session, &checked).await?;
     failpoint!("opened");
-    // What was checked was read before the slot was ours.
-    let claimed = catalog::claim(&session.client, &settings.contract, start);
+    let claimed = catalog::claim(&session.client, &settings.contract, &checked);
     let checkpoint = within(SILENCE_MAX, "claim the checkpoint", claimed).await?;
     if let Some(gap) = checkpoint.gap.clone() {
         info!("what the slot had lost is sent first, from the table");
@@ -70,11 +68,15 @@ async fn open_session(settings: &RelaySettings) -> Result<Session> {
     let session = settings.database.connect(&name).await?;
     // What we no longer wait for must not stay behind in the server: a statement that
     // waits for a lock does not notice that its client has gone. Later than we give it
-    // up, as we say better why.
-    let limit = SILENCE_MAX * 3 / 2;
-    let limit = format!("SET statement_timeout = {}", limit.as_millis());
+    // up, as we say better why. And a relay that is frozen with the checkpoint locked
+    // must let the next one have it, which waits for it for `SILENCE_MAX`.
+    let limits = format!(
+        "SET statement_timeout = {}; SET idle_in_transaction_session_timeout = {}",
+        (SILENCE_MAX * 3 / 2).as_millis(),
+        (SILENCE_MAX / 2).as_millis()
+    );
     let limited = async {
-        let done = session.client.batch_execute(&limit).await;
+        let done = session.client.batch_execute(&limits).await;
         done.map_err(|error| sort("limit statements", error))
     };
     within(SILENCE_MAX, "limit statements", limited).await?;
@@ -145,7 +147,7 @@ async fn reach_brokers(relay: &Relay) -> Result<Publisher> {
 
 /// The stream, unless the ordinary session ends first: the server is then going
 /// away, or is not the one that was checked.
-async fn open_stream(relay: &Relay, session: &Session, checkpoint: Checkpoint) -> Result<Stream> {
+async fn open_stream(relay: &Relay, session: &Session, checkpoint: &Checkpoint) -> Result<Stream> {
     let settings = &relay.settings;
     let wal = WalSettings {
         slot: settings.contract.slot.clone(),
@@ -155,7 +157,7 @@ async fn open_stream(relay: &Relay, session: &Session, checkpoint: Checkpoint) -
             publication: settings.contract.publication.clone(),
             nonce: relay.nonce.clone(),
         },
-        system: checkpoint.system,
+        system: checkpoint.system.clone(),
         start: checkpoint.lsn,
         status_interval: settings.status_interval,
         wal_sender_timeout: settings.wal_sender_timeout,

@@ -76,6 +76,64 @@ async fn a_relay_that_stands_by_takes_over_from_one_that_is_cut_off() {
     take_over(Harm::Isolate).await;
 }
 
+/// What lies in the buffers of its connection is not its to send any more: the other has.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_that_wakes_up_sends_nothing_of_what_came_in_its_sleep() {
+    let proxy = Proxy::start().await;
+    let (fixture, server) = Fixture::behind(&proxy).await;
+    let mut active = Relay::streaming(&fixture, &["--database-url", &server]).await;
+    let mut other = Relay::start(&fixture, &[]);
+    other.wait_for_log("standing by").await;
+    fixture.insert_many("a", "{}", 100).await;
+    fixture.wait_for_confirmation().await;
+    active.signal("STOP");
+    for _ in 0..20 {
+        fixture.insert_many("b", "{}", 100).await;
+    }
+    wait_until("the other has delivered them", async || {
+        other.published(&fixture.topic) == 2_000
+    })
+    .await;
+    active.signal("CONT");
+    active.wait_for_log("standing by").await;
+    active.stop().await;
+    other.drain().await;
+    assert_eq!(fixture.records().await.len(), 2_100);
+}
+
+/// A relay that has the slot and sleeps at this failpoint, as if it were frozen, until
+/// the server has long given it up; and another, which streams.
+async fn asleep_at(step: &str) -> (Fixture, Relay, Relay) {
+    let fixture = Fixture::new().await;
+    let mut command = Relay::command(&fixture, &["--wal-sender-timeout", "2s"]);
+    let frozen = Relay::spawn(command.env("FAILPOINTS", format!("{step}=1*sleep(20000)")));
+    fixture.wait_for_reader().await;
+    let other = Relay::streaming(&fixture, &[]).await;
+    (fixture, frozen, other)
+}
+
+/// It had the slot before the other, and finds that out before it does anything.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_that_is_frozen_before_it_claims_the_checkpoint_does_not_claim_it_later() {
+    let (fixture, mut frozen, other) = asleep_at("opened").await;
+    fixture.insert("a", "{}").await;
+    fixture.wait_for_confirmation().await;
+    frozen.wait_for_log("standing by: checkpoint").await;
+    assert_eq!(frozen.stop().await, 0);
+    assert_eq!(other.log().matches("INFO streaming").count(), 1);
+    other.drain().await;
+}
+
+/// The lock that it holds does not keep the other from its work.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_that_is_frozen_while_it_claims_the_checkpoint_holds_nobody_up() {
+    let (_fixture, mut frozen, other) = asleep_at("claim_written").await;
+    assert!(!other.log().contains("trying again"), "{}", other.log());
+    frozen.wait_for_log("trying again").await;
+    assert_eq!(frozen.stop().await, 0);
+    other.drain().await;
+}
+
 /// What a relay could not store, the one that took over has: an orderly end is one again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_relay_that_stands_by_learns_what_the_other_has_stored() {

@@ -220,6 +220,16 @@ impl Fixture {
         row.unwrap().get::<_, i32>(0).unsigned_abs()
     }
 
+    /// Waits until somebody reads the slot.
+    pub(crate) async fn wait_for_reader(&self) {
+        let sql = "SELECT active FROM pg_replication_slots WHERE slot_name = $1";
+        wait_until("somebody reads the slot", async || {
+            let row = self.client.query_one(sql, &[&self.contract.slot]).await;
+            row.unwrap().get(0)
+        })
+        .await;
+    }
+
     /// Drops the slot, whoever reads it.
     pub(crate) async fn drop_slot(&self) {
         let slot = &self.contract.slot;
