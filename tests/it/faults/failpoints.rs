@@ -1,6 +1,8 @@
 //! A crash at each step of an event's way, and again while the next relay recovers
 //! from it; and at each step of the recovery of a slot.
 
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use tokio::sync::Semaphore;
@@ -74,6 +76,31 @@ async fn assert_crashed(mut relay: Relay, step: &str) {
     assert_eq!(relay.exit_code().await, -1, "{step}: {}", relay.log());
     let log = relay.log();
     assert!(log.contains(&format!("failpoint {step} panic")), "{log}");
+}
+
+/// Steps that tests elsewhere cross: the taking over of a slot, in `setup::slot`.
+const ELSEWHERE: [&str; 1] = ["taking_over"];
+
+#[test]
+fn every_failpoint_is_crossed() {
+    let steps = STEPS.iter().map(|(step, _)| *step);
+    let crossed: BTreeSet<&str> = steps.chain(RECOVERY).chain(GAP).chain(ELSEWHERE).collect();
+    let source = sources(Path::new(env!("CARGO_MANIFEST_DIR")).join("src"));
+    let calls = source.split("failpoint!(\"").skip(1);
+    let placed: BTreeSet<&str> = calls
+        .filter_map(|call| Some(call.split_once('"')?.0))
+        .collect();
+    assert_eq!(crossed, placed);
+}
+
+/// Everything below a folder, in one text.
+fn sources(folder: PathBuf) -> String {
+    let entries = std::fs::read_dir(folder).unwrap();
+    let texts = entries.map(|entry| match entry.unwrap().path() {
+        folder if folder.is_dir() => sources(folder),
+        file => std::fs::read_to_string(file).unwrap(),
+    });
+    texts.collect()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

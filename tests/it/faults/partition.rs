@@ -44,13 +44,12 @@ async fn one_leader_is_stuck(harm: &str, mend: &str) {
     let writers = fixture.writers(fixture.load());
 
     let passed = || relay.published(&fixture.topic) - before;
+    // Some of it may still be on its way to the other partition's leader.
+    let read = || passed() + relay.metric("postbox_in_flight_events") as usize;
     wait_until("the other partition fills the window", || async {
-        let stuck = relay.metric("postbox_in_flight_events") as usize;
-        passed() > 0 && passed() + stuck == IN_FLIGHT_MAX
+        passed() > IN_FLIGHT_MAX / 10 && read() == IN_FLIGHT_MAX
     })
     .await;
-    let filled_with = passed();
-    assert!(filled_with > IN_FLIGHT_MAX / 10, "{filled_with} passed");
     let mut peak = 0;
     let stuck = format!("topic \"{}\", partition 1, has not", fixture.topic);
     wait_until("readiness is red and says why", || {
@@ -61,7 +60,7 @@ async fn one_leader_is_stuck(harm: &str, mend: &str) {
     })
     .await;
     assert!(fixture.confirmed().await <= before_commit);
-    assert_eq!(passed(), filled_with);
+    assert_eq!(read(), IN_FLIGHT_MAX);
     // A debug build has 17 MiB, however many events were committed behind these.
     assert!(peak < 50 << 20, "{} MiB", peak >> 20);
 

@@ -18,6 +18,11 @@ const CHANGES: &[(&str, &str, &str)] = &[
         "ALTER PUBLICATION postbox ADD TABLE postbox.outbox",
         "had its tables taken out and put back after the slot was set up",
     ),
+    (
+        "ALTER PUBLICATION postbox SET (publish = 'delete')",
+        "ALTER PUBLICATION postbox SET (publish = 'insert')",
+        "was altered after the slot was set up",
+    ),
 ];
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
