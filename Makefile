@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-matrix campaign trials fuzz lint
+.PHONY: help demo test test-matrix campaign trials fuzz bench bench-soak bench-compare bench-report lint
 
 VERSIONS ?= 14 15 16 17 18
 
@@ -43,6 +43,23 @@ fuzz: ## Look for input that breaks a promise of the decoder or the envelope: RU
 		cargo fuzz run --sanitizer none $$target fuzz/found/$$target fuzz/corpus/$$target -- -max_len=4096 \
 			$(if $(SECONDS),-max_total_time=$(SECONDS),-runs=$(or $(RUNS),1000000)) || exit; \
 	done
+
+# What is measured is the release; what measures it is built beside it.
+measure = dev/bootstrap && dev/fetch && cargo build --release --locked && \
+	cargo bench --profile dev --locked --bench relay --
+options = $(if $(TRIALS),--trials $(TRIALS)) $(if $(ROWS),--rows $(ROWS)) $(if $(ONLY),--only $(ONLY))
+
+bench: ## Measure postbox beside pg_recvlogical and a bare producer: TRIALS, ROWS, ONLY=drain,start,latency,idle.
+	@$(measure) relay --runs $(or $(RUNS),bench/runs/relay.jsonl) $(options)
+
+bench-soak: ## Let it run for MINUTES at half of what this machine can write and carry.
+	@$(measure) soak --runs $(or $(RUNS),bench/runs/soak.jsonl) $(if $(MINUTES),--minutes $(MINUTES))
+
+bench-compare: ## Measure postbox beside Debezium and omni-box: TRIALS, ROWS, ONLY=drain,crash,latency,idle.
+	@$(measure) compare --runs $(or $(RUNS),bench/runs/compare.jsonl) $(options)
+
+bench-report: ## Print the tables of what was measured, and draw the picture.
+	@cargo bench --profile dev --locked --quiet --bench relay -- report --picture bench/runs/relay.svg bench/runs/*.jsonl
 
 lint: ## Check format, lints, docs, and that what is released has no failpoints.
 	@dev/bootstrap build

@@ -1,0 +1,258 @@
+//! What is measured: programs that carry rows from a table, or from a slot, to Kafka.
+
+use std::os::unix::process::ExitStatusExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::rig::{self, Rig};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Carrier {
+    Postbox(Way),
+    /// Postgres' own reader of slots, which does nothing with what it reads.
+    PgRecvlogical(Way),
+    Debezium(Debezium),
+    OmniBox,
+    /// librdkafka alone, told of each event by a call: what a broker costs anybody.
+    BareProducer,
+}
+
+/// How Postgres is reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Way {
+    Socket,
+    Tcp,
+}
+
+/// The settings that `bench/compare/debezium` knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Debezium {
+    Default,
+    Tuned,
+    TunedPlus,
+    LowLatency,
+}
+
+/// Where a carrier's rows are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Table {
+    Postbox,
+    Debezium,
+    OmniBox,
+}
+
+impl Carrier {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Postbox(Way::Socket) => "postbox, Unix socket",
+            Self::Postbox(Way::Tcp) => "postbox, TCP",
+            Self::PgRecvlogical(Way::Socket) => "pg_recvlogical, Unix socket",
+            Self::PgRecvlogical(Way::Tcp) => "pg_recvlogical, TCP",
+            Self::Debezium(Debezium::Default) => "Debezium, default",
+            Self::Debezium(Debezium::Tuned) => "Debezium, tuned",
+            Self::Debezium(Debezium::TunedPlus) => "Debezium, tuned plus",
+            Self::Debezium(Debezium::LowLatency) => "Debezium, low latency",
+            Self::OmniBox => "omni-box",
+            Self::BareProducer => "producer to consumer, no Postgres",
+        }
+    }
+
+    pub(crate) fn table(self) -> Table {
+        match self {
+            Self::Postbox(_) | Self::PgRecvlogical(_) | Self::BareProducer => Table::Postbox,
+            Self::Debezium(_) => Table::Debezium,
+            Self::OmniBox => Table::OmniBox,
+        }
+    }
+
+    /// The slot it reads, if it reads one.
+    pub(crate) fn slot(self) -> Option<&'static str> {
+        match self {
+            Self::Postbox(_) => Some("postbox"),
+            Self::PgRecvlogical(_) => Some("reader"),
+            Self::Debezium(_) => Some("debezium"),
+            Self::OmniBox | Self::BareProducer => None,
+        }
+    }
+
+    /// Starts it. In `folder` it keeps what it needs when it is started again; `end` is
+    /// the LSN up to which a reader reads.
+    pub(crate) fn start(self, rig: &Rig, topic: &str, folder: &Path, end: Option<&str>) -> Running {
+        let compare = rig::home().join("bench/compare");
+        let mut command = own_command();
+        match self {
+            Self::Postbox(way) => command
+                .arg(rig::postbox())
+                .args(["relay", "--http", "127.0.0.1:0"])
+                .env("POSTBOX_DATABASE_URL", rig.database_url(way))
+                .env("POSTBOX_BROKERS", rig.brokers()),
+            Self::PgRecvlogical(way) => command
+                .arg(rig::pg_recvlogical())
+                .args(["--dbname", &rig.database_url(way), "--slot", "reader"])
+                .args(["--start", "--no-loop", "--file", "/dev/null"])
+                .args(["--option", "proto_version=1"])
+                .args(["--option", "publication_names=postbox"])
+                .args(["--endpos", end.expect("a reader ends")]),
+            Self::Debezium(settings) => {
+                let settings = match settings {
+                    Debezium::Default => "default",
+                    Debezium::Tuned => "tuned",
+                    Debezium::TunedPlus => "tuned-plus",
+                    Debezium::LowLatency => "low-latency",
+                };
+                command.arg(compare.join("debezium")).arg(settings)
+            }
+            Self::OmniBox => command.arg(compare.join("omni-box")).arg("relay"),
+            Self::BareProducer => panic!("is no program"),
+        };
+        let log = folder.join("log");
+        let file = std::fs::File::options()
+            .create(true)
+            .append(true)
+            .open(&log)
+            .unwrap();
+        let child = environment(&mut command, rig)
+            .env("SLOT", self.slot().unwrap_or_default())
+            .env("PUBLICATION", "debezium")
+            .env("TOPIC", topic)
+            .env("FOLDER", folder)
+            .stdin(Stdio::null())
+            .stdout(file.try_clone().unwrap())
+            .stderr(file)
+            .spawn()
+            .unwrap();
+        Running {
+            carrier: self,
+            child,
+            log,
+            began: Instant::now(),
+        }
+    }
+}
+
+/// A command whose process ends when this one does, however it ends.
+fn own_command() -> Command {
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL", "--"]);
+    command
+}
+
+fn environment<'c>(command: &'c mut Command, rig: &Rig) -> &'c mut Command {
+    command
+        .env("PGHOST", "127.0.0.1")
+        .env("PGPORT", rig.postgres.fact("port"))
+        .env("PGUSER", "postgres")
+        .env("PGDATABASE", "postgres")
+        .env("BROKERS", rig.brokers())
+}
+
+impl Table {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Postbox => "postbox",
+            Self::Debezium => "debezium",
+            Self::OmniBox => "omni_box",
+        }
+    }
+
+    /// The function that inserts rows: `(topic, first, last)`.
+    pub(crate) fn insert(self) -> String {
+        format!("bench_insert_{}", self.name())
+    }
+
+    pub(crate) async fn create(self, rig: &Rig) {
+        let make = match self {
+            Self::Postbox => Some((rig::postbox(), "setup")),
+            Self::Debezium => None,
+            Self::OmniBox => Some((rig::home().join("bench/compare/omni-box"), "create")),
+        };
+        if let Some((program, argument)) = make {
+            let mut command = Command::new(program);
+            command
+                .arg(argument)
+                .env("POSTBOX_DATABASE_URL", rig.database_url(Way::Socket));
+            let output = environment(&mut command, rig).output().unwrap();
+            let said = String::from_utf8_lossy(&output.stderr);
+            assert!(output.status.success(), "{said}");
+        }
+        let file = match self {
+            Self::Postbox => return,
+            Self::Debezium => "bench/compare/debezium.sql",
+            Self::OmniBox => "bench/compare/omni-box.sql",
+        };
+        let sql = std::fs::read_to_string(rig::home().join(file)).unwrap();
+        rig.client.batch_execute(&sql).await.unwrap();
+    }
+}
+
+pub(crate) struct Running {
+    carrier: Carrier,
+    child: Child,
+    log: PathBuf,
+    pub(crate) began: Instant,
+}
+
+impl Running {
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// How it has ended, if it has.
+    pub(crate) fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().unwrap()
+    }
+
+    /// Panics with the end of its log if it has ended.
+    pub(crate) fn check(&mut self) {
+        if let Some(status) = self.ended() {
+            self.fail(&format!("ended with {status}"));
+        }
+    }
+
+    pub(crate) fn kill(mut self) {
+        self.check();
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// SIGTERM, and waits.
+    pub(crate) async fn stop(mut self) {
+        self.check();
+        let pid = self.pid().to_string();
+        Command::new("kill").args(["-TERM", &pid]).status().unwrap();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let status = loop {
+            if let Some(status) = self.ended() {
+                break status;
+            }
+            if Instant::now() > deadline {
+                self.fail("did not end within 60 s");
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        };
+        // A JVM and others end by the signal, or as if they had.
+        let told = status.signal() == Some(15) || status.code() == Some(143);
+        if !status.success() && (!told || matches!(self.carrier, Carrier::Postbox(_))) {
+            self.fail(&format!("ended with {status}"));
+        }
+    }
+
+    pub(crate) fn fail(&self, what: &str) -> ! {
+        let log = std::fs::read_to_string(&self.log).unwrap_or_default();
+        let lines: Vec<&str> = log.lines().collect();
+        let end = lines[lines.len().saturating_sub(20)..].join("\n  ");
+        panic!(
+            "{} {what}; its log ends with:\n  {end}",
+            self.carrier.name()
+        );
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

@@ -1,0 +1,331 @@
+//! The servers, the tables and the backlogs.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use postbox::servers::Server;
+use rdkafka::ClientConfig;
+use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use rdkafka::client::DefaultClientContext;
+use rdkafka::consumer::{BaseConsumer, Consumer as _};
+use rdkafka::{Offset, TopicPartitionList};
+use tokio_postgres::types::ToSql;
+use tokio_postgres::{Client, NoTls};
+
+use crate::carrier::{Carrier, Table, Way};
+
+pub(crate) const PARTITIONS: i32 = 4;
+
+/// Long enough for the slowest of all that is measured.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(600);
+
+pub(crate) struct Rig {
+    pub(crate) postgres: Server,
+    pub(crate) kafka: Server,
+    pub(crate) client: Client,
+    /// Where everything that is started may write.
+    pub(crate) scratch: tempfile::TempDir,
+    admin: AdminClient<DefaultClientContext>,
+    watcher: BaseConsumer,
+    topics: u32,
+    tables: Vec<Table>,
+}
+
+/// Rows that wait in the WAL for whoever reads from the slot `base`.
+pub(crate) struct Backlog {
+    pub(crate) table: Table,
+    pub(crate) topic: String,
+    pub(crate) rows: i64,
+    pub(crate) rows_per_transaction: i64,
+    /// Where it ends, as an LSN.
+    pub(crate) end: String,
+    /// The slot that keeps it, if it is read from the WAL.
+    base: Option<String>,
+}
+
+impl Rig {
+    pub(crate) async fn start(postgres: &[&str], kafka: &[&str]) -> Self {
+        let postgres = Server::postgres(postgres).unwrap();
+        let check = "log.retention.check.interval.ms=5000";
+        let kafka = Server::kafka(&[&[check], kafka].concat()).unwrap();
+        let client = connect(&postgres).await;
+        client
+            .batch_execute(include_str!("rows.sql"))
+            .await
+            .unwrap();
+        let mut config = ClientConfig::new();
+        config.set("bootstrap.servers", kafka.fact("brokers"));
+        Self {
+            admin: config.create().unwrap(),
+            watcher: config.create().unwrap(),
+            scratch: tempfile::tempdir().unwrap(),
+            topics: 0,
+            tables: Vec::new(),
+            postgres,
+            kafka,
+            client,
+        }
+    }
+
+    /// Another session.
+    pub(crate) async fn connect(&self) -> Client {
+        connect(&self.postgres).await
+    }
+
+    pub(crate) fn brokers(&self) -> &str {
+        self.kafka.fact("brokers")
+    }
+
+    /// The database's URL, by this way.
+    pub(crate) fn database_url(&self, way: Way) -> String {
+        let port = self.postgres.fact("port");
+        match way {
+            Way::Tcp => format!("postgresql://postgres@127.0.0.1:{port}/postgres?sslmode=disable"),
+            Way::Socket => {
+                let folder = self.postgres.fact("socket_dir");
+                format!("postgresql://postgres@/postgres?host={folder}&port={port}")
+            }
+        }
+    }
+
+    /// Makes a topic, and the table that this carrier reads if it is not there yet.
+    pub(crate) async fn prepare(&mut self, carrier: Carrier) -> String {
+        let table = carrier.table();
+        if !self.tables.contains(&table) {
+            table.create(self).await;
+            self.tables.push(table);
+        }
+        self.topics += 1;
+        let topic = format!("bench-{}", self.topics);
+        let new = NewTopic::new(&topic, PARTITIONS, TopicReplication::Fixed(1));
+        let made = self.admin.create_topics([&new], &AdminOptions::new()).await;
+        made.unwrap().remove(0).unwrap();
+        let is_led = || {
+            let metadata = self.watcher.fetch_metadata(Some(&topic), PATIENCE).unwrap();
+            metadata.topics()[0]
+                .partitions()
+                .iter()
+                .all(|partition| partition.leader() >= 0)
+        };
+        while !is_led() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        topic
+    }
+
+    /// A slot at the end of the WAL, for this carrier.
+    pub(crate) async fn begin(&self, carrier: Carrier) {
+        if let Some(slot) = carrier.slot() {
+            self.drop_slot(slot).await;
+            self.create_slot(slot).await;
+            self.put_back_checkpoint(slot).await;
+        } else if carrier == Carrier::OmniBox {
+            self.client
+                .batch_execute("TRUNCATE outbox_events")
+                .await
+                .unwrap();
+        }
+    }
+
+    /// The backlog, as if nobody had read it, for this carrier.
+    pub(crate) async fn begin_at(&self, carrier: Carrier, backlog: &Backlog) {
+        if let (Some(slot), Some(base)) = (carrier.slot(), &backlog.base) {
+            self.drop_slot(slot).await;
+            let copy = "SELECT pg_copy_logical_replication_slot($1::text, $2::text)";
+            self.client.execute(copy, &[base, &slot]).await.unwrap();
+            self.put_back_checkpoint(slot).await;
+        } else {
+            self.begin(carrier).await;
+            self.write(
+                backlog.table,
+                &backlog.topic,
+                backlog.rows,
+                backlog.rows_per_transaction,
+            )
+            .await;
+            self.client
+                .batch_execute("VACUUM ANALYZE outbox_events")
+                .await
+                .unwrap();
+        }
+    }
+
+    /// Writes a backlog. Nothing else may be written until it is drained.
+    pub(crate) async fn load(
+        &mut self,
+        carrier: Carrier,
+        rows: i64,
+        rows_per_transaction: i64,
+    ) -> Backlog {
+        let topic = self.prepare(carrier).await;
+        let table = carrier.table();
+        let mut backlog = Backlog {
+            table,
+            topic,
+            rows,
+            rows_per_transaction,
+            end: String::new(),
+            base: None,
+        };
+        if carrier.slot().is_none() {
+            return backlog;
+        }
+        let base = format!("base_{}_{rows_per_transaction}", table.name());
+        self.create_slot(&base).await;
+        backlog.base = Some(base);
+        let began = Instant::now();
+        self.write(table, &backlog.topic, rows, rows_per_transaction)
+            .await;
+        let end = "SELECT pg_current_wal_insert_lsn()::text";
+        backlog.end = self.client.query_one(end, &[]).await.unwrap().get(0);
+        // So that the server has something to say behind the end.
+        let message = "SELECT pg_logical_emit_message(true, 'bench', 'end')";
+        self.client.execute(message, &[]).await.unwrap();
+        self.client.batch_execute("CHECKPOINT").await.unwrap();
+        let (name, seconds) = (table.name(), began.elapsed().as_secs_f64());
+        eprintln!(
+            "{rows} rows for {name}, {rows_per_transaction} a transaction, in {seconds:.0} s"
+        );
+        backlog
+    }
+
+    async fn write(&self, table: Table, topic: &str, rows: i64, rows_per_transaction: i64) {
+        let load = "CALL bench_load($1, $2, $3, $4)";
+        let insert = table.insert();
+        let parameters: [&(dyn ToSql + Sync); 4] = [&insert, &topic, &rows, &rows_per_transaction];
+        self.client.execute(load, &parameters).await.unwrap();
+    }
+
+    pub(crate) async fn forget(&self, backlog: &Backlog) {
+        if let Some(base) = &backlog.base {
+            self.drop_slot(base).await;
+        }
+    }
+
+    /// How many records each partition has had, over all time.
+    pub(crate) fn ends(&self, topic: &str) -> Vec<i64> {
+        let end = |partition| {
+            let marks = self.watcher.fetch_watermarks(topic, partition, PATIENCE);
+            marks.unwrap().1
+        };
+        (0..PARTITIONS).map(end).collect()
+    }
+
+    /// How many records the topic has had, over all time.
+    pub(crate) fn records(&self, topic: &str) -> i64 {
+        self.ends(topic).iter().sum()
+    }
+
+    /// A consumer of what comes from now on.
+    pub(crate) fn consumer(&self, topic: &str) -> BaseConsumer {
+        let mut assignment = TopicPartitionList::new();
+        for (partition, end) in (0..).zip(self.ends(topic)) {
+            assignment
+                .add_partition_offset(topic, partition, Offset::Offset(end))
+                .unwrap();
+        }
+        let consumer: BaseConsumer = ClientConfig::new()
+            .set("bootstrap.servers", self.brokers())
+            .set("group.id", "bench")
+            .set("enable.auto.commit", "false")
+            .set("fetch.wait.max.ms", "500")
+            .create()
+            .unwrap();
+        consumer.assign(&assignment).unwrap();
+        consumer
+    }
+
+    /// Frees the disk of what the topic has.
+    pub(crate) async fn empty(&self, topic: &str) {
+        let mut until = TopicPartitionList::new();
+        for partition in 0..PARTITIONS {
+            until
+                .add_partition_offset(topic, partition, Offset::End)
+                .unwrap();
+        }
+        let done = self
+            .admin
+            .delete_records(&until, &AdminOptions::new())
+            .await;
+        done.unwrap();
+    }
+
+    /// The process that sends what the slot has, if somebody reads it.
+    pub(crate) async fn walsender(&self, slot: &str) -> Option<u32> {
+        let sql = "SELECT active_pid FROM pg_replication_slots WHERE slot_name = $1";
+        let row = self.client.query_opt(sql, &[&slot]).await.unwrap();
+        let pid: Option<i32> = row.and_then(|row| row.get(0));
+        pid.map(i32::unsigned_abs)
+    }
+
+    async fn create_slot(&self, slot: &str) {
+        let sql = "SELECT pg_create_logical_replication_slot($1, 'pgoutput')";
+        self.client.execute(sql, &[&slot]).await.unwrap();
+    }
+
+    async fn drop_slot(&self, slot: &str) {
+        let sql = "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots \
+                   WHERE slot_name = $1";
+        // Whoever read it a moment ago may not have let go of it.
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while let Err(error) = self.client.execute(sql, &[&slot]).await {
+            assert!(Instant::now() < deadline, "{error}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Where the slot is, if it is the relay's: it begins at the later of the two.
+    async fn put_back_checkpoint(&self, slot: &str) {
+        let sql = "UPDATE postbox.checkpoint SET lsn = confirmed_flush_lsn \
+                   FROM pg_replication_slots WHERE name = $1 AND slot_name = $1";
+        if self.tables.contains(&Table::Postbox) {
+            self.client.execute(sql, &[&slot]).await.unwrap();
+        }
+    }
+}
+
+async fn connect(postgres: &Server) -> Client {
+    let config = format!(
+        "host={} port={} user=postgres dbname=postgres",
+        postgres.fact("socket_dir"),
+        postgres.fact("port")
+    );
+    let (client, connection) = tokio_postgres::connect(&config, NoTls).await.unwrap();
+    tokio::spawn(connection);
+    client
+}
+
+/// The folder of the sources.
+pub(crate) fn home() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// The program that is measured: `POSTBOX`, else what `cargo build --release` makes.
+pub(crate) fn postbox() -> PathBuf {
+    let built = || home().join("target/release/postbox");
+    let program = std::env::var_os("POSTBOX").map_or_else(built, PathBuf::from);
+    assert!(
+        program.exists(),
+        "no {}: run `make bench`",
+        program.display()
+    );
+    program
+}
+
+/// `PG_RECVLOGICAL`, else the newest that is installed.
+pub(crate) fn pg_recvlogical() -> PathBuf {
+    if let Some(program) = std::env::var_os("PG_RECVLOGICAL") {
+        return program.into();
+    }
+    let found = "ls /usr/lib/postgresql/*/bin/pg_recvlogical 2>/dev/null | sort -V | tail -n 1; \
+                 command -v pg_recvlogical";
+    let output = Command::new("sh").args(["-c", found]).output().unwrap();
+    let output = String::from_utf8(output.stdout).unwrap();
+    let Some(program) = output.lines().next() else {
+        panic!(
+            "pg_recvlogical is missing: install Postgres' client programs, or set PG_RECVLOGICAL"
+        );
+    };
+    program.into()
+}

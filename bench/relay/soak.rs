@@ -1,0 +1,144 @@
+//! Half an hour at half of what this machine can write and carry at once: nothing may
+//! grow.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::time::{Duration, Instant};
+
+use tokio::task::JoinSet;
+
+use crate::carrier::{Carrier, Table, Way};
+use crate::cost::{self, Meter, Part};
+use crate::latency;
+use crate::rig::Rig;
+use crate::runs::{Run, Runs};
+
+const WRITERS: usize = 2;
+const ROWS_PER_TRANSACTION: i64 = 100;
+
+/// How long the writers write as fast as they can.
+const FLAT_OUT: Duration = Duration::from_secs(20);
+
+const SAMPLE: Duration = Duration::from_secs(5);
+
+pub(crate) async fn run(rig: &mut Rig, runs: &mut Runs, minutes: u64) {
+    let carrier = Carrier::Postbox(Way::Socket);
+    let topic = rig.prepare(carrier).await;
+    rig.begin(carrier).await;
+    let folder = tempfile::tempdir_in(&rig.scratch).unwrap();
+    let mut running = carrier.start(rig, &topic, folder.path(), None);
+    latency::wait_until_it_carries(rig, carrier, &mut running, &topic).await;
+
+    let writers = Writers::start(rig, &topic, f64::INFINITY).await;
+    let (began, before) = (Instant::now(), rig.records(&topic));
+    tokio::time::sleep(FLAT_OUT).await;
+    let carried = rig.records(&topic) - before;
+    let most = carried as f64 / began.elapsed().as_secs_f64();
+    let written = writers.stop().await;
+    while rig.records(&topic) - before < written {
+        running.check();
+        tokio::time::sleep(SAMPLE).await;
+    }
+    let mut run = Run::new("soak", "most", carrier.name(), 0);
+    run.set("events_per_second", most);
+    runs.add(run);
+
+    let load = format!("{:.0} events/s", most / 2.0);
+    let before = rig.records(&topic);
+    let writers = Writers::start(rig, &topic, most / 2.0).await;
+    let broker = rig.kafka.fact("pid").parse().unwrap();
+    for minute in 1..=minutes {
+        // What is carried is not needed, and half an hour of it would fill a disk.
+        rig.client
+            .batch_execute("TRUNCATE postbox.outbox")
+            .await
+            .unwrap();
+        let walsender = rig.walsender("postbox").await.expect("it streams");
+        let parts = [
+            (Part::Relay, running.pid()),
+            (Part::Walsender, walsender),
+            (Part::Broker, broker),
+        ];
+        let mut meter = Meter::start(parts);
+        let (began, already) = (Instant::now(), rig.records(&topic));
+        let (mut memory, mut behind, mut kept) = (0.0_f64, 0.0_f64, 0.0_f64);
+        while began.elapsed() < Duration::from_secs(60) {
+            tokio::time::sleep(SAMPLE).await;
+            running.check();
+            let written = writers.written();
+            behind = behind.max((written - (rig.records(&topic) - before)) as f64);
+            memory = memory.max(cost::memory_mb(running.pid(), "VmRSS").unwrap());
+            let sql = "SELECT (pg_current_wal_lsn() - confirmed_flush_lsn)::float8 \
+                       FROM pg_replication_slots WHERE slot_name = 'postbox'";
+            kept = kept.max(rig.client.query_one(sql, &[]).await.unwrap().get(0));
+        }
+        meter.look();
+        let (events, seconds) = ((rig.records(&topic) - already) as f64, began.elapsed());
+        let trial = u32::try_from(minute).unwrap();
+        let mut run = Run::new("soak", &load, carrier.name(), trial);
+        run.set("events_per_second", events / seconds.as_secs_f64());
+        run.set("memory_mb", memory);
+        run.set("events_behind", behind.max(0.0));
+        run.set("wal_behind_mb", kept / 1e6);
+        run.set_costs(&meter, events, seconds.as_secs_f64());
+        runs.add(run);
+    }
+    let written = writers.stop().await;
+    running.stop().await;
+    assert_eq!(rig.records(&topic) - before, written);
+}
+
+struct Writers {
+    tasks: JoinSet<()>,
+    written: Arc<AtomicI64>,
+    stop: Arc<AtomicBool>,
+}
+
+impl Writers {
+    /// Sessions that write at this rate together.
+    async fn start(rig: &Rig, topic: &str, rate: f64) -> Self {
+        let written = Arc::<AtomicI64>::default();
+        let stop = Arc::<AtomicBool>::default();
+        let mut tasks = JoinSet::new();
+        let insert = format!("SELECT {}($1, $2, $3)", Table::Postbox.insert());
+        let began = tokio::time::Instant::now();
+        for _ in 0..WRITERS {
+            let client = rig.connect().await;
+            let insert = client.prepare(&insert).await.unwrap();
+            let (written, stop) = (Arc::clone(&written), Arc::clone(&stop));
+            let topic = topic.to_owned();
+            tasks.spawn(async move {
+                let mut mine = 0;
+                while !stop.load(Ordering::Relaxed) {
+                    let due = (mine * WRITERS as i64) as f64 / rate;
+                    tokio::time::sleep_until(began + Duration::from_secs_f64(due)).await;
+                    let last = mine + ROWS_PER_TRANSACTION - 1;
+                    client
+                        .execute(&insert, &[&topic, &mine, &last])
+                        .await
+                        .unwrap();
+                    mine += ROWS_PER_TRANSACTION;
+                    written.fetch_add(ROWS_PER_TRANSACTION, Ordering::Relaxed);
+                }
+            });
+        }
+        Self {
+            tasks,
+            written,
+            stop,
+        }
+    }
+
+    fn written(&self) -> i64 {
+        self.written.load(Ordering::Relaxed)
+    }
+
+    /// How many rows were written.
+    async fn stop(mut self) -> i64 {
+        self.stop.store(true, Ordering::Relaxed);
+        while let Some(done) = self.tasks.join_next().await {
+            done.unwrap();
+        }
+        self.written()
+    }
+}
