@@ -10,6 +10,8 @@ use crate::rig::{self, Rig};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Carrier {
     Postbox(Way),
+    /// postbox over the Unix socket, with these flags.
+    Variant(&'static str),
     /// Postgres' own reader of slots, which does nothing with what it reads.
     PgRecvlogical(Way),
     Debezium(Debezium),
@@ -45,6 +47,7 @@ pub(crate) enum Table {
 impl Carrier {
     pub(crate) fn name(self) -> &'static str {
         match self {
+            Self::Variant(flags) => flags,
             Self::Postbox(Way::Socket) => "postbox, Unix socket",
             Self::Postbox(Way::Tcp) => "postbox, TCP",
             Self::PgRecvlogical(Way::Socket) => "pg_recvlogical, Unix socket",
@@ -60,7 +63,9 @@ impl Carrier {
 
     pub(crate) fn table(self) -> Table {
         match self {
-            Self::Postbox(_) | Self::PgRecvlogical(_) | Self::BareProducer => Table::Postbox,
+            Self::Postbox(_) | Self::Variant(_) | Self::PgRecvlogical(_) | Self::BareProducer => {
+                Table::Postbox
+            }
             Self::Debezium(_) => Table::Debezium,
             Self::OmniBox => Table::OmniBox,
         }
@@ -69,7 +74,7 @@ impl Carrier {
     /// The slot it reads, if it reads one.
     pub(crate) fn slot(self) -> Option<&'static str> {
         match self {
-            Self::Postbox(_) => Some("postbox"),
+            Self::Postbox(_) | Self::Variant(_) => Some("postbox"),
             Self::PgRecvlogical(_) => Some("reader"),
             Self::Debezium(_) => Some("debezium"),
             Self::OmniBox | Self::BareProducer => None,
@@ -82,11 +87,10 @@ impl Carrier {
         let compare = rig::home().join("bench/compare");
         let mut command = own_command();
         match self {
-            Self::Postbox(way) => command
-                .arg(rig::postbox())
-                .args(["relay", "--http", "127.0.0.1:0"])
-                .env("POSTBOX_DATABASE_URL", rig.database_url(way))
-                .env("POSTBOX_BROKERS", rig.brokers()),
+            Self::Postbox(way) => relay(&mut command, rig, way),
+            Self::Variant(flags) => {
+                relay(&mut command, rig, Way::Socket).args(flags.split_whitespace())
+            }
             Self::PgRecvlogical(way) => command
                 .arg(rig::pg_recvlogical())
                 .args(["--dbname", &rig.database_url(way), "--slot", "reader"])
@@ -136,6 +140,14 @@ fn own_command() -> Command {
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", "KILL", "--"]);
     command
+}
+
+fn relay<'c>(command: &'c mut Command, rig: &Rig, way: Way) -> &'c mut Command {
+    command
+        .arg(rig::postbox())
+        .args(["relay", "--http", "127.0.0.1:0"])
+        .env("POSTBOX_DATABASE_URL", rig.database_url(way))
+        .env("POSTBOX_BROKERS", rig.brokers())
 }
 
 fn environment<'c>(command: &'c mut Command, rig: &Rig) -> &'c mut Command {
@@ -233,7 +245,9 @@ impl Running {
         };
         // A JVM and others end by the signal, or as if they had.
         let told = status.signal() == Some(15) || status.code() == Some(143);
-        if !status.success() && (!told || matches!(self.carrier, Carrier::Postbox(_))) {
+        if !status.success()
+            && (!told || matches!(self.carrier, Carrier::Postbox(_) | Carrier::Variant(_)))
+        {
             self.fail(&format!("ended with {status}"));
         }
     }

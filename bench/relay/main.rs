@@ -76,6 +76,10 @@ struct Options {
     /// Measures to take, of all; such as `drain,latency`.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
+    /// Flags of a relay that is measured in the place of all else, beside that without;
+    /// repeatable. Such as `-X linger.ms=5`.
+    #[arg(long = "variant", allow_hyphen_values = true)]
+    variants: Vec<String>,
 }
 
 impl Options {
@@ -115,14 +119,26 @@ async fn relay(options: &Options) {
     let mut runs = Runs::create(&options.runs, &rig).await;
     let postbox = [Way::Socket, Way::Tcp].map(Carrier::Postbox);
     let readers = [Way::Socket, Way::Tcp].map(Carrier::PgRecvlogical);
+    let variants = options
+        .variants
+        .iter()
+        .map(|flags| Carrier::Variant(flags.clone().leak()));
+    let variants: Vec<_> = [postbox[0]].into_iter().chain(variants).collect();
+    let choose = |all: &[Carrier]| match variants.len() {
+        1 => all.to_vec(),
+        _ => variants.clone(),
+    };
+    let drained = choose(&[postbox[0], readers[0], postbox[1], readers[1]]);
+    let started = choose(&postbox[..1]);
+    let written = choose(&[Carrier::BareProducer, postbox[0], postbox[1]]);
     if options.wants("drain") {
         for rows in ROWS_PER_TRANSACTION {
             let backlog = rig.load(postbox[0], options.rows, rows).await;
             // A broker that has done nothing yet is slow.
             drain::run(&mut rig, postbox[0], &backlog, 0).await;
             for trial in 1..=options.trials {
-                for carrier in [postbox[0], readers[0], postbox[1], readers[1]] {
-                    runs.add(drain::run(&mut rig, carrier, &backlog, trial).await);
+                for &carrier in &drained {
+                    runs.add(&drain::run(&mut rig, carrier, &backlog, trial).await);
                 }
             }
             rig.forget(&backlog).await;
@@ -130,22 +146,26 @@ async fn relay(options: &Options) {
     }
     if options.wants("start") {
         for trial in 1..=options.trials {
-            runs.add(rest::first_delivery_of_a_bare_producer(&mut rig, trial).await);
-            runs.add(rest::first_delivery(&mut rig, postbox[0], trial).await);
+            runs.add(&rest::first_delivery_of_a_bare_producer(&mut rig, trial).await);
+            for &carrier in &started {
+                runs.add(&rest::first_delivery(&mut rig, carrier, trial).await);
+            }
         }
     }
     if options.wants("latency") {
         for trial in 1..=options.trials {
             for rate in [20, 1_000, 10_000] {
-                for carrier in [Carrier::BareProducer, postbox[0], postbox[1]] {
-                    runs.add(latency::run(&mut rig, carrier, rate, trial).await);
+                for &carrier in &written {
+                    runs.add(&latency::run(&mut rig, carrier, rate, trial).await);
                 }
             }
         }
     }
     if options.wants("idle") {
         for trial in 1..=options.trials {
-            runs.add(rest::idle(&mut rig, postbox[0], trial).await);
+            for &carrier in &started {
+                runs.add(&rest::idle(&mut rig, carrier, trial).await);
+            }
         }
     }
 }
@@ -170,10 +190,10 @@ async fn compare(options: &Options) {
             ] {
                 for carrier in carriers {
                     if options.wants("drain") {
-                        runs.add(drain::run(&mut rig, *carrier, backlog, trial).await);
+                        runs.add(&drain::run(&mut rig, *carrier, backlog, trial).await);
                     }
                     if options.wants("crash") {
-                        runs.add(crash::run(&mut rig, *carrier, backlog, trial).await);
+                        runs.add(&crash::run(&mut rig, *carrier, backlog, trial).await);
                     }
                 }
             }
@@ -192,11 +212,11 @@ async fn compare(options: &Options) {
     if options.wants("latency") {
         for trial in 1..=options.trials {
             for rate in [20, 1_000] {
-                runs.add(latency::run(&mut rig, Carrier::BareProducer, rate, trial).await);
+                runs.add(&latency::run(&mut rig, Carrier::BareProducer, rate, trial).await);
                 for carrier in resting {
                     // One row a batch and round trips for each: it cannot keep up.
                     if rate <= 20 || carrier != Carrier::OmniBox {
-                        runs.add(latency::run(&mut rig, carrier, rate, trial).await);
+                        runs.add(&latency::run(&mut rig, carrier, rate, trial).await);
                     }
                 }
             }
@@ -205,7 +225,7 @@ async fn compare(options: &Options) {
     if options.wants("idle") {
         for trial in 1..=options.trials {
             for carrier in resting {
-                runs.add(rest::idle(&mut rig, carrier, trial).await);
+                runs.add(&rest::idle(&mut rig, carrier, trial).await);
             }
         }
     }

@@ -87,12 +87,12 @@ impl Runs {
         runs
     }
 
-    pub(crate) fn add(&mut self, run: Run) {
+    pub(crate) fn add(&mut self, run: &Run) {
         eprintln!(
             "{} {}, {}, {}: {:.1?}",
             run.measure, run.trial, run.load, run.carrier, run.figures
         );
-        self.write(&run);
+        self.write(run);
     }
 
     fn write<T: Serialize>(&mut self, line: &T) {

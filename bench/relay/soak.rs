@@ -41,7 +41,7 @@ pub(crate) async fn run(rig: &mut Rig, runs: &mut Runs, minutes: u64) {
     }
     let mut run = Run::new("soak", "most", carrier.name(), 0);
     run.set("events_per_second", most);
-    runs.add(run);
+    runs.add(&run);
 
     let load = format!("{:.0} events/s", most / 2.0);
     let before = rig.records(&topic);
@@ -81,7 +81,7 @@ pub(crate) async fn run(rig: &mut Rig, runs: &mut Runs, minutes: u64) {
         run.set("events_behind", behind.max(0.0));
         run.set("wal_behind_mb", kept / 1e6);
         run.set_costs(&meter, events, seconds.as_secs_f64());
-        runs.add(run);
+        runs.add(&run);
     }
     let written = writers.stop().await;
     running.stop().await;
