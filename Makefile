@@ -56,6 +56,7 @@ bench-soak: ## Let it run for MINUTES at half of what this machine can write and
 	@$(measure) soak --runs $(or $(RUNS),bench/runs/soak.jsonl) $(if $(MINUTES),--minutes $(MINUTES))
 
 bench-compare: ## Measure postbox beside Debezium and omni-box: TRIALS, ROWS, ONLY=drain,crash,latency,idle.
+	@dev/bootstrap && dev/fetch connect omni-box
 	@$(measure) compare --runs $(or $(RUNS),bench/runs/compare.jsonl) $(options)
 
 bench-report: ## Print the tables of what was measured, and draw the picture.

@@ -51,7 +51,7 @@ impl Rig {
         let kafka = Server::kafka(&[&[check], kafka].concat()).unwrap();
         let client = connect(&postgres).await;
         client
-            .batch_execute(include_str!("rows.sql"))
+            .batch_execute(include_str!("../compare/rows.sql"))
             .await
             .unwrap();
         let mut config = ClientConfig::new();
