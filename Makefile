@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-matrix campaign trials fuzz lint
+.PHONY: help demo test test-matrix campaign trials fuzz bench-micro lint
 
 VERSIONS ?= 14 15 16 17 18
 
@@ -43,6 +43,10 @@ fuzz: ## Look for input that breaks a promise of the decoder or the envelope: RU
 		cargo fuzz run --sanitizer none $$target fuzz/found/$$target fuzz/corpus/$$target -- -max_len=4096 \
 			$(if $(SECONDS),-max_total_time=$(SECONDS),-runs=$(or $(RUNS),1000000)) || exit; \
 	done
+
+bench-micro: ## Measure what an event costs in the pure parts of its way.
+	@dev/bootstrap build
+	cargo bench --locked --bench micro
 
 lint: ## Check format, lints, docs, and that what is released has no failpoints.
 	@dev/bootstrap build
