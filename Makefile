@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-matrix campaign trials fuzz bench bench-soak bench-compare bench-report lint
+.PHONY: help demo test test-matrix campaign trials fuzz bench bench-soak bench-compare bench-micro bench-report lint
 
 VERSIONS ?= 14 15 16 17 18
 
@@ -58,6 +58,10 @@ bench-soak: ## Let it run for MINUTES at half of what this machine can write and
 bench-compare: ## Measure postbox beside Debezium and omni-box: TRIALS, ROWS, ONLY=drain,crash,latency,idle.
 	@dev/bootstrap && dev/fetch connect omni-box
 	@$(measure) compare --runs $(or $(RUNS),bench/runs/compare.jsonl) $(options)
+
+bench-micro: ## Measure what an event costs in the pure parts of its way.
+	@dev/bootstrap build
+	cargo bench --locked --bench micro
 
 bench-report: ## Print the tables of what was measured, and draw the picture.
 	@cargo bench --profile dev --locked --quiet --bench relay -- report --picture bench/runs/relay.svg bench/runs/*.jsonl

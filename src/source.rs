@@ -10,10 +10,7 @@ mod messages;
 pub mod wal;
 
 pub use columns::Unreadable;
-pub use messages::{HEARTBEAT_PREFIX, Source};
-
-#[cfg(any(test, fuzzing))]
-pub(crate) use messages::Messages;
+pub use messages::{HEARTBEAT_PREFIX, Messages, Source};
 
 use bytes::Bytes;
 use tokio_postgres::types::PgLsn;

@@ -10,7 +10,7 @@ use crate::rig::{self, Rig};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Carrier {
     Postbox(Way),
-    /// postbox over the Unix socket, with these flags.
+    /// postbox over the Unix socket, with these variables and flags.
     Variant(&'static str),
     /// Postgres' own reader of slots, which does nothing with what it reads.
     PgRecvlogical(Way),
@@ -88,8 +88,14 @@ impl Carrier {
         let mut command = own_command();
         match self {
             Self::Postbox(way) => relay(&mut command, rig, way),
-            Self::Variant(flags) => {
-                relay(&mut command, rig, Way::Socket).args(flags.split_whitespace())
+            Self::Variant(words) => {
+                let is_variable = |word: &&str| !word.starts_with('-') && word.contains('=');
+                let words: Vec<&str> = words.split_whitespace().collect();
+                let variables = words.iter().take_while(|word| is_variable(word)).count();
+                let (variables, flags) = words.split_at(variables);
+                relay(&mut command, rig, Way::Socket)
+                    .envs(variables.iter().filter_map(|word| word.split_once('=')))
+                    .args(flags)
             }
             Self::PgRecvlogical(way) => command
                 .arg(rig::pg_recvlogical())

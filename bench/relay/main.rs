@@ -73,11 +73,14 @@ struct Options {
     /// Rows of a backlog.
     #[arg(long, default_value_t = 500_000)]
     rows: i64,
+    /// Rows of one transaction, in the backlogs.
+    #[arg(long, value_delimiter = ',', default_value = "1,100,1000")]
+    rows_per_transaction: Vec<i64>,
     /// Measures to take, of all; such as `drain,latency`.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
-    /// Flags of a relay that is measured in the place of all else, beside that without;
-    /// repeatable. Such as `-X linger.ms=5`.
+    /// Variables and flags of a relay that is measured in the place of all else, beside
+    /// that without; repeatable. Such as `-X linger.ms=5`.
     #[arg(long = "variant", allow_hyphen_values = true)]
     variants: Vec<String>,
 }
@@ -111,9 +114,6 @@ fn main() {
 /// Of Postgres: a checkpoint would fall on one trial and not on the next.
 const STEADY: [&str; 2] = ["max_wal_size=32GB", "checkpoint_timeout=1h"];
 
-/// Rows of one transaction, in the backlogs.
-const ROWS_PER_TRANSACTION: [i64; 3] = [1, 100, 1_000];
-
 async fn relay(options: &Options) {
     let mut rig = Rig::start(&STEADY, &[]).await;
     let mut runs = Runs::create(&options.runs, &rig).await;
@@ -130,9 +130,10 @@ async fn relay(options: &Options) {
     };
     let drained = choose(&[postbox[0], readers[0], postbox[1], readers[1]]);
     let started = choose(&postbox[..1]);
-    let written = choose(&[Carrier::BareProducer, postbox[0], postbox[1]]);
+    let mut written = choose(&postbox);
+    written.insert(0, Carrier::BareProducer);
     if options.wants("drain") {
-        for rows in ROWS_PER_TRANSACTION {
+        for rows in options.rows_per_transaction.iter().copied() {
             let backlog = rig.load(postbox[0], options.rows, rows).await;
             // A broker that has done nothing yet is slow.
             drain::run(&mut rig, postbox[0], &backlog, 0).await;

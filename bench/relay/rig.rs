@@ -205,9 +205,16 @@ impl Rig {
 
     /// How many records each partition has had, over all time.
     pub(crate) fn ends(&self, topic: &str) -> Vec<i64> {
+        let deadline = Instant::now() + Duration::from_secs(10);
         let end = |partition| {
-            let marks = self.watcher.fetch_watermarks(topic, partition, PATIENCE);
-            marks.unwrap().1
+            // A leader does not know at once that it leads a new partition.
+            loop {
+                match self.watcher.fetch_watermarks(topic, partition, PATIENCE) {
+                    Ok((_, end)) => return end,
+                    Err(error) if Instant::now() > deadline => panic!("{topic}: {error}"),
+                    Err(_) => std::thread::sleep(Duration::from_millis(20)),
+                }
+            }
         };
         (0..PARTITIONS).map(end).collect()
     }

@@ -52,7 +52,7 @@ pub struct Source {
 }
 
 /// Follows the messages of one stream.
-pub(crate) struct Messages {
+pub struct Messages {
     source: Source,
     tables: HashMap<u32, Columns>,
     transaction: Option<Transaction>,
@@ -67,7 +67,8 @@ struct Transaction {
 }
 
 impl Messages {
-    pub(crate) fn new(source: Source) -> Self {
+    /// Nothing has been read yet.
+    pub fn new(source: Source) -> Self {
         Self {
             source,
             tables: HashMap::new(),
@@ -86,7 +87,10 @@ impl Messages {
     }
 
     /// What a message means to the relay, if anything.
-    pub(crate) fn accept(&mut self, message: ReplicationEvent) -> Result<Option<Item>> {
+    ///
+    /// # Errors
+    /// If it says that the publication is wrong, or breaks the protocol.
+    pub fn accept(&mut self, message: ReplicationEvent) -> Result<Option<Item>> {
         match message {
             ReplicationEvent::Begin {
                 final_lsn,
@@ -126,8 +130,11 @@ impl Messages {
         }
     }
 
-    /// The event of a row.
-    pub(crate) fn event<'a>(&self, row: &'a Row) -> Result<Event<'a>, Unreadable> {
+    /// The event of a row that came of these messages.
+    ///
+    /// # Errors
+    /// If the row is not an event.
+    pub fn event<'a>(&self, row: &'a Row) -> Result<Event<'a>, Unreadable> {
         let insert = insert(row)?;
         let columns = self.tables.get(&insert.relation_id);
         let columns = columns.ok_or(Unreadable::Relation(insert.relation_id))?;
