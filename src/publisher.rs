@@ -31,6 +31,7 @@
 mod brokers;
 pub mod codes;
 mod partitioner;
+mod push;
 mod refusals;
 mod reports;
 mod settings;
@@ -51,12 +52,15 @@ use rdkafka::producer::{BaseRecord, Producer, PurgeConfig, ThreadedProducer};
 
 use crate::envelope::Record;
 use crate::error::{Error, ErrorKind, Result};
+use push::Pusher;
 use reports::{Context, Reports};
 
 /// A producer, the topics it knows, and the reports of its deliveries.
 pub struct Publisher {
     settings: KafkaSettings,
     producer: ThreadedProducer<Context>,
+    /// None if the user says for how long records linger.
+    pusher: Option<Pusher>,
     reports: Arc<Reports>,
     topics: HashMap<String, Known>,
     batch_bytes: usize,
@@ -96,10 +100,11 @@ impl Publisher {
     /// If a setting is refused.
     pub fn new(settings: KafkaSettings, batch_bytes: usize) -> Result<Self> {
         let reports = Arc::new(Reports::default());
-        let producer = producer(&settings, batch_bytes, &reports)?;
+        let (producer, pusher) = producer(&settings, batch_bytes, &reports)?;
         Ok(Self {
             settings,
             producer,
+            pusher,
             reports,
             topics: HashMap::new(),
             batch_bytes,
@@ -179,8 +184,9 @@ impl Publisher {
         if let Some(max) = topic.message_bytes_max {
             self.batch_bytes = self.batch_bytes.min(max);
         }
-        let fresh = producer(&self.settings, self.batch_bytes, &self.reports)?;
-        drop_apart(std::mem::replace(&mut self.producer, fresh)).await;
+        let (producer, pusher) = producer(&self.settings, self.batch_bytes, &self.reports)?;
+        let producer = std::mem::replace(&mut self.producer, producer);
+        drop_apart(producer, std::mem::replace(&mut self.pusher, pusher)).await;
         Ok(())
     }
 
@@ -235,6 +241,13 @@ impl Publisher {
         })
     }
 
+    /// What was sent leaves at once, without waiting for a fuller batch.
+    pub fn push(&self) {
+        if let Some(pusher) = &self.pusher {
+            pusher.push();
+        }
+    }
+
     /// Waits until [`take_reports`](Self::take_reports) has something to give.
     /// Cancel-safe: a report is never lost by not waiting for it.
     pub async fn reported(&self) {
@@ -272,7 +285,7 @@ impl Publisher {
     /// Forgets what is still in flight and ends the producer. What was sent may
     /// still be delivered.
     pub async fn close(self) {
-        drop_apart(self.producer).await;
+        drop_apart(self.producer, self.pusher).await;
     }
 }
 
@@ -291,12 +304,19 @@ fn producer(
     settings: &KafkaSettings,
     batch_bytes: usize,
     reports: &Arc<Reports>,
-) -> Result<ThreadedProducer<Context>> {
+) -> Result<(ThreadedProducer<Context>, Option<Pusher>)> {
     let context = Context::new(Arc::clone(reports));
-    settings
+    let producer: ThreadedProducer<Context> = settings
         .producer(batch_bytes)?
         .create_with_context(context)
-        .map_err(settings::invalid)
+        .map_err(settings::invalid)?;
+    let pusher = match settings.sets_linger() {
+        true => None,
+        false => Some(Pusher::start(producer.clone()).map_err(|error| {
+            Error::new(ErrorKind::Unexpected, "start a thread").caused_by(error)
+        })?),
+    };
+    Ok((producer, pusher))
 }
 
 /// Of the milliseconds since 1970, librdkafka takes 0 for "now", and Kafka -1 for
@@ -307,8 +327,9 @@ fn timestamp(millis: i64) -> i64 {
 
 /// A producer that is dropped purges, and waits for its threads: 0.6 s, or longer
 /// if one is stuck in a name look-up. Not on our thread, and not for long.
-async fn drop_apart(producer: ThreadedProducer<Context>) {
+async fn drop_apart(producer: ThreadedProducer<Context>, pusher: Option<Pusher>) {
     let dropped = tokio::task::spawn_blocking(move || {
+        pusher.map(Pusher::stop);
         producer.purge(PurgeConfig::default().queue().inflight());
         drop(producer);
     });

@@ -14,6 +14,7 @@
 mod attempt;
 mod connect;
 mod control;
+mod pace;
 mod partitions;
 mod window;
 

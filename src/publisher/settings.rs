@@ -77,12 +77,17 @@ const REFUSED: &[(&str, &str)] = &[
     ),
 ];
 
+const LINGER: &[&str] = &["linger.ms", "queue.buffering.max.ms"];
+
 /// What may be overridden, with its default and the reason for it.
 const DEFAULTS: &[(&[&str], &str)] = &[
     // 500,000 rows of 350 bytes: full lz4 batches cost the broker 2.6 to 2.9 µs
     // an event, small ones 5 to 7 µs.
     (&["compression.codec", "compression.type"], "lz4"),
-    (&["linger.ms", "queue.buffering.max.ms"], "5"),
+    // 400,000 rows of 395 bytes over a Unix socket, 100 a transaction: 83,000 events/s
+    // at 10.0 µs of the relay's CPU each with 0; 133,000 at 5.2 with 1; 143,000 at 4.5
+    // with 2; 157,000 at 3.9 with 5; 160,000 at 3.8 with 10. What is alone is pushed.
+    (LINGER, "5"),
     (&["socket.keepalive.enable"], "true"),
     // The default waits up to 10 s between attempts: too long for a broker that
     // came back.
@@ -151,6 +156,11 @@ impl KafkaSettings {
         let default = DEFAULTS.iter().find(|(names, _)| names.contains(&name));
         let value = self.value(name).or(default.map(|(_, value)| *value));
         value?.parse().ok()
+    }
+
+    /// Whether it is the user who says for how long records linger.
+    pub(super) fn sets_linger(&self) -> bool {
+        self.sets(LINGER)
     }
 
     fn sets(&self, names: &[&str]) -> bool {

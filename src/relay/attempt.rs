@@ -167,6 +167,9 @@ impl<'r> Attempt<'r> {
                 tokio::task::yield_now().await;
                 continue;
             }
+            if read == 0 {
+                self.window.push();
+            }
             let may_read = self.may_read();
             tokio::select! {
                 biased;

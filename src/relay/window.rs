@@ -9,6 +9,7 @@ use rdkafka::error::RDKafkaErrorCode;
 use tokio_postgres::types::PgLsn;
 
 use super::control::Reached;
+use super::pace::Pace;
 use super::partitions::Partitions;
 use crate::ack::AckQueue;
 use crate::envelope::Record;
@@ -29,6 +30,7 @@ pub(super) struct Window {
     topics: Vec<TopicMetrics>,
     partitions: Partitions,
     reports: Vec<Report>,
+    pace: Pace,
     /// Rows that were in a refused batch: they are sent again alone, so that the
     /// one that is at fault can be told from its neighbours.
     suspects: BTreeSet<Place>,
@@ -119,6 +121,7 @@ impl Window {
             topics: Vec::new(),
             partitions: Partitions::default(),
             reports: Vec::new(),
+            pace: Pace::start(Instant::now()),
             suspects,
             alone: None,
             failed: None,
@@ -230,6 +233,7 @@ impl Window {
         failpoint!("sending");
         match self.publisher.send(record, destination.partition, sequence) {
             Ok(()) => {
+                self.pace.sent();
                 failpoint!("sent");
             }
             Err(SendError::Row(code)) => {
@@ -249,6 +253,14 @@ impl Window {
             self.alone = Some((sequence, row.clone()));
         }
         Ok(())
+    }
+
+    /// Nothing more can be sent for now: what was sent leaves at once, unless there is so
+    /// much of it that more is sure to follow.
+    pub(super) fn push(&mut self) {
+        if self.pace.should_push(Instant::now()) {
+            self.publisher.push();
+        }
     }
 
     /// Everything that was sent lies before this position.
