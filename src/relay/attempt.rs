@@ -153,6 +153,7 @@ impl<'r> Attempt<'r> {
         let mut busy = 0;
         let mut awake_at = Instant::now();
         loop {
+            self.look_at_clock();
             self.settle()?;
             if self.stopping && self.is_drained() {
                 return self.finish(deadline).await;
@@ -184,9 +185,19 @@ impl<'r> Attempt<'r> {
                 Some(alive) = self.probing.join_next() => self.probed(joined(alive)),
                 () = tokio::task::yield_now(), if read > 0 => {}
                 () = self.window.publisher.reported() => {}
-                item = self.stream.next(), if may_read => self.take(item?)?,
+                item = self.stream.next(), if may_read => {
+                    self.look_at_clock();
+                    self.take(item?)?;
+                }
             }
         }
+    }
+
+    /// Once for all that is done before anything is waited for.
+    fn look_at_clock(&mut self) {
+        let now = Instant::now();
+        self.window.look_at_clock(now.into_std());
+        self.stream.look_at_clock(now.into_std());
     }
 
     /// Ends the attempt of a process that was frozen, before it sends what has come in

@@ -31,6 +31,8 @@ pub(super) struct Window {
     partitions: Partitions,
     reports: Vec<Report>,
     pace: Pace,
+    /// When the relay last looked at the clock: for each event it would be too dear.
+    now: Instant,
     /// Rows that were in a refused batch: they are sent again alone, so that the
     /// one that is at fault can be told from its neighbours.
     suspects: BTreeSet<Place>,
@@ -122,6 +124,7 @@ impl Window {
             partitions: Partitions::default(),
             reports: Vec::new(),
             pace: Pace::start(Instant::now()),
+            now: Instant::now(),
             suspects,
             alone: None,
             failed: None,
@@ -226,7 +229,7 @@ impl Window {
             destination,
             size,
             committed_at: row.committed_at,
-            sent_at: Instant::now(),
+            sent_at: self.now,
         };
         let sequence = self.queue.push_event(sent, size);
         self.last_sent = Some(row.place);
@@ -258,7 +261,7 @@ impl Window {
     /// Nothing more can be sent for now: what was sent leaves at once, unless there is so
     /// much of it that more is sure to follow.
     pub(super) fn push(&mut self) {
-        if self.pace.should_push(Instant::now()) {
+        if self.pace.should_push(self.now) {
             self.publisher.push();
         }
     }
@@ -277,6 +280,10 @@ impl Window {
         if let Some(mark) = position.mark {
             self.marks.push_back((self.queue.end(), mark, position.lsn));
         }
+    }
+
+    pub(super) fn look_at_clock(&mut self, now: Instant) {
+        self.now = now;
     }
 
     /// Turns the reports that arrived into progress, and says why nothing more can
@@ -353,7 +360,7 @@ impl Window {
         let topic = &self.topics[sent.destination.topic];
         topic.events.inc();
         topic.bytes.inc_by(sent.size as u64);
-        let seconds = sent.sent_at.elapsed().as_secs_f64();
+        let seconds = self.now.duration_since(sent.sent_at).as_secs_f64();
         self.metrics.publish_seconds.observe(seconds);
         // Two hosts' clocks may differ.
         let micros = now

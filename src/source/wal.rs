@@ -68,6 +68,8 @@ pub struct Stream {
     messages: Messages,
     gap: Option<GapReader>,
     last_heard: Instant,
+    /// Whether anything has come since the clock was last looked at.
+    has_heard: bool,
     received: PgLsn,
     confirmed: PgLsn,
 }
@@ -120,6 +122,7 @@ impl Stream {
             gap: None,
             settings,
             last_heard: Instant::now(),
+            has_heard: false,
             received: PgLsn::from(0),
             confirmed: PgLsn::from(0),
         })
@@ -171,7 +174,7 @@ impl Stream {
                 Ok(None) => return Err(self.ended()),
                 Err(error) => return Err(database::sort_replication(self.context(), error)),
             };
-            self.last_heard = Instant::now();
+            self.has_heard = true;
             if let Some(item) = self.messages.accept(message)? {
                 if let Item::Position(position) = &item {
                     self.received = self.received.max(position.lsn);
@@ -229,15 +232,21 @@ impl Stream {
         self.confirmed
     }
 
+    /// What has come since this was last called, came now.
+    pub fn look_at_clock(&mut self, now: Instant) {
+        if std::mem::take(&mut self.has_heard) {
+            self.last_heard = now;
+        }
+    }
+
     /// Fails if the server has been silent for too long. `reading` says whether
     /// we have been listening.
     ///
     /// # Errors
     /// `DatabaseAway` if nothing came, not even a ping.
     pub fn check_alive(&mut self, reading: bool) -> Result<()> {
-        if !reading || self.gap.is_some() {
-            self.last_heard = Instant::now();
-        }
+        self.has_heard |= !reading || self.gap.is_some();
+        self.look_at_clock(Instant::now());
         let silence = self.silence();
         if silence > self.settings.wal_sender_timeout * 3 / 2 {
             let message = format!("nothing heard from the server for {} s", silence.as_secs());
