@@ -31,6 +31,7 @@
 mod brokers;
 pub mod codes;
 mod partitioner;
+mod producer;
 mod push;
 mod refusals;
 mod reports;
@@ -48,19 +49,18 @@ use std::time::Duration;
 
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{Header, OwnedHeaders};
-use rdkafka::producer::{BaseRecord, Producer, PurgeConfig, ThreadedProducer};
+use rdkafka::producer::BaseRecord;
 
 use crate::envelope::Record;
 use crate::error::{Error, ErrorKind, Result};
-use push::Pusher;
-use reports::{Context, Reports};
+use producer::Producer;
+use reports::Reports;
 
-/// A producer, the topics it knows, and the reports of its deliveries.
+/// A producer, the topics it knows, and the reports of its deliveries. Dropped, it
+/// forgets what is in flight; what was sent may still be delivered.
 pub struct Publisher {
     settings: KafkaSettings,
-    producer: ThreadedProducer<Context>,
-    /// None if the user says for how long records linger.
-    pusher: Option<Pusher>,
+    producer: Producer,
     reports: Arc<Reports>,
     topics: HashMap<String, Known>,
     batch_bytes: usize,
@@ -100,11 +100,10 @@ impl Publisher {
     /// If a setting is refused.
     pub fn new(settings: KafkaSettings, batch_bytes: usize) -> Result<Self> {
         let reports = Arc::new(Reports::default());
-        let (producer, pusher) = producer(&settings, batch_bytes, &reports)?;
+        let producer = Producer::start(&settings, batch_bytes, &reports)?;
         Ok(Self {
             settings,
             producer,
-            pusher,
             reports,
             topics: HashMap::new(),
             batch_bytes,
@@ -162,7 +161,7 @@ impl Publisher {
     /// go on meanwhile.
     pub fn resolve(&self, name: &str) -> impl Future<Output = Result<Topic>> + Send + use<> {
         topics::resolve(
-            self.producer.clone(),
+            Arc::clone(self.producer.client()),
             self.settings.clone(),
             name.to_owned(),
         )
@@ -180,13 +179,11 @@ impl Publisher {
     ///
     /// # Errors
     /// If librdkafka cannot make one.
-    pub async fn shrink(&mut self, topic: &Topic) -> Result<()> {
+    pub fn shrink(&mut self, topic: &Topic) -> Result<()> {
         if let Some(max) = topic.message_bytes_max {
             self.batch_bytes = self.batch_bytes.min(max);
         }
-        let (producer, pusher) = producer(&self.settings, self.batch_bytes, &self.reports)?;
-        let producer = std::mem::replace(&mut self.producer, producer);
-        drop_apart(producer, std::mem::replace(&mut self.pusher, pusher)).await;
+        self.producer = Producer::start(&self.settings, self.batch_bytes, &self.reports)?;
         Ok(())
     }
 
@@ -227,7 +224,7 @@ impl Publisher {
             .timestamp(timestamp(record.timestamp_millis))
             .headers(headers);
         message.payload = record.value;
-        let Err((error, _)) = self.producer.send(message) else {
+        let Err((error, _)) = self.producer.client().send(message) else {
             return Ok(());
         };
         Err(match error {
@@ -243,9 +240,7 @@ impl Publisher {
 
     /// What was sent leaves at once, without waiting for a fuller batch.
     pub fn push(&self) {
-        if let Some(pusher) = &self.pusher {
-            pusher.push();
-        }
+        self.producer.push();
     }
 
     /// Waits until [`take_reports`](Self::take_reports) has something to give.
@@ -269,7 +264,7 @@ impl Publisher {
     /// If none answers within `timeout`.
     pub fn probe(&self, timeout: Duration) -> impl Future<Output = Result<()>> + Send + use<> {
         topics::probe(
-            self.producer.clone(),
+            Arc::clone(self.producer.client()),
             self.topics.keys().next().cloned(),
             timeout,
         )
@@ -278,14 +273,7 @@ impl Publisher {
     /// Forgets what is queued and in flight: all of it is reported as failed,
     /// though what was sent may still be delivered.
     pub fn purge(&self) {
-        self.producer
-            .purge(PurgeConfig::default().queue().inflight().non_blocking());
-    }
-
-    /// Forgets what is still in flight and ends the producer. What was sent may
-    /// still be delivered.
-    pub async fn close(self) {
-        drop_apart(self.producer, self.pusher).await;
+        self.producer.purge();
     }
 }
 
@@ -300,39 +288,8 @@ pub fn failure(code: RDKafkaErrorCode) -> Error {
     Error::new(kind, "a delivery failed").caused_by(codes::explain(code))
 }
 
-fn producer(
-    settings: &KafkaSettings,
-    batch_bytes: usize,
-    reports: &Arc<Reports>,
-) -> Result<(ThreadedProducer<Context>, Option<Pusher>)> {
-    let context = Context::new(Arc::clone(reports));
-    let producer: ThreadedProducer<Context> = settings
-        .producer(batch_bytes)?
-        .create_with_context(context)
-        .map_err(settings::invalid)?;
-    let pusher = match settings.sets_linger() {
-        true => None,
-        false => Some(Pusher::start(producer.clone()).map_err(|error| {
-            Error::new(ErrorKind::Unexpected, "start a thread").caused_by(error)
-        })?),
-    };
-    Ok((producer, pusher))
-}
-
 /// Of the milliseconds since 1970, librdkafka takes 0 for "now", and Kafka -1 for
 /// "none": those two instants are a little off instead.
 fn timestamp(millis: i64) -> i64 {
     if matches!(millis, -1 | 0) { 1 } else { millis }
-}
-
-/// A producer that is dropped purges, and waits for its threads: 0.6 s, or longer
-/// if one is stuck in a name look-up. Not on our thread, and not for long.
-async fn drop_apart(producer: ThreadedProducer<Context>, pusher: Option<Pusher>) {
-    let dropped = tokio::task::spawn_blocking(move || {
-        pusher.map(Pusher::stop);
-        producer.purge(PurgeConfig::default().queue().inflight());
-        drop(producer);
-    });
-    // If it takes longer, it ends by itself.
-    let _ = tokio::time::timeout(Duration::from_secs(1), dropped).await;
 }

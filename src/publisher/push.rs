@@ -9,36 +9,34 @@
 //! The wrapper's `flush` cannot serve: it asks for a flush of no length, which has ended
 //! before a broker's thread has woken up.
 
+use std::sync::Arc;
 use std::sync::mpsc::{self, SyncSender};
-use std::thread::JoinHandle;
 
 use rdkafka::bindings;
-use rdkafka::producer::{Producer, ThreadedProducer};
+use rdkafka::producer::Producer as _;
 
-use super::reports::Context;
+use super::producer::{Client, start_thread};
+use crate::error::Result;
 
 /// How long one push lasts, if what is in flight is not delivered sooner: a wake-up of
 /// a thread takes less.
 const FLUSH_MILLIS: i32 = 5;
 
-/// A thread that flushes when it is told to.
+/// A thread that flushes when it is told to, and ends when this is dropped.
 pub(super) struct Pusher {
     requests: SyncSender<()>,
-    thread: JoinHandle<()>,
 }
 
 impl Pusher {
-    pub(super) fn start(producer: ThreadedProducer<Context>) -> std::io::Result<Self> {
+    pub(super) fn start(client: Arc<Client>) -> Result<Self> {
         // One that waits stands for all.
         let (requests, requested) = mpsc::sync_channel(1);
-        let thread = std::thread::Builder::new()
-            .name("push".to_owned())
-            .spawn(move || {
-                while requested.recv().is_ok() {
-                    flush(&producer);
-                }
-            })?;
-        Ok(Self { requests, thread })
+        start_thread("push", move || {
+            while requested.recv().is_ok() {
+                flush(&client);
+            }
+        })?;
+        Ok(Self { requests })
     }
 
     /// What was handed over until now leaves at once.
@@ -46,53 +44,43 @@ impl Pusher {
         // Full: a push that has not begun will do.
         let _ = self.requests.try_send(());
     }
-
-    /// Waits until the thread has let go of the producer: not for long.
-    pub(super) fn stop(self) {
-        drop(self.requests);
-        // It cannot panic.
-        let _ = self.thread.join();
-    }
 }
 
 #[allow(unsafe_code)]
-fn flush(producer: &ThreadedProducer<Context>) {
-    // SAFETY: the pointer is the producer's, which outlives the call, and librdkafka's
+fn flush(client: &Client) {
+    // SAFETY: the pointer is the client's, which outlives the call, and librdkafka's
     // functions may be called from any thread. That records are left is no error here.
-    unsafe { bindings::rd_kafka_flush(producer.client().native_ptr(), FLUSH_MILLIS) };
+    unsafe { bindings::rd_kafka_flush(client.client().native_ptr(), FLUSH_MILLIS) };
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
     use std::time::Duration;
 
-    use rdkafka::ClientConfig;
     use rdkafka::mocking::MockCluster;
     use rdkafka::producer::BaseRecord;
 
+    use super::super::producer::Producer;
     use super::super::reports::Reports;
+    use super::super::settings::KafkaSettings;
     use super::*;
 
     #[tokio::test]
     async fn what_would_linger_leaves_when_it_is_pushed() {
         let cluster = MockCluster::new(1).expect("a cluster");
+        let settings = KafkaSettings {
+            brokers: cluster.bootstrap_servers(),
+            properties: vec![("linger.ms".to_owned(), "600000".to_owned())],
+        };
         let reports = Arc::new(Reports::default());
-        let producer: ThreadedProducer<Context> = ClientConfig::new()
-            .set("bootstrap.servers", cluster.bootstrap_servers())
-            .set("linger.ms", "600000")
-            .set("message.timeout.ms", "0")
-            .create_with_context(Context::new(Arc::clone(&reports)))
-            .expect("a producer");
-        let pusher = Pusher::start(producer.clone()).expect("a thread");
+        let producer = Producer::start(&settings, 1_000_000, &reports).expect("a producer");
+        let pusher = Pusher::start(Arc::clone(producer.client())).expect("a thread");
         for number in 0..3 {
             let record = BaseRecord::with_opaque_to("topic", number)
                 .key("")
                 .payload("");
-            producer
-                .send(record)
-                .map_err(|(error, _)| error)
-                .expect("room");
+            let sent = producer.client().send(record);
+            sent.map_err(|(error, _)| error).expect("room");
             // A push does nothing while no broker leads the topic, as at the start.
             let mut delivered = Vec::new();
             let delivery = async {
@@ -109,6 +97,5 @@ mod tests {
                 .expect("a delivery");
             assert!(delivered.iter().all(|report| report.error.is_none()));
         }
-        pusher.stop();
     }
 }

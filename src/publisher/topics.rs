@@ -1,16 +1,17 @@
 //! What the brokers say about a topic before its first record.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use rdkafka::admin::{AdminClient, AdminOptions, ResourceSpecifier};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
-use rdkafka::producer::{Producer, ThreadedProducer};
+use rdkafka::producer::Producer as _;
 use rdkafka::types::RDKafkaRespErr;
 use tracing::debug;
 
 use super::codes::{self, verdict};
-use super::reports::Context;
+use super::producer::Client;
 use super::settings::KafkaSettings;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -42,7 +43,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// `Event` if there is no such topic or it is not ours to write, `Broker` or `Rights`
 /// if the brokers take nothing of ours, `BrokerAway` if nobody answers.
 pub(super) async fn resolve(
-    producer: ThreadedProducer<Context>,
+    producer: Arc<Client>,
     settings: KafkaSettings,
     name: String,
 ) -> Result<Topic> {
@@ -77,7 +78,7 @@ pub(super) async fn resolve(
 
 /// A sign of life from any broker.
 pub(super) async fn probe(
-    producer: ThreadedProducer<Context>,
+    producer: Arc<Client>,
     known_topic: Option<String>,
     timeout: Duration,
 ) -> Result<()> {
@@ -88,11 +89,11 @@ pub(super) async fn probe(
 /// The leader of each of the topic's partitions, -1 where there is none now, or what
 /// is wrong with the topic.
 async fn metadata(
-    producer: &ThreadedProducer<Context>,
+    producer: &Arc<Client>,
     topic: Option<String>,
     timeout: Duration,
 ) -> Result<Result<Vec<i32>, RDKafkaErrorCode>> {
-    let asked = producer.clone();
+    let asked = Arc::clone(producer);
     // librdkafka's call blocks.
     let answer = tokio::task::spawn_blocking(move || {
         let metadata = asked.client().fetch_metadata(topic.as_deref(), timeout)?;

@@ -100,7 +100,7 @@ impl<'r> Attempt<'r> {
         relay.worked = attempt.window.has_delivered || attempt.began.elapsed() > BACKOFF_MAX;
         attempt.stream.close().await;
         let refused = attempt.window.has_refused;
-        relay.suspects = attempt.window.close().await;
+        relay.suspects = attempt.window.close();
         relay.metrics.in_flight_events.set(0);
         relay.metrics.in_flight_bytes.set(0);
         if refused && relay.suspects.len() > 1 {
@@ -159,7 +159,7 @@ impl<'r> Attempt<'r> {
                 return self.finish(deadline).await;
             }
             self.check_awake(std::mem::replace(&mut awake_at, Instant::now()))?;
-            self.release_held().await?;
+            self.release_held()?;
             let read = self.read_burst()?;
             if read > 0 {
                 busy += read;
@@ -305,7 +305,7 @@ impl<'r> Attempt<'r> {
     }
 
     /// Sends the held row if what it waits for has come.
-    async fn release_held(&mut self) -> Result<()> {
+    fn release_held(&mut self) -> Result<()> {
         if self.window.has_failed() || !self.resolving.is_empty() {
             return Ok(());
         }
@@ -313,7 +313,7 @@ impl<'r> Attempt<'r> {
             if !self.window.publisher.fits(topic) && !self.window.is_settled() {
                 return Ok(());
             }
-            self.window.admit(topic).await?;
+            self.window.admit(topic)?;
             self.resolved_topic = None;
         }
         match self.held.take() {

@@ -139,8 +139,7 @@ impl Window {
     }
 
     /// Ends the producer. The suspects are for the next attempt.
-    pub(super) async fn close(self) -> BTreeSet<Place> {
-        self.publisher.close().await;
+    pub(super) fn close(self) -> BTreeSet<Place> {
         self.suspects
     }
 
@@ -203,9 +202,9 @@ impl Window {
 
     /// Lets records for this topic pass. Nothing is on its way if the topic needs
     /// smaller batches, since a producer has one size of them.
-    pub(super) async fn admit(&mut self, topic: &Topic) -> Result<()> {
+    pub(super) fn admit(&mut self, topic: &Topic) -> Result<()> {
         if !self.publisher.fits(topic) {
-            self.publisher.shrink(topic).await?;
+            self.publisher.shrink(topic)?;
             // It is a new producer.
             self.partitions = Partitions::default();
         }

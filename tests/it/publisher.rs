@@ -85,7 +85,6 @@ async fn a_refused_record_ends_its_producer_before_anyone_looks() {
     let next = send(&publisher, topic, 2000, b"{}");
     assert!(matches!(next, Err(SendError::Producer(_))), "{next:?}");
     assert_eq!(fixture.records().await.len(), 1);
-    publisher.close().await;
 }
 
 /// A role that may see a topic and not write to any: librdkafka asks in vain for a
@@ -112,7 +111,6 @@ async fn a_producer_without_an_identity_is_refused_for_good() {
     assert_eq!(refusal.kind(), ErrorKind::Rights, "{}", refusal.chain());
     let next = send(&publisher, "mock", 1, b"{}");
     assert!(matches!(next, Err(SendError::Producer(_))), "{next:?}");
-    publisher.close().await;
 }
 
 /// What no broker takes from any producer of ours, of any record.
