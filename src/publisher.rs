@@ -238,7 +238,8 @@ impl Publisher {
         })
     }
 
-    /// What was sent leaves at once, without waiting for a fuller batch.
+    /// What was sent leaves at once, without waiting for a fuller batch; if the user has
+    /// set `linger.ms`, it waits as they say.
     pub fn push(&self) {
         self.producer.push();
     }

@@ -7,7 +7,8 @@
 //! window: what was in flight, and what was delivered since the last
 //! confirmation. A repetition never breaks the order of a key: each producer
 //! sends in order and stops at its first failure, and the next begins at or before
-//! the first event that is missing.
+//! the first event that is missing. That holds while the producer before is still
+//! ending: what it has sent is a run without a gap, too.
 //!
 //! The relay is the only place that knows both LSNs and records.
 
@@ -104,6 +105,10 @@ impl Relay {
     /// Runs until `shutdown` becomes true or something fails that waiting will
     /// not mend. It pauses its thread while busy, so that the server can send in
     /// bursts: run it on a runtime of its own.
+    ///
+    /// When it returns, threads of librdkafka may need up to two seconds to end, and
+    /// longer where a name look-up hangs. A program that ends sooner, and talks TLS to
+    /// Kafka, should do so by `_exit`: OpenSSL's clean-up would crash them.
     ///
     /// # Errors
     /// Any definite error; `NotDrained` if a stop left events to be repeated.

@@ -17,7 +17,8 @@ use crate::error::{Error, ErrorKind, Result};
 pub(super) type Client = BaseProducer<Context>;
 
 /// Ends when it is dropped, with what is in flight: what was sent may still be
-/// delivered. Its threads end by themselves, within two seconds.
+/// delivered. Its threads end by themselves: within two seconds, or when a call for
+/// metadata or a name look-up has ended.
 pub(super) struct Producer {
     client: Arc<Client>,
     /// None if the user says for how long records linger.
@@ -76,11 +77,12 @@ fn poll(client: &Weak<Client>) {
     }
 }
 
+/// A system that lacks threads may have some later: no reason to end the relay.
 pub(super) fn start_thread(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
     let started = std::thread::Builder::new()
         .name(name.to_owned())
         .spawn(work);
     started
-        .map_err(|error| Error::new(ErrorKind::Unexpected, "start a thread").caused_by(error))?;
+        .map_err(|error| Error::new(ErrorKind::BrokerAway, "start a thread").caused_by(error))?;
     Ok(())
 }

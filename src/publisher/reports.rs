@@ -1,4 +1,4 @@
-//! Delivery reports, from librdkafka's polling thread to ours.
+//! Delivery reports, from the thread that polls to the relay's.
 
 use std::sync::{Arc, Mutex, PoisonError};
 

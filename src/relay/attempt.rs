@@ -161,15 +161,15 @@ impl<'r> Attempt<'r> {
             self.check_awake(std::mem::replace(&mut awake_at, Instant::now()))?;
             self.release_held()?;
             let read = self.read_burst()?;
+            if read == 0 {
+                self.window.push(self.held.is_some() || self.stopping);
+            }
             if read > 0 {
                 busy += read;
             } else if std::mem::take(&mut busy) >= BUSY {
                 std::thread::sleep(PAUSE);
                 tokio::task::yield_now().await;
                 continue;
-            }
-            if read == 0 {
-                self.window.push();
             }
             let may_read = self.may_read();
             tokio::select! {
@@ -424,6 +424,7 @@ impl<'r> Attempt<'r> {
             let settled = async {
                 while !self.window.is_settled() {
                     self.window.publisher.reported().await;
+                    self.look_at_clock();
                     self.settle()?;
                 }
                 Ok::<_, Error>(())

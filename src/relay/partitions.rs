@@ -33,10 +33,10 @@ impl Partitions {
         matches!(self.0.get(&partition), Some(State::Opening))
     }
 
-    /// A record was given to the producer.
-    pub(super) fn sent(&mut self, partition: Destination) {
+    /// A record is given to the producer.
+    pub(super) fn sent(&mut self, partition: Destination, now: Instant) {
         let state = self.0.entry(partition).or_insert(State::Opening);
-        if matches!(state, State::Open(last) if last.elapsed() > OPEN_MAX) {
+        if matches!(state, State::Open(last) if now.duration_since(*last) > OPEN_MAX) {
             *state = State::Opening;
         }
     }

@@ -221,7 +221,7 @@ impl Window {
         record: &Record<'_>,
         destination: Destination,
     ) -> Result<(), Stop> {
-        self.partitions.sent(destination);
+        self.partitions.sent(destination, self.now);
         let size = record.size();
         let sent = Sent {
             place: row.place,
@@ -235,7 +235,7 @@ impl Window {
         failpoint!("sending");
         match self.publisher.send(record, destination.partition, sequence) {
             Ok(()) => {
-                self.pace.sent();
+                self.pace.sent(self.now);
                 failpoint!("sent");
             }
             Err(SendError::Row(code)) => {
@@ -257,10 +257,12 @@ impl Window {
         Ok(())
     }
 
-    /// Nothing more can be sent for now: what was sent leaves at once, unless there is so
-    /// much of it that more is sure to follow.
-    pub(super) fn push(&mut self) {
-        if self.pace.should_push(self.now) {
+    /// Nothing more is to be sent for now: what was sent leaves at once, unless there is
+    /// so much of it that more is sure to follow. Nothing follows while the relay `waits`
+    /// for what was sent.
+    pub(super) fn push(&mut self, waits: bool) {
+        let waits = waits || self.alone.is_some() || self.beginning == Beginning::Waiting;
+        if self.pace.should_push() || waits {
             self.publisher.push();
         }
     }
