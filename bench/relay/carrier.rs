@@ -16,8 +16,6 @@ pub(crate) enum Carrier {
     PgRecvlogical(Way),
     Debezium(Debezium),
     OmniBox,
-    /// librdkafka alone, told of each event by a call: what a broker costs anybody.
-    BareProducer,
 }
 
 /// How Postgres is reached.
@@ -36,6 +34,15 @@ pub(crate) enum Debezium {
     LowLatency,
 }
 
+impl Debezium {
+    pub(crate) const ALL: [Self; 4] = [
+        Self::Default,
+        Self::Tuned,
+        Self::TunedPlus,
+        Self::LowLatency,
+    ];
+}
+
 /// Where a carrier's rows are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Table {
@@ -45,7 +52,7 @@ pub(crate) enum Table {
 }
 
 impl Carrier {
-    pub(crate) fn name(self) -> &'static str {
+    pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Variant(flags) => flags,
             Self::Postbox(Way::Socket) => "postbox, Unix socket",
@@ -57,15 +64,12 @@ impl Carrier {
             Self::Debezium(Debezium::TunedPlus) => "Debezium, tuned plus",
             Self::Debezium(Debezium::LowLatency) => "Debezium, low latency",
             Self::OmniBox => "omni-box",
-            Self::BareProducer => "producer to consumer, no Postgres",
         }
     }
 
     pub(crate) fn table(self) -> Table {
         match self {
-            Self::Postbox(_) | Self::Variant(_) | Self::PgRecvlogical(_) | Self::BareProducer => {
-                Table::Postbox
-            }
+            Self::Postbox(_) | Self::Variant(_) | Self::PgRecvlogical(_) => Table::Postbox,
             Self::Debezium(_) => Table::Debezium,
             Self::OmniBox => Table::OmniBox,
         }
@@ -77,13 +81,13 @@ impl Carrier {
             Self::Postbox(_) | Self::Variant(_) => Some("postbox"),
             Self::PgRecvlogical(_) => Some("reader"),
             Self::Debezium(_) => Some("debezium"),
-            Self::OmniBox | Self::BareProducer => None,
+            Self::OmniBox => None,
         }
     }
 
     /// Starts it. In `folder` it keeps what it needs when it is started again; `end` is
     /// the LSN up to which a reader reads.
-    pub(crate) fn start(self, rig: &Rig, topic: &str, folder: &Path, end: Option<&str>) -> Running {
+    pub(crate) fn start(self, rig: &Rig, folder: &Path, end: Option<&str>) -> Running {
         let compare = rig::home().join("bench/compare");
         let mut command = own_command();
         match self {
@@ -98,7 +102,7 @@ impl Carrier {
                     .args(flags)
             }
             Self::PgRecvlogical(way) => command
-                .arg(rig::pg_recvlogical())
+                .arg(rig::pg_recvlogical().expect("looked for before"))
                 .args(["--dbname", &rig.database_url(way), "--slot", "reader"])
                 .args(["--start", "--no-loop", "--file", "/dev/null"])
                 .args(["--option", "proto_version=1"])
@@ -114,7 +118,6 @@ impl Carrier {
                 command.arg(compare.join("debezium")).arg(settings)
             }
             Self::OmniBox => command.arg(compare.join("omni-box")).arg("relay"),
-            Self::BareProducer => panic!("is no program"),
         };
         let log = folder.join("log");
         let file = std::fs::File::options()
@@ -124,8 +127,6 @@ impl Carrier {
             .unwrap();
         let child = environment(&mut command, rig)
             .env("SLOT", self.slot().unwrap_or_default())
-            .env("PUBLICATION", "debezium")
-            .env("TOPIC", topic)
             .env("FOLDER", folder)
             .stdin(Stdio::null())
             .stdout(file.try_clone().unwrap())
@@ -149,6 +150,14 @@ fn own_command() -> Command {
 }
 
 fn relay<'c>(command: &'c mut Command, rig: &Rig, way: Way) -> &'c mut Command {
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("POSTBOX") {
+            command.env_remove(name);
+        }
+    }
+    if let Some(format) = rig.format {
+        command.env("POSTBOX_FORMAT", format);
+    }
     command
         .arg(rig::postbox())
         .args(["relay", "--http", "127.0.0.1:0"])
@@ -166,7 +175,7 @@ fn environment<'c>(command: &'c mut Command, rig: &Rig) -> &'c mut Command {
 }
 
 impl Table {
-    pub(crate) fn name(self) -> &'static str {
+    pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Postbox => "postbox",
             Self::Debezium => "debezium",
@@ -205,7 +214,7 @@ impl Table {
 }
 
 pub(crate) struct Running {
-    carrier: Carrier,
+    pub(crate) carrier: Carrier,
     child: Child,
     log: PathBuf,
     pub(crate) began: Instant,

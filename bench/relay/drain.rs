@@ -1,13 +1,12 @@
 //! How fast a backlog goes out, and what an event costs then.
 //!
-//! The clock runs from the first record in the topic to the last, by the broker's high
-//! watermarks; what was there when the first was seen does not count. For a reader that
-//! writes nothing, it runs from when its slot is active until it ends.
+//! The clock runs from the first record in the topic to the last, by the ends of its
+//! partitions; what was there when the first was seen does not count.
 
 use std::time::{Duration, Instant};
 
-use crate::carrier::Carrier;
-use crate::cost::{self, Meter, Part};
+use crate::carrier::{Carrier, Running};
+use crate::cost::{self, Meter};
 use crate::rig::{Backlog, PATIENCE, Rig};
 use crate::runs::Run;
 
@@ -17,41 +16,11 @@ const LOOK: Duration = Duration::from_millis(20);
 pub(crate) async fn run(rig: &mut Rig, carrier: Carrier, backlog: &Backlog, trial: u32) -> Run {
     rig.begin_at(carrier, backlog).await;
     let folder = tempfile::tempdir_in(&rig.scratch).unwrap();
-    let load = match backlog.rows_per_transaction {
-        1 => "1 row a transaction".to_owned(),
-        rows => format!("{rows} rows a transaction"),
-    };
-    let mut run = Run::new("drain", &load, carrier.name(), trial);
+    let mut run = Run::new("drain", &backlog.name(), carrier.name(), trial);
     let before = rig.records(&backlog.topic);
-    let mut running = carrier.start(rig, &backlog.topic, folder.path(), Some(&backlog.end));
-    let parts = [(Part::Relay, running.pid())];
+    let mut running = carrier.start(rig, folder.path(), Some(&backlog.end));
     if let Carrier::PgRecvlogical(_) = carrier {
-        let walsender = loop {
-            if let Some(pid) = rig.walsender("reader").await {
-                break pid;
-            }
-            running.check();
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        };
-        let began = Instant::now();
-        let mut meter = Meter::start(parts.into_iter().chain([(Part::Walsender, walsender)]));
-        let mut peak = None;
-        let status = loop {
-            meter.look();
-            peak = cost::memory_mb(running.pid(), "VmHWM").or(peak);
-            if let Some(status) = running.ended() {
-                break status;
-            }
-            assert!(began.elapsed() < PATIENCE);
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        };
-        if !status.success() {
-            running.fail(&format!("ended with {status}"));
-        }
-        let (rows, seconds) = (backlog.rows as f64, began.elapsed().as_secs_f64());
-        run.set("events_per_second", rows / seconds);
-        run.set("peak_mb", peak.unwrap());
-        run.set_costs(&meter, rows, seconds);
+        read_to_the_end(rig, running, backlog, &mut run).await;
         return run;
     }
     let records = || rig.records(&backlog.topic) - before;
@@ -66,35 +35,64 @@ pub(crate) async fn run(rig: &mut Rig, carrier: Carrier, backlog: &Backlog, tria
         tokio::time::sleep(Duration::from_millis(5)).await;
     };
     let began = Instant::now();
-    let walsender = match carrier.slot() {
-        Some(slot) => rig.walsender(slot).await.map(|pid| (Part::Walsender, pid)),
-        None => None,
-    };
-    let broker = (Part::Broker, rig.kafka.fact("pid").parse().unwrap());
-    let mut meter = Meter::start(parts.into_iter().chain(walsender).chain([broker]));
+    let walsender = rig.walsender(carrier).await;
+    let mut meter = Meter::start(rig, running.pid(), walsender);
+    run.set("cpu_before_first_s", cost::cpu_seconds(running.pid()));
     let mut half = None;
     let mut seen = first;
     while seen < backlog.rows {
         running.check();
         assert!(launched.elapsed() < PATIENCE, "{seen} of {}", backlog.rows);
         tokio::time::sleep(LOOK).await;
+        meter.look();
         seen = records();
         if seen >= backlog.rows / 2 && half.is_none() {
             half = Some((seen, Instant::now()));
         }
     }
-    meter.look();
     let (events, seconds) = ((seen - first) as f64, began.elapsed().as_secs_f64());
+    meter.finish(&mut run, events, seconds);
     run.set("first_record_ms", (began - launched).as_secs_f64() * 1e3);
     run.set("events_per_second", events / seconds);
     if let Some((at_half, since)) = half {
         let rate = (seen - at_half) as f64 / since.elapsed().as_secs_f64();
         run.set("second_half_per_second", rate);
     }
-    run.set("peak_mb", cost::memory_mb(running.pid(), "VmHWM").unwrap());
-    run.set_costs(&meter, events, seconds);
+    let peak = cost::memory_mb(running.pid(), "VmHWM").unwrap();
+    run.set("peak_mb", peak);
     running.stop().await;
     assert_eq!(records(), backlog.rows, "records of {}", carrier.name());
     rig.empty(&backlog.topic).await;
     run
+}
+
+/// A reader that writes nothing: the clock runs from when its slot is active until it
+/// ends.
+async fn read_to_the_end(rig: &Rig, mut running: Running, backlog: &Backlog, run: &mut Run) {
+    let walsender = loop {
+        if let Some(pid) = rig.walsender(running.carrier).await {
+            break pid;
+        }
+        running.check();
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    };
+    let began = Instant::now();
+    let mut meter = Meter::start(rig, running.pid(), Some(walsender));
+    let mut peak = None;
+    let status = loop {
+        meter.look();
+        peak = cost::memory_mb(running.pid(), "VmHWM").or(peak);
+        if let Some(status) = running.ended() {
+            break status;
+        }
+        assert!(began.elapsed() < PATIENCE);
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    };
+    if !status.success() {
+        running.fail(&format!("ended with {status}"));
+    }
+    let (rows, seconds) = (backlog.rows as f64, began.elapsed().as_secs_f64());
+    meter.finish(run, rows, seconds);
+    run.set("events_per_second", rows / seconds);
+    run.set("peak_mb", peak.unwrap());
 }

@@ -12,12 +12,13 @@ use std::time::{Duration, Instant};
 use rdkafka::ClientConfig;
 use rdkafka::Message as _;
 use rdkafka::consumer::BaseConsumer;
-use rdkafka::producer::{BaseRecord, DefaultProducerContext, Producer as _, ThreadedProducer};
+use rdkafka::message::{Header, OwnedHeaders};
+use rdkafka::producer::{BaseRecord, DefaultProducerContext, ThreadedProducer};
 use tokio::task::JoinSet;
 
-use crate::carrier::{Carrier, Running};
-use crate::cost::{Meter, Part};
-use crate::rig::{PATIENCE, Rig};
+use crate::carrier::Carrier;
+use crate::cost::Meter;
+use crate::rig::{self, PATIENCE, Rig};
 use crate::runs::Run;
 
 /// At the rate that is measured, before it is measured.
@@ -31,50 +32,93 @@ const WRITERS: usize = 8;
 /// is not what is measured.
 const COMMITS_MAX: usize = 1_000;
 
-pub(crate) async fn run(rig: &mut Rig, carrier: Carrier, rate: usize, trial: u32) -> Run {
+/// What is written before anything is measured: a JVM compiles what it runs often.
+#[derive(Clone, Copy)]
+pub(crate) struct WarmUp {
+    pub(crate) events: usize,
+    pub(crate) rate: usize,
+}
+
+pub(crate) async fn run(
+    rig: &mut Rig,
+    carrier: Carrier,
+    rate: usize,
+    warm_up: Option<WarmUp>,
+    trial: u32,
+) -> Run {
     let topic = rig.prepare(carrier).await;
-    rig.begin(carrier).await;
-    let folder = tempfile::tempdir_in(&rig.scratch).unwrap();
+    let mut running = rig.launch(carrier, &topic).await;
+    if let Some(WarmUp { events, rate }) = warm_up {
+        let listener = Listener::start(rig.consumer(&topic), events);
+        write(rig, carrier, &topic, rate, events).await;
+        listener.wait_for(events).await;
+        listener.stop();
+    }
     let events = rate * (WARM_UP + MEASURED).as_secs() as usize;
     let listener = Listener::start(rig.consumer(&topic), events);
-    let mut meter = Meter::start([]);
-    let began;
-    let sent = if let Carrier::BareProducer = carrier {
-        let producer = settings_of_a_producer(rig).create().unwrap();
-        let topic = topic.clone();
-        began = Instant::now();
-        let sending = move || send(&producer, &topic, rate, events);
-        tokio::task::spawn_blocking(sending).await.unwrap()
-    } else {
-        let mut running = carrier.start(rig, &topic, folder.path(), None);
-        wait_until_it_carries(rig, carrier, &mut running, &topic).await;
-        let broker = rig.kafka.fact("pid").parse().unwrap();
-        meter = Meter::start([(Part::Relay, running.pid()), (Part::Broker, broker)]);
-        began = Instant::now();
-        let sent = write(rig, carrier, &topic, rate, events).await;
-        listener.wait_for(events).await;
-        meter.look();
-        running.stop().await;
-        sent
-    };
-    let seconds = began.elapsed().as_secs_f64();
+    let walsender = rig.walsender(carrier).await;
+    let meter = Meter::start(rig, running.program.pid(), walsender);
+    let began = Instant::now();
+    let sent = write(rig, carrier, &topic, rate, events).await;
+    let writing = began.elapsed().as_secs_f64();
     listener.wait_for(events).await;
-    let arrived = listener.stop();
+    let mut run = Run::new("latency", &load(rate), carrier.name(), trial);
+    meter.finish(&mut run, events as f64, began.elapsed().as_secs_f64());
+    run.set("written_per_second", events as f64 / writing);
+    set_latencies(&mut run, rate, &sent, &listener.stop());
+    running.program.check();
+    running.program.stop().await;
+    rig.end(carrier, &topic).await;
+    run
+}
+
+/// The floor: the same consumer, and a producer that is called here, with as many
+/// events of the same size.
+pub(crate) async fn floor(rig: &mut Rig, rate: usize, trial: u32) -> Run {
+    let topic = rig.create_topic().await;
+    let events = rate * (WARM_UP + MEASURED).as_secs() as usize;
+    let listener = Listener::start(rig.consumer(&topic), events);
+    let producer: ThreadedProducer<DefaultProducerContext> = ClientConfig::new()
+        .set("bootstrap.servers", rig.brokers())
+        .set("acks", "all")
+        .set("enable.idempotence", "true")
+        .set("compression.codec", "lz4")
+        .set("linger.ms", "0")
+        .create()
+        .unwrap();
+    let payloads = "SELECT bench_payload(n) FROM generate_series(0, 999) AS n";
+    let payloads = rig.client.query(payloads, &[]).await.unwrap();
+    let payloads: Vec<String> = payloads.iter().map(|row| row.get(0)).collect();
+    let target = topic.clone();
+    let sending = std::thread::spawn(move || send(&producer, &target, &payloads, rate, events));
+    listener.wait_for(events).await;
+    let sent = sending.join().unwrap();
+    let mut run = Run::new("latency", &load(rate), FLOOR, trial);
+    set_latencies(&mut run, rate, &sent, &listener.stop());
+    rig.delete_topic(&topic).await;
+    run
+}
+
+/// Its name among the carriers.
+pub(crate) const FLOOR: &str = "producer to consumer, no Postgres";
+
+fn load(rate: usize) -> String {
+    format!("{rate} events/s")
+}
+
+fn set_latencies(run: &mut Run, rate: usize, sent: &[Instant], arrived: &[Option<Instant>]) {
     let warm_up = rate * WARM_UP.as_secs() as usize;
-    let mut latencies: Vec<f64> = (warm_up..events)
-        .map(|n| {
-            let (sent, arrived) = (sent[n].unwrap(), arrived[n].unwrap());
-            arrived.saturating_duration_since(sent).as_secs_f64() * 1e3
+    let mut latencies: Vec<f64> = sent
+        .iter()
+        .zip(arrived)
+        .skip(warm_up)
+        .map(|(sent, arrived)| {
+            let latency = arrived.unwrap().saturating_duration_since(*sent);
+            latency.as_secs_f64() * 1e3
         })
         .collect();
     latencies.sort_by(f64::total_cmp);
     let quantile = |part: f64| latencies[((latencies.len() - 1) as f64 * part) as usize];
-    let mut run = Run::new(
-        "latency",
-        &format!("{rate} events/s"),
-        carrier.name(),
-        trial,
-    );
     for (figure, part) in [
         ("p50_ms", 0.5),
         ("p90_ms", 0.9),
@@ -83,43 +127,53 @@ pub(crate) async fn run(rig: &mut Rig, carrier: Carrier, rate: usize, trial: u32
     ] {
         run.set(figure, quantile(part));
     }
-    run.set_costs(&meter, events as f64, seconds);
-    run
+    let sooner = latencies.iter().filter(|latency| **latency == 0.0).count();
+    run.set(
+        "before_commit_returned_percent",
+        sooner as f64 * 100.0 / latencies.len() as f64,
+    );
 }
 
-/// Writes one event after the other until one has come through.
-pub(crate) async fn wait_until_it_carries(
-    rig: &Rig,
-    carrier: Carrier,
-    running: &mut Running,
-    topic: &str,
-) {
-    let before = rig.records(topic);
-    // A number that no event has which is measured.
-    let insert = format!("SELECT {}($1, -1, -1)", carrier.table().insert());
-    rig.client.execute(&insert, &[&topic]).await.unwrap();
-    while rig.records(topic) == before {
-        running.check();
-        assert!(running.began.elapsed() < PATIENCE);
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-}
-
-/// Writes events at a steady rate; when the COMMIT of each returned.
+/// Writes events at a steady rate; when the COMMIT of each returned. On a thread that
+/// does nothing else, so that it is told when it returns.
 async fn write(
     rig: &Rig,
     carrier: Carrier,
     topic: &str,
     rate: usize,
     events: usize,
-) -> Vec<Option<Instant>> {
-    let size = (rate / COMMITS_MAX).max(1);
+) -> Vec<Instant> {
     let insert = format!("SELECT {}($1, $2, $3)", carrier.table().insert());
+    let (connection, topic) = (rig.connection(), topic.to_owned());
+    let (tell, told) = tokio::sync::oneshot::channel();
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        let sessions = write_in_sessions(&connection, &insert, &topic, rate, events);
+        let _ = tell.send(runtime.block_on(sessions));
+    });
+    told.await.unwrap()
+}
+
+async fn write_in_sessions(
+    connection: &str,
+    insert: &str,
+    topic: &str,
+    rate: usize,
+    events: usize,
+) -> Vec<Instant> {
+    let size = (rate / COMMITS_MAX).max(1);
+    let mut sessions = Vec::new();
+    for _ in 0..WRITERS {
+        let client = rig::connect(connection).await;
+        let insert = client.prepare(insert).await.unwrap();
+        sessions.push((client, insert));
+    }
     let began = tokio::time::Instant::now();
     let mut writers = JoinSet::new();
-    for writer in 0..WRITERS {
-        let client = rig.connect().await;
-        let insert = client.prepare(&insert).await.unwrap();
+    for (writer, (client, insert)) in sessions.into_iter().enumerate() {
         let topic = topic.to_owned();
         writers.spawn(async move {
             let mut committed = Vec::new();
@@ -128,63 +182,54 @@ async fn write(
                 tokio::time::sleep_until(began + due).await;
                 let last = (first + size).min(events) - 1;
                 let (from, to) = (first as i64, last as i64);
-                client
-                    .execute(&insert, &[&topic, &from, &to])
-                    .await
-                    .unwrap();
+                let done = client.execute(&insert, &[&topic, &from, &to]).await;
                 let now = Instant::now();
+                done.unwrap();
                 committed.extend((first..=last).map(|n| (n, now)));
             }
             committed
         });
     }
-    let mut sent = vec![None; events];
+    let mut sent = vec![began.into_std(); events];
     while let Some(committed) = writers.join_next().await {
         for (n, at) in committed.unwrap() {
-            sent[n] = Some(at);
+            sent[n] = at;
         }
     }
-    let (took, due) = (began.elapsed().as_secs_f64(), events as f64 / rate as f64);
-    assert!(
-        took < due * 1.05,
-        "{rate} events/s took {took:.1} s, not {due:.1} s to write"
-    );
     sent
-}
-
-/// As postbox sends, but at once.
-pub(crate) fn settings_of_a_producer(rig: &Rig) -> ClientConfig {
-    let mut config = ClientConfig::new();
-    config
-        .set("bootstrap.servers", rig.brokers())
-        .set("acks", "all")
-        .set("enable.idempotence", "true")
-        .set("compression.codec", "lz4")
-        .set("linger.ms", "0");
-    config
 }
 
 fn send(
     producer: &ThreadedProducer<DefaultProducerContext>,
     topic: &str,
+    payloads: &[String],
     rate: usize,
     events: usize,
-) -> Vec<Option<Instant>> {
-    let filler = "x".repeat(400);
+) -> Vec<Instant> {
     let began = Instant::now();
     let mut sent = Vec::with_capacity(events);
     for n in 0..events {
+        let key = format!("k{}", n % payloads.len());
+        // The first number is the one that is looked for.
+        let value = format!("{{\"n\": {n}, {}", &payloads[n % payloads.len()][1..]);
+        let headers = OwnedHeaders::new()
+            .insert(Header {
+                key: "id",
+                value: Some("785630ce-603f-47d2-b892-ace407219583"),
+            })
+            .insert(Header {
+                key: "event_type",
+                value: Some("changed"),
+            });
         let due = Duration::from_secs_f64(n as f64 / rate as f64);
         std::thread::sleep(due.saturating_sub(began.elapsed()));
-        let (key, value) = (
-            n.to_string(),
-            format!("{{\"n\": {n}, \"note\": \"{filler}\"}}"),
-        );
-        sent.push(Some(Instant::now()));
-        let record = BaseRecord::to(topic).key(&key).payload(&value);
+        sent.push(Instant::now());
+        let record = BaseRecord::to(topic)
+            .key(&key)
+            .payload(&value)
+            .headers(headers);
         producer.send(record).map_err(|(error, _)| error).unwrap();
     }
-    producer.flush(PATIENCE).unwrap();
     sent
 }
 
@@ -235,7 +280,7 @@ impl Listener {
         let deadline = Instant::now() + PATIENCE;
         while self.heard() < events {
             assert!(
-                Instant::now() < deadline,
+                Instant::now() < deadline && !self.thread.is_finished(),
                 "{} of {events} came",
                 self.heard()
             );

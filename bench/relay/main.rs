@@ -23,11 +23,12 @@ mod rig;
 mod runs;
 mod soak;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, ValueEnum};
 
 use carrier::{Carrier, Debezium, Way};
+use latency::WarmUp;
 use rig::Rig;
 use runs::Runs;
 
@@ -35,32 +36,38 @@ use runs::Runs;
 #[command(about = "Measures postbox, and what it is compared with, on throw-away servers")]
 struct Arguments {
     #[command(subcommand)]
-    measure: Measure,
+    command: Command,
     /// Added by `cargo bench`.
     #[arg(long, hide = true, global = true)]
     bench: bool,
 }
 
 #[derive(Subcommand)]
-enum Measure {
+enum Command {
     /// postbox beside `pg_recvlogical` and a bare producer.
-    Relay(Options),
-    /// postbox beside Debezium and omni-box.
-    Compare(Options),
-    /// postbox for half an hour at half of what this machine can write and carry.
-    Soak {
+    Relay {
         #[command(flatten)]
         options: Options,
-        #[arg(long, default_value_t = 30)]
-        minutes: u64,
+        /// Rows of one transaction, in the backlogs.
+        #[arg(long, value_delimiter = ',', default_value = "1,100,1000")]
+        rows_per_transaction: Vec<i64>,
+        /// Variables and flags of a relay that is measured in the place of all else,
+        /// beside that without; repeatable. Such as `--in-flight-max 5000`.
+        #[arg(long = "variant", allow_hyphen_values = true)]
+        variants: Vec<String>,
     },
-    /// Prints the tables of these files, and draws the picture of the first.
-    Report {
-        files: Vec<PathBuf>,
-        /// Where the picture goes.
+    /// postbox beside Debezium and omni-box.
+    Compare(Options),
+    /// postbox at half of what this machine can write and carry.
+    Soak {
+        /// The file that the runs are written to.
         #[arg(long)]
-        picture: Option<PathBuf>,
+        runs: PathBuf,
+        #[arg(long, default_value_t = 30)]
+        minutes: u32,
     },
+    /// Prints the tables of these files, and draws a picture beside each.
+    Report { files: Vec<PathBuf> },
 }
 
 #[derive(clap::Args)]
@@ -73,172 +80,212 @@ struct Options {
     /// Rows of a backlog.
     #[arg(long, default_value_t = 500_000)]
     rows: i64,
-    /// Rows of one transaction, in the backlogs.
-    #[arg(long, value_delimiter = ',', default_value = "1,100,1000")]
-    rows_per_transaction: Vec<i64>,
-    /// Measures to take, of all; such as `drain,latency`.
+    /// What to measure, if not all.
     #[arg(long, value_delimiter = ',')]
-    only: Vec<String>,
-    /// Variables and flags of a relay that is measured in the place of all else, beside
-    /// that without; repeatable. Such as `-X linger.ms=5`.
-    #[arg(long = "variant", allow_hyphen_values = true)]
-    variants: Vec<String>,
+    only: Vec<Measure>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Measure {
+    Drain,
+    /// Only in `compare`.
+    Crash,
+    Start,
+    Latency,
+    Idle,
 }
 
 impl Options {
-    fn wants(&self, measure: &str) -> bool {
-        self.only.is_empty() || self.only.iter().any(|only| only == measure)
+    fn wants(&self, measure: Measure) -> bool {
+        self.only.is_empty() || self.only.contains(&measure)
     }
 }
 
 fn main() {
-    let arguments = Arguments::parse();
-    if let Measure::Report { files, picture } = &arguments.measure {
-        return report::print(files, picture.as_deref());
-    }
+    let Arguments { command, .. } = Arguments::parse();
+    // On this thread alone, with which the programs that it starts end.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .unwrap();
-    // On this thread alone, with which the programs that it starts end.
     runtime.block_on(async {
-        match &arguments.measure {
-            Measure::Relay(options) => relay(options).await,
-            Measure::Compare(options) => compare(options).await,
-            Measure::Soak { options, minutes } => soak(options, *minutes).await,
-            Measure::Report { .. } => unreachable!("needs no servers"),
+        match command {
+            Command::Relay {
+                options,
+                rows_per_transaction,
+                variants,
+            } => relay(&options, &rows_per_transaction, variants).await,
+            Command::Compare(options) => compare(&options).await,
+            Command::Soak { runs, minutes } => soak(&runs, minutes).await,
+            Command::Report { files } => report::print(&files),
         }
     });
 }
 
-/// Of Postgres: a checkpoint would fall on one trial and not on the next.
-const STEADY: [&str; 2] = ["max_wal_size=32GB", "checkpoint_timeout=1h"];
+/// Of Postgres: what would fall on one trial and not on the next.
+const STEADY: [&str; 3] = [
+    "max_wal_size=64GB",
+    "checkpoint_timeout=1d",
+    "autovacuum=off",
+];
 
-async fn relay(options: &Options) {
+const RATES: [usize; 3] = [20, 1_000, 10_000];
+
+/// As they come in a trial: another is the first in each.
+fn in_turn(carriers: &[Carrier], trial: u32) -> Vec<Carrier> {
+    let mut carriers = carriers.to_vec();
+    let by = trial as usize % carriers.len();
+    carriers.rotate_left(by);
+    carriers
+}
+
+async fn relay(options: &Options, rows_per_transaction: &[i64], variants: Vec<String>) {
     let mut rig = Rig::start(&STEADY, &[]).await;
     let mut runs = Runs::create(&options.runs, &rig).await;
-    let postbox = [Way::Socket, Way::Tcp].map(Carrier::Postbox);
-    let readers = [Way::Socket, Way::Tcp].map(Carrier::PgRecvlogical);
-    let variants = options
-        .variants
-        .iter()
-        .map(|flags| Carrier::Variant(flags.clone().leak()));
-    let variants: Vec<_> = [postbox[0]].into_iter().chain(variants).collect();
-    let choose = |all: &[Carrier]| match variants.len() {
-        1 => all.to_vec(),
-        _ => variants.clone(),
-    };
-    let drained = choose(&[postbox[0], readers[0], postbox[1], readers[1]]);
-    let started = choose(&postbox[..1]);
-    let mut written = choose(&postbox);
-    written.insert(0, Carrier::BareProducer);
-    if options.wants("drain") {
-        for rows in options.rows_per_transaction.iter().copied() {
-            let backlog = rig.load(postbox[0], options.rows, rows).await;
+    let mut written = [Way::Socket, Way::Tcp].map(Carrier::Postbox).to_vec();
+    let mut drained = written.clone();
+    if !variants.is_empty() {
+        let variants = variants
+            .into_iter()
+            .map(|words| Carrier::Variant(words.leak()));
+        drained = variants.collect();
+        drained.insert(0, written[0]);
+        written = drained.clone();
+    } else if rig::pg_recvlogical().is_some() {
+        drained.extend([Way::Socket, Way::Tcp].map(Carrier::PgRecvlogical));
+    } else {
+        eprintln!(
+            "without pg_recvlogical: install Postgres' client programs, or set PG_RECVLOGICAL"
+        );
+    }
+    if options.wants(Measure::Drain) {
+        for rows in rows_per_transaction {
+            let backlog = rig.load(drained[0], options.rows, *rows).await;
             // A broker that has done nothing yet is slow.
-            drain::run(&mut rig, postbox[0], &backlog, 0).await;
+            drain::run(&mut rig, drained[0], &backlog, 0).await;
             for trial in 1..=options.trials {
-                for &carrier in &drained {
+                for carrier in in_turn(&drained, trial) {
                     runs.add(&drain::run(&mut rig, carrier, &backlog, trial).await);
                 }
             }
-            rig.forget(&backlog).await;
+            for carrier in &drained {
+                rig.forget(*carrier, &backlog).await;
+            }
         }
     }
-    if options.wants("start") {
-        for trial in 1..=options.trials {
-            runs.add(&rest::first_delivery_of_a_bare_producer(&mut rig, trial).await);
-            for &carrier in &started {
+    for trial in 1..=options.trials {
+        if options.wants(Measure::Start) {
+            for carrier in in_turn(&written, trial) {
                 runs.add(&rest::first_delivery(&mut rig, carrier, trial).await);
             }
         }
-    }
-    if options.wants("latency") {
-        for trial in 1..=options.trials {
-            for rate in [20, 1_000, 10_000] {
-                for &carrier in &written {
-                    runs.add(&latency::run(&mut rig, carrier, rate, trial).await);
+        if options.wants(Measure::Latency) {
+            for rate in RATES {
+                runs.add(&latency::floor(&mut rig, rate, trial).await);
+                for carrier in in_turn(&written, trial) {
+                    runs.add(&latency::run(&mut rig, carrier, rate, None, trial).await);
                 }
             }
         }
-    }
-    if options.wants("idle") {
-        for trial in 1..=options.trials {
-            for &carrier in &started {
+        if options.wants(Measure::Idle) {
+            for carrier in in_turn(&written, trial) {
                 runs.add(&rest::idle(&mut rig, carrier, trial).await);
             }
         }
     }
+    runs.finish();
 }
+
+/// omni-box needs minutes for more.
+const ROWS_OF_OMNI_BOX: i64 = 20_000;
+
+/// For a JVM, before its latency is measured.
+const WARM_UP: WarmUp = WarmUp {
+    events: 20_000,
+    rate: 1_000,
+};
 
 async fn compare(options: &Options) {
     let mut rig = Rig::start(&STEADY, &[]).await;
+    rig.format = Some("raw");
     let mut runs = Runs::create(&options.runs, &rig).await;
-    let postbox = [Way::Socket, Way::Tcp].map(Carrier::Postbox);
-    let debezium = [Debezium::Default, Debezium::Tuned, Debezium::TunedPlus];
-    let debezium = debezium.map(Carrier::Debezium);
-    let quickest = Carrier::Debezium(Debezium::LowLatency);
-    let small = 20_000.min(options.rows);
-    if options.wants("drain") || options.wants("crash") {
-        let ours = rig.load(postbox[0], options.rows, 100).await;
-        let theirs = rig.load(debezium[0], options.rows, 100).await;
-        let omni_box = rig.load(Carrier::OmniBox, small, 100).await;
-        for trial in 1..=options.trials {
-            for (carriers, backlog) in [
-                (&postbox[..], &ours),
-                (&debezium[..], &theirs),
-                (&[Carrier::OmniBox][..], &omni_box),
-            ] {
-                for carrier in carriers {
-                    if options.wants("drain") {
-                        runs.add(&drain::run(&mut rig, *carrier, backlog, trial).await);
-                    }
-                    if options.wants("crash") {
-                        runs.add(&crash::run(&mut rig, *carrier, backlog, trial).await);
-                    }
-                }
-            }
-        }
-        for backlog in [ours, theirs, omni_box] {
-            rig.forget(&backlog).await;
-        }
+    let postbox = [Way::Tcp, Way::Socket].map(Carrier::Postbox);
+    let debezium = Debezium::ALL.map(Carrier::Debezium);
+    let small = ROWS_OF_OMNI_BOX.min(options.rows);
+    let with_omni_box = rig::has_omni_box();
+    if !with_omni_box {
+        eprintln!("without omni-box: `dev/fetch omni-box` says why");
     }
-    let resting = [
-        postbox[0],
-        debezium[0],
-        debezium[1],
-        quickest,
-        Carrier::OmniBox,
-    ];
-    if options.wants("latency") {
-        for trial in 1..=options.trials {
-            for rate in [20, 1_000] {
-                runs.add(&latency::run(&mut rig, Carrier::BareProducer, rate, trial).await);
-                for carrier in resting {
-                    // One row a batch and round trips for each: it cannot keep up.
-                    if rate <= 20 || carrier != Carrier::OmniBox {
-                        runs.add(&latency::run(&mut rig, carrier, rate, trial).await);
-                    }
+    let mut loads = Vec::new();
+    if options.wants(Measure::Drain) || options.wants(Measure::Crash) {
+        loads.push((
+            postbox.to_vec(),
+            rig.load(postbox[0], options.rows, 100).await,
+        ));
+        loads.push((
+            debezium.to_vec(),
+            rig.load(debezium[0], options.rows, 100).await,
+        ));
+        if with_omni_box {
+            loads.push((vec![postbox[0]], rig.load(postbox[0], small, 100).await));
+            loads.push((vec![debezium[2]], rig.load(debezium[0], small, 100).await));
+            loads.push((
+                vec![Carrier::OmniBox],
+                rig.load(Carrier::OmniBox, small, 100).await,
+            ));
+        }
+        drain::run(&mut rig, postbox[0], &loads[0].1, 0).await;
+    }
+    for trial in 1..=options.trials {
+        for (carriers, backlog) in &loads {
+            for carrier in in_turn(carriers, trial) {
+                if options.wants(Measure::Drain) {
+                    runs.add(&drain::run(&mut rig, carrier, backlog, trial).await);
+                }
+                let is_whole = backlog.rows == options.rows || carrier == Carrier::OmniBox;
+                if options.wants(Measure::Crash) && is_whole {
+                    runs.add(&crash::run(&mut rig, carrier, backlog, trial).await);
                 }
             }
         }
     }
-    if options.wants("idle") {
-        for trial in 1..=options.trials {
-            for carrier in resting {
+    for (carriers, backlog) in &loads {
+        for carrier in carriers {
+            rig.forget(*carrier, backlog).await;
+        }
+    }
+    let mut resting = [&postbox[..], &debezium].concat();
+    if with_omni_box {
+        resting.push(Carrier::OmniBox);
+    }
+    for trial in 1..=options.trials {
+        if options.wants(Measure::Start) {
+            for carrier in in_turn(&resting, trial) {
+                runs.add(&rest::first_delivery(&mut rig, carrier, trial).await);
+            }
+        }
+        if options.wants(Measure::Latency) {
+            for rate in &RATES[..2] {
+                runs.add(&latency::floor(&mut rig, *rate, trial).await);
+                for carrier in in_turn(&resting, trial) {
+                    let run = latency::run(&mut rig, carrier, *rate, Some(WARM_UP), trial);
+                    runs.add(&run.await);
+                }
+            }
+        }
+        if options.wants(Measure::Idle) {
+            for carrier in in_turn(&resting, trial) {
                 runs.add(&rest::idle(&mut rig, carrier, trial).await);
             }
         }
     }
+    runs.finish();
 }
 
-async fn soak(options: &Options, minutes: u64) {
+async fn soak(file: &Path, minutes: u32) {
     // Half an hour of rows and records is more than a disk should have to take.
-    let kafka = [
-        "log.retention.bytes=200000000",
-        "log.segment.bytes=50000000",
-    ];
-    let mut rig = Rig::start(&[], &kafka).await;
-    let mut runs = Runs::create(&options.runs, &rig).await;
+    let mut rig = Rig::start(&[], &["log.retention.bytes=200000000"]).await;
+    let mut runs = Runs::create(file, &rig).await;
     soak::run(&mut rig, &mut runs, minutes).await;
+    runs.finish();
 }

@@ -4,8 +4,8 @@ use std::fmt::Write as _;
 
 use crate::report::{self, Runs};
 
-const WIDTH: f64 = 860.0;
-const LEFT: f64 = 300.0;
+const WIDTH: f64 = 900.0;
+const LEFT: f64 = 370.0;
 const RIGHT: f64 = 110.0;
 const ROW: f64 = 22.0;
 const HEAD: f64 = 46.0;
@@ -76,7 +76,7 @@ fn panel(
     let most = bars.iter().map(|(.., value)| *value).fold(0.0, f64::max);
     // From a tenth of a millisecond on.
     let size = |value: f64| match logarithmic {
-        true => (value.max(0.1) / 0.1).ln() / (most / 0.1).ln(),
+        true => (value.max(0.1) / 0.1).ln() / (most.max(1.0) / 0.1).ln(),
         false => value / most,
     };
     for (number, (label, ours, value)) in bars.iter().enumerate() {
@@ -84,7 +84,7 @@ fn panel(
         let width = (size(*value) * (WIDTH - LEFT - RIGHT)).max(1.0);
         let color = if *ours { OURS } else { THEIRS };
         let shown = match value {
-            value if *value >= 1_000.0 => format!("{:.0},000", value / 1e3),
+            value if *value >= 1_000.0 => format!("{:.0}k", value / 1e3),
             value => format!("{value:.1}"),
         };
         let _ = writeln!(

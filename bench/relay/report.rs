@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use crate::carrier::{Carrier, Way};
+use crate::latency::FLOOR;
 use crate::picture;
 use crate::runs::{Machine, Run};
 
@@ -11,13 +13,11 @@ pub(crate) struct Runs {
     pub(crate) runs: Vec<Run>,
 }
 
-pub(crate) fn print(files: &[PathBuf], picture: Option<&Path>) {
-    for (number, file) in files.iter().enumerate() {
+pub(crate) fn print(files: &[PathBuf]) {
+    for file in files {
         let runs = Runs::read(file);
         println!("{}", runs.tables());
-        if let (0, Some(picture)) = (number, picture) {
-            std::fs::write(picture, picture::draw(&runs)).unwrap();
-        }
+        std::fs::write(file.with_extension("svg"), picture::draw(&runs)).unwrap();
     }
 }
 
@@ -28,6 +28,7 @@ const HEADS: &[(&str, &str)] = &[
     ("relay_us_per_event", "relay, CPU µs/event"),
     ("walsender_us_per_event", "walsender, µs"),
     ("broker_us_per_event", "broker, µs"),
+    ("postgres_us_per_event", "Postgres, µs"),
     ("peak_mb", "peak memory, MB"),
     ("memory_mb", "memory, MB"),
     ("first_record_ms", "first record, ms"),
@@ -37,6 +38,16 @@ const HEADS: &[(&str, &str)] = &[
     ("p90_ms", "p90, ms"),
     ("p99_ms", "p99, ms"),
     ("max_ms", "max, ms"),
+    (
+        "before_commit_returned_percent",
+        "before COMMIT returned, %",
+    ),
+    ("written_per_second", "written/s"),
+    ("repeated", "repeated by a kill"),
+    ("no_new_event_s", "no new event, s"),
+    ("events_behind", "events behind"),
+    ("wal_behind_mb", "WAL kept, MB"),
+    ("cpu_before_first_s", "CPU before the first, s"),
 ];
 
 /// What is held against what, trial by trial: a measure, a figure, and two carriers.
@@ -44,65 +55,48 @@ const RATIOS: &[(&str, &str, &str, &str)] = &[
     (
         "drain",
         "events_per_second",
-        "postbox, Unix socket",
+        SOCKET,
         "pg_recvlogical, Unix socket",
     ),
-    (
-        "drain",
-        "events_per_second",
-        "postbox, TCP",
-        "pg_recvlogical, TCP",
-    ),
-    (
-        "drain",
-        "events_per_second",
-        "postbox, TCP",
-        "Debezium, tuned",
-    ),
+    ("drain", "events_per_second", TCP, "pg_recvlogical, TCP"),
+    ("drain", "events_per_second", TCP, "Debezium, tuned"),
+    ("drain", "second_half_per_second", TCP, "Debezium, tuned"),
+    ("drain", "events_per_second", TCP, "Debezium, tuned plus"),
     (
         "drain",
         "second_half_per_second",
-        "postbox, TCP",
-        "Debezium, tuned",
-    ),
-    (
-        "drain",
-        "events_per_second",
-        "postbox, TCP",
+        TCP,
         "Debezium, tuned plus",
     ),
-    (
-        "drain",
-        "second_half_per_second",
-        "postbox, TCP",
-        "Debezium, tuned plus",
-    ),
-    ("drain", "events_per_second", "postbox, TCP", "omni-box"),
-    (
-        "latency",
-        "p50_ms",
-        "postbox, Unix socket",
-        "producer to consumer, no Postgres",
-    ),
-    (
-        "latency",
-        "p99_ms",
-        "postbox, Unix socket",
-        "producer to consumer, no Postgres",
-    ),
-    (
-        "latency",
-        "p50_ms",
-        "postbox, TCP",
-        "producer to consumer, no Postgres",
-    ),
-    (
-        "latency",
-        "p99_ms",
-        "postbox, TCP",
-        "producer to consumer, no Postgres",
-    ),
+    ("drain", "events_per_second", TCP, "omni-box"),
+    ("latency", "p50_ms", SOCKET, FLOOR),
+    ("latency", "p99_ms", SOCKET, FLOOR),
+    ("latency", "p50_ms", TCP, FLOOR),
+    ("latency", "p99_ms", TCP, FLOOR),
 ];
+
+/// The columns of the one table that has all carriers: a measure, a load if there are
+/// several, a figure, and the column's head.
+const SUMMARY: &[(&str, &str, &str, &str)] = &[
+    ("drain", "", "events_per_second", "drain, events/s"),
+    ("drain", "", "second_half_per_second", "its second half"),
+    ("drain", "", "relay_us_per_event", "CPU µs/event"),
+    ("drain", "", "postgres_us_per_event", "of Postgres"),
+    ("drain", "", "broker_us_per_event", "of the broker"),
+    ("drain", "", "peak_mb", "peak memory, MB"),
+    ("start", "", "first_record_ms", "start to first record, ms"),
+    ("latency", "20 events/s", "p50_ms", "20/s: p50, ms"),
+    ("latency", "20 events/s", "p99_ms", "p99, ms"),
+    ("latency", "1000 events/s", "p50_ms", "1,000/s: p50, ms"),
+    ("latency", "1000 events/s", "p99_ms", "p99, ms"),
+    ("idle", "", "cpu_percent_of_a_core", "idle, % of a core"),
+    ("idle", "", "memory_mb", "idle, MB"),
+    ("crash", "", "repeated", "repeated by kill -9"),
+    ("crash", "", "no_new_event_s", "no new event after it, s"),
+];
+
+const SOCKET: &str = Carrier::Postbox(Way::Socket).name();
+const TCP: &str = Carrier::Postbox(Way::Tcp).name();
 
 impl Runs {
     pub(crate) fn read(file: &Path) -> Self {
@@ -165,6 +159,9 @@ impl Runs {
             machine.date,
             machine.command,
         );
+        if self.runs.iter().any(|run| run.measure == "crash") {
+            text += &self.summary();
+        }
         let mut measures = Vec::new();
         for run in &self.runs {
             if !measures.contains(&run.measure.as_str()) {
@@ -205,6 +202,34 @@ impl Runs {
                 "| {load} | {carrier} | {} |\n",
                 cells.collect::<Vec<_>>().join(" | ")
             );
+        }
+        text
+    }
+
+    /// A line for each carrier, of medians.
+    fn summary(&self) -> String {
+        let heads: Vec<&str> = SUMMARY.iter().map(|(.., head)| *head).collect();
+        let mut text = format!(
+            "\n| | {} |\n|---|{}\n",
+            heads.join(" | "),
+            "---|".repeat(heads.len())
+        );
+        let mut carriers: Vec<&str> = Vec::new();
+        for run in &self.runs {
+            if !carriers.contains(&run.carrier.as_str()) && run.carrier != FLOOR {
+                carriers.push(&run.carrier);
+            }
+        }
+        for carrier in carriers {
+            let cells = SUMMARY.iter().map(|(measure, load, figure, _)| {
+                let mut rows = self.rows(measure).into_iter();
+                // Of its backlogs the largest, which comes first.
+                let row = rows.find(|(of, who)| *who == carrier && (load.is_empty() || of == load));
+                let figures = row.map(|(load, _)| self.figures(measure, load, carrier, figure));
+                figures.and_then(median).map_or("-".to_owned(), short)
+            });
+            let cells: Vec<String> = cells.collect();
+            text += &format!("| {carrier} | {} |\n", cells.join(" | "));
         }
         text
     }

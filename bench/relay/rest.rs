@@ -1,12 +1,9 @@
 //! At rest: from start to the first delivery, and what it costs to have nothing to do.
 
-use std::time::{Duration, Instant};
-
-use rdkafka::producer::{BaseProducer, BaseRecord, Producer as _};
+use std::time::Duration;
 
 use crate::carrier::Carrier;
-use crate::cost::{self, Meter, Part};
-use crate::latency;
+use crate::cost::{self, Meter};
 use crate::rig::{PATIENCE, Rig};
 use crate::runs::Run;
 
@@ -17,36 +14,18 @@ pub(crate) async fn first_delivery(rig: &mut Rig, carrier: Carrier, trial: u32) 
     let insert = format!("SELECT {}($1, 1, 1)", carrier.table().insert());
     rig.client.execute(&insert, &[&topic]).await.unwrap();
     let folder = tempfile::tempdir_in(&rig.scratch).unwrap();
-    let mut running = carrier.start(rig, &topic, folder.path(), None);
+    let mut running = carrier.start(rig, folder.path(), None);
     while rig.records(&topic) == 0 {
         running.check();
         assert!(running.began.elapsed() < PATIENCE);
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
     let mut run = Run::new("start", "1 event waits", carrier.name(), trial);
-    run.set(
-        "first_record_ms",
-        running.began.elapsed().as_secs_f64() * 1e3,
-    );
+    let took = running.began.elapsed().as_secs_f64();
+    run.set("first_record_ms", took * 1e3);
+    run.set("cpu_before_first_s", cost::cpu_seconds(running.pid()));
     running.stop().await;
-    run
-}
-
-/// The same for a producer, from when it is made: it must be given an id first.
-pub(crate) async fn first_delivery_of_a_bare_producer(rig: &mut Rig, trial: u32) -> Run {
-    let carrier = Carrier::BareProducer;
-    let topic = rig.prepare(carrier).await;
-    let began = Instant::now();
-    let producer: BaseProducer = latency::settings_of_a_producer(rig).create().unwrap();
-    let record = BaseRecord::to(&topic).key("k1").payload("{}");
-    producer.send(record).map_err(|(error, _)| error).unwrap();
-    // A flush would look for its end ten times a second only.
-    while producer.in_flight_count() > 0 {
-        producer.poll(Duration::from_millis(1));
-        assert!(began.elapsed() < PATIENCE);
-    }
-    let mut run = Run::new("start", "1 event waits", carrier.name(), trial);
-    run.set("first_record_ms", began.elapsed().as_secs_f64() * 1e3);
+    rig.end(carrier, &topic).await;
     run
 }
 
@@ -56,24 +35,16 @@ const LOOKED_AT: Duration = Duration::from_secs(20);
 
 pub(crate) async fn idle(rig: &mut Rig, carrier: Carrier, trial: u32) -> Run {
     let topic = rig.prepare(carrier).await;
-    rig.begin(carrier).await;
-    let folder = tempfile::tempdir_in(&rig.scratch).unwrap();
-    let mut running = carrier.start(rig, &topic, folder.path(), None);
-    latency::wait_until_it_carries(rig, carrier, &mut running, &topic).await;
+    let running = rig.launch(carrier, &topic).await;
     tokio::time::sleep(SETTLE).await;
-    let mut meter = Meter::start([(Part::Relay, running.pid())]);
+    let mut meter = Meter::start(rig, running.program.pid(), None);
     tokio::time::sleep(LOOKED_AT).await;
-    meter.look();
     let mut run = Run::new("idle", "nothing is written", carrier.name(), trial);
-    let used = meter.of(Part::Relay).unwrap();
-    run.set(
-        "cpu_percent_of_a_core",
-        used * 100.0 / LOOKED_AT.as_secs_f64(),
-    );
-    run.set(
-        "memory_mb",
-        cost::memory_mb(running.pid(), "VmRSS").unwrap(),
-    );
-    running.stop().await;
+    let used = meter.relay_seconds() * 100.0 / LOOKED_AT.as_secs_f64();
+    run.set("cpu_percent_of_a_core", used);
+    let memory = cost::memory_mb(running.program.pid(), "VmRSS").unwrap();
+    run.set("memory_mb", memory);
+    running.program.stop().await;
+    rig.end(carrier, &topic).await;
     run
 }

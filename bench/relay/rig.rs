@@ -13,7 +13,7 @@ use rdkafka::{Offset, TopicPartitionList};
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, NoTls};
 
-use crate::carrier::{Carrier, Table, Way};
+use crate::carrier::{Carrier, Running, Table, Way};
 
 pub(crate) const PARTITIONS: i32 = 4;
 
@@ -24,12 +24,20 @@ pub(crate) struct Rig {
     pub(crate) postgres: Server,
     pub(crate) kafka: Server,
     pub(crate) client: Client,
+    /// Of postbox' records, if not its default.
+    pub(crate) format: Option<&'static str>,
     /// Where everything that is started may write.
     pub(crate) scratch: tempfile::TempDir,
     admin: AdminClient<DefaultClientContext>,
     watcher: BaseConsumer,
     topics: u32,
     tables: Vec<Table>,
+}
+
+/// A program that runs, and the folder of its own.
+pub(crate) struct Launched {
+    pub(crate) program: Running,
+    _folder: tempfile::TempDir,
 }
 
 /// Rows that wait in the WAL for whoever reads from the slot `base`.
@@ -44,12 +52,26 @@ pub(crate) struct Backlog {
     base: Option<String>,
 }
 
+impl Backlog {
+    pub(crate) fn name(&self) -> String {
+        match self.rows_per_transaction {
+            1 => format!("{} rows, 1 a transaction", self.rows),
+            some => format!("{} rows, {some} a transaction", self.rows),
+        }
+    }
+}
+
 impl Rig {
     pub(crate) async fn start(postgres: &[&str], kafka: &[&str]) -> Self {
         let postgres = Server::postgres(postgres).unwrap();
-        let check = "log.retention.check.interval.ms=5000";
-        let kafka = Server::kafka(&[&[check], kafka].concat()).unwrap();
-        let client = connect(&postgres).await;
+        // What was deleted leaves the disk soon.
+        let settings = [
+            "log.retention.check.interval.ms=5000",
+            "log.segment.delete.delay.ms=0",
+            "log.segment.bytes=50000000",
+        ];
+        let kafka = Server::kafka(&[&settings, kafka].concat()).unwrap();
+        let client = connect(&connection(&postgres)).await;
         client
             .batch_execute(include_str!("../compare/rows.sql"))
             .await
@@ -61,6 +83,7 @@ impl Rig {
             watcher: config.create().unwrap(),
             scratch: tempfile::tempdir().unwrap(),
             topics: 0,
+            format: None,
             tables: Vec::new(),
             postgres,
             kafka,
@@ -68,9 +91,9 @@ impl Rig {
         }
     }
 
-    /// Another session.
-    pub(crate) async fn connect(&self) -> Client {
-        connect(&self.postgres).await
+    /// What tokio-postgres connects by.
+    pub(crate) fn connection(&self) -> String {
+        connection(&self.postgres)
     }
 
     pub(crate) fn brokers(&self) -> &str {
@@ -96,6 +119,10 @@ impl Rig {
             table.create(self).await;
             self.tables.push(table);
         }
+        self.create_topic().await
+    }
+
+    pub(crate) async fn create_topic(&mut self) -> String {
         self.topics += 1;
         let topic = format!("bench-{}", self.topics);
         let new = NewTopic::new(&topic, PARTITIONS, TopicReplication::Fixed(1));
@@ -103,15 +130,39 @@ impl Rig {
         made.unwrap().remove(0).unwrap();
         let is_led = || {
             let metadata = self.watcher.fetch_metadata(Some(&topic), PATIENCE).unwrap();
-            metadata.topics()[0]
-                .partitions()
-                .iter()
-                .all(|partition| partition.leader() >= 0)
+            let mut partitions = metadata.topics()[0].partitions().iter();
+            partitions.all(|partition| partition.leader() >= 0)
         };
         while !is_led() {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         topic
+    }
+
+    pub(crate) async fn delete_topic(&self, topic: &str) {
+        let options = AdminOptions::new();
+        let deleted = self.admin.delete_topics(&[topic], &options).await;
+        deleted.unwrap().remove(0).unwrap();
+    }
+
+    /// Starts the carrier at the end of the WAL, and waits until it carries.
+    pub(crate) async fn launch(&mut self, carrier: Carrier, topic: &str) -> Launched {
+        self.begin(carrier).await;
+        let folder = tempfile::tempdir_in(&self.scratch).unwrap();
+        let mut program = carrier.start(self, folder.path(), None);
+        let before = self.records(topic);
+        // A number that no event has which is measured.
+        let insert = format!("SELECT {}($1, -1, -1)", carrier.table().insert());
+        self.client.execute(&insert, &[&topic]).await.unwrap();
+        while self.records(topic) == before {
+            program.check();
+            assert!(program.began.elapsed() < PATIENCE);
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        Launched {
+            program,
+            _folder: folder,
+        }
     }
 
     /// A slot at the end of the WAL, for this carrier.
@@ -171,7 +222,7 @@ impl Rig {
         if carrier.slot().is_none() {
             return backlog;
         }
-        let base = format!("base_{}_{rows_per_transaction}", table.name());
+        let base = format!("base_{}_{rows}_{rows_per_transaction}", table.name());
         self.create_slot(&base).await;
         backlog.base = Some(base);
         let began = Instant::now();
@@ -182,6 +233,10 @@ impl Rig {
         // So that the server has something to say behind the end.
         let message = "SELECT pg_logical_emit_message(true, 'bench', 'end')";
         self.client.execute(message, &[]).await.unwrap();
+        self.client
+            .batch_execute("VACUUM (FREEZE, ANALYZE)")
+            .await
+            .unwrap();
         self.client.batch_execute("CHECKPOINT").await.unwrap();
         let (name, seconds) = (table.name(), began.elapsed().as_secs_f64());
         eprintln!(
@@ -197,26 +252,35 @@ impl Rig {
         self.client.execute(load, &parameters).await.unwrap();
     }
 
-    pub(crate) async fn forget(&self, backlog: &Backlog) {
-        if let Some(base) = &backlog.base {
-            self.drop_slot(base).await;
+    /// Ends what a carrier was given of a backlog, and the backlog.
+    pub(crate) async fn forget(&self, carrier: Carrier, backlog: &Backlog) {
+        for slot in carrier.slot().into_iter().chain(backlog.base.as_deref()) {
+            self.drop_slot(slot).await;
         }
     }
 
     /// How many records each partition has had, over all time.
     pub(crate) fn ends(&self, topic: &str) -> Vec<i64> {
         let deadline = Instant::now() + Duration::from_secs(10);
-        let end = |partition| {
-            // A leader does not know at once that it leads a new partition.
-            loop {
-                match self.watcher.fetch_watermarks(topic, partition, PATIENCE) {
-                    Ok((_, end)) => return end,
-                    Err(error) if Instant::now() > deadline => panic!("{topic}: {error}"),
-                    Err(_) => std::thread::sleep(Duration::from_millis(20)),
-                }
+        // One request for all of them: what looks on must not cost the broker much.
+        let wanted = all_partitions(topic, Offset::End);
+        loop {
+            let found = self.watcher.offsets_for_times(wanted.clone(), PATIENCE);
+            let found = found.map(|found| {
+                let offsets = found.elements();
+                let offsets = offsets.iter().map(|element| match element.offset() {
+                    Offset::Offset(end) => Some(end),
+                    _ => None,
+                });
+                offsets.collect::<Option<Vec<_>>>()
+            });
+            match found {
+                Ok(Some(ends)) => return ends,
+                // A leader does not know at once that it leads a new partition.
+                _ if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(20)),
+                found => panic!("{topic}: {found:?}"),
             }
-        };
-        (0..PARTITIONS).map(end).collect()
+        }
     }
 
     /// How many records the topic has had, over all time.
@@ -243,23 +307,24 @@ impl Rig {
         consumer
     }
 
-    /// Frees the disk of what the topic has.
+    /// Frees the disk of what the topic has, but for segments that are not full.
     pub(crate) async fn empty(&self, topic: &str) {
-        let mut until = TopicPartitionList::new();
-        for partition in 0..PARTITIONS {
-            until
-                .add_partition_offset(topic, partition, Offset::End)
-                .unwrap();
-        }
-        let done = self
-            .admin
-            .delete_records(&until, &AdminOptions::new())
-            .await;
-        done.unwrap();
+        let until = all_partitions(topic, Offset::End);
+        let options = AdminOptions::new();
+        self.admin.delete_records(&until, &options).await.unwrap();
     }
 
-    /// The process that sends what the slot has, if somebody reads it.
-    pub(crate) async fn walsender(&self, slot: &str) -> Option<u32> {
+    /// Ends what [`prepare`](Self::prepare) and [`begin`](Self::begin) made.
+    pub(crate) async fn end(&self, carrier: Carrier, topic: &str) {
+        if let Some(slot) = carrier.slot() {
+            self.drop_slot(slot).await;
+        }
+        self.delete_topic(topic).await;
+    }
+
+    /// The process that sends what the carrier's slot has, if somebody reads it.
+    pub(crate) async fn walsender(&self, carrier: Carrier) -> Option<u32> {
+        let slot = carrier.slot()?;
         let sql = "SELECT active_pid FROM pg_replication_slots WHERE slot_name = $1";
         let row = self.client.query_opt(sql, &[&slot]).await.unwrap();
         let pid: Option<i32> = row.and_then(|row| row.get(0));
@@ -292,13 +357,26 @@ impl Rig {
     }
 }
 
-async fn connect(postgres: &Server) -> Client {
-    let config = format!(
+fn all_partitions(topic: &str, offset: Offset) -> TopicPartitionList {
+    let mut partitions = TopicPartitionList::new();
+    for partition in 0..PARTITIONS {
+        let added = partitions.add_partition_offset(topic, partition, offset);
+        added.unwrap();
+    }
+    partitions
+}
+
+fn connection(postgres: &Server) -> String {
+    format!(
         "host={} port={} user=postgres dbname=postgres",
         postgres.fact("socket_dir"),
         postgres.fact("port")
-    );
-    let (client, connection) = tokio_postgres::connect(&config, NoTls).await.unwrap();
+    )
+}
+
+/// A session, on this runtime.
+pub(crate) async fn connect(connection: &str) -> Client {
+    let (client, connection) = tokio_postgres::connect(connection, NoTls).await.unwrap();
     tokio::spawn(connection);
     client
 }
@@ -320,19 +398,25 @@ pub(crate) fn postbox() -> PathBuf {
     program
 }
 
-/// `PG_RECVLOGICAL`, else the newest that is installed.
-pub(crate) fn pg_recvlogical() -> PathBuf {
+/// Whether it was fetched: it needs a newer Python than some have.
+pub(crate) fn has_omni_box() -> bool {
+    let cache = std::fs::read_dir(home().join("dev/.cache"));
+    cache.is_ok_and(|mut entries| {
+        entries.any(|entry| {
+            let name = entry.map(|entry| entry.file_name());
+            name.is_ok_and(|name| name.to_string_lossy().starts_with("omni-box-"))
+        })
+    })
+}
+
+/// `PG_RECVLOGICAL`, else the newest that is installed, if any.
+pub(crate) fn pg_recvlogical() -> Option<PathBuf> {
     if let Some(program) = std::env::var_os("PG_RECVLOGICAL") {
-        return program.into();
+        return Some(program.into());
     }
     let found = "ls /usr/lib/postgresql/*/bin/pg_recvlogical 2>/dev/null | sort -V | tail -n 1; \
                  command -v pg_recvlogical";
     let output = Command::new("sh").args(["-c", found]).output().unwrap();
     let output = String::from_utf8(output.stdout).unwrap();
-    let Some(program) = output.lines().next() else {
-        panic!(
-            "pg_recvlogical is missing: install Postgres' client programs, or set PG_RECVLOGICAL"
-        );
-    };
-    program.into()
+    output.lines().next().map(PathBuf::from)
 }

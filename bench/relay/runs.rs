@@ -3,12 +3,11 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Write as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use serde::{Deserialize, Serialize};
 
-use crate::cost::{Meter, Part};
 use crate::rig::{self, Rig};
 
 /// Where and with what the runs of a file were made.
@@ -54,37 +53,30 @@ impl Run {
         let value = (value * 1e3).round() / 1e3;
         self.figures.insert(figure.to_owned(), value);
     }
-
-    /// CPU of each part by event, and the cores that were busy with anything else
-    /// than the parts.
-    pub(crate) fn set_costs(&mut self, meter: &Meter, events: f64, seconds: f64) {
-        let mut parts = 0.0;
-        for part in Part::ALL {
-            if let Some(used) = meter.of(part) {
-                self.set(
-                    &format!("{}_us_per_event", part.name()),
-                    used * 1e6 / events,
-                );
-                parts += used;
-            }
-        }
-        self.set("other_cores", (meter.machine() - parts) / seconds);
-    }
 }
 
+/// A file that takes its name once it is whole.
 pub(crate) struct Runs {
     file: File,
+    partial: PathBuf,
+    path: PathBuf,
 }
 
 impl Runs {
     pub(crate) async fn create(path: &Path, rig: &Rig) -> Self {
-        // cargo runs benches in the package's folder.
+        let partial = path.with_extension("partial");
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
         let mut runs = Self {
-            file: File::create(path).unwrap(),
+            file: File::create(&partial).unwrap(),
+            partial,
+            path: path.to_owned(),
         };
         runs.write(&Machine::this(rig).await);
         runs
+    }
+
+    pub(crate) fn finish(self) {
+        std::fs::rename(&self.partial, &self.path).unwrap();
     }
 
     pub(crate) fn add(&mut self, run: &Run) {
@@ -123,12 +115,12 @@ impl Machine {
                 "commit".to_owned(),
                 output("git", &["describe", "--always", "--dirty"]),
             ),
-            (
-                "pg_recvlogical".to_owned(),
-                output(rig::pg_recvlogical().to_str().unwrap(), &["--version"]),
-            ),
             ("java".to_owned(), output("java", &["--version"])),
         ]);
+        if let Some(program) = rig::pg_recvlogical() {
+            let version = output(program.to_str().unwrap(), &["--version"]);
+            versions.insert("pg_recvlogical".to_owned(), version);
+        }
         for name in ["kafka", "debezium"] {
             versions.extend(of_pom(name).map(|version| (name.to_owned(), version)));
         }

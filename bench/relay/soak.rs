@@ -8,9 +8,8 @@ use std::time::{Duration, Instant};
 use tokio::task::JoinSet;
 
 use crate::carrier::{Carrier, Table, Way};
-use crate::cost::{self, Meter, Part};
-use crate::latency;
-use crate::rig::Rig;
+use crate::cost::{self, Meter};
+use crate::rig::{self, PATIENCE, Rig};
 use crate::runs::{Run, Runs};
 
 const WRITERS: usize = 2;
@@ -21,70 +20,60 @@ const FLAT_OUT: Duration = Duration::from_secs(20);
 
 const SAMPLE: Duration = Duration::from_secs(5);
 
-pub(crate) async fn run(rig: &mut Rig, runs: &mut Runs, minutes: u64) {
+pub(crate) async fn run(rig: &mut Rig, runs: &mut Runs, minutes: u32) {
     let carrier = Carrier::Postbox(Way::Socket);
     let topic = rig.prepare(carrier).await;
-    rig.begin(carrier).await;
-    let folder = tempfile::tempdir_in(&rig.scratch).unwrap();
-    let mut running = carrier.start(rig, &topic, folder.path(), None);
-    latency::wait_until_it_carries(rig, carrier, &mut running, &topic).await;
+    let mut running = rig.launch(carrier, &topic).await;
 
+    let before = rig.records(&topic);
+    let began = Instant::now();
     let writers = Writers::start(rig, &topic, f64::INFINITY).await;
-    let (began, before) = (Instant::now(), rig.records(&topic));
     tokio::time::sleep(FLAT_OUT).await;
     let carried = rig.records(&topic) - before;
     let most = carried as f64 / began.elapsed().as_secs_f64();
     let written = writers.stop().await;
+    let stopped = Instant::now();
     while rig.records(&topic) - before < written {
-        running.check();
-        tokio::time::sleep(SAMPLE).await;
+        running.program.check();
+        assert!(stopped.elapsed() < PATIENCE);
+        tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    let mut run = Run::new("soak", "most", carrier.name(), 0);
+    let mut run = Run::new("soak", "as fast as it goes", carrier.name(), 0);
     run.set("events_per_second", most);
     runs.add(&run);
 
     let load = format!("{:.0} events/s", most / 2.0);
     let before = rig.records(&topic);
     let writers = Writers::start(rig, &topic, most / 2.0).await;
-    let broker = rig.kafka.fact("pid").parse().unwrap();
     for minute in 1..=minutes {
         // What is carried is not needed, and half an hour of it would fill a disk.
-        rig.client
-            .batch_execute("TRUNCATE postbox.outbox")
-            .await
-            .unwrap();
-        let walsender = rig.walsender("postbox").await.expect("it streams");
-        let parts = [
-            (Part::Relay, running.pid()),
-            (Part::Walsender, walsender),
-            (Part::Broker, broker),
-        ];
-        let mut meter = Meter::start(parts);
+        let truncate = "TRUNCATE postbox.outbox";
+        rig.client.batch_execute(truncate).await.unwrap();
+        let walsender = rig.walsender(carrier).await;
+        let meter = Meter::start(rig, running.program.pid(), walsender);
         let (began, already) = (Instant::now(), rig.records(&topic));
         let (mut memory, mut behind, mut kept) = (0.0_f64, 0.0_f64, 0.0_f64);
         while began.elapsed() < Duration::from_secs(60) {
             tokio::time::sleep(SAMPLE).await;
-            running.check();
+            running.program.check();
             let written = writers.written();
             behind = behind.max((written - (rig.records(&topic) - before)) as f64);
-            memory = memory.max(cost::memory_mb(running.pid(), "VmRSS").unwrap());
+            memory = memory.max(cost::memory_mb(running.program.pid(), "VmRSS").unwrap());
             let sql = "SELECT (pg_current_wal_lsn() - confirmed_flush_lsn)::float8 \
                        FROM pg_replication_slots WHERE slot_name = 'postbox'";
             kept = kept.max(rig.client.query_one(sql, &[]).await.unwrap().get(0));
         }
-        meter.look();
         let (events, seconds) = ((rig.records(&topic) - already) as f64, began.elapsed());
-        let trial = u32::try_from(minute).unwrap();
-        let mut run = Run::new("soak", &load, carrier.name(), trial);
+        let mut run = Run::new("soak", &load, carrier.name(), minute);
+        meter.finish(&mut run, events, seconds.as_secs_f64());
         run.set("events_per_second", events / seconds.as_secs_f64());
         run.set("memory_mb", memory);
         run.set("events_behind", behind.max(0.0));
         run.set("wal_behind_mb", kept / 1e6);
-        run.set_costs(&meter, events, seconds.as_secs_f64());
         runs.add(&run);
     }
     let written = writers.stop().await;
-    running.stop().await;
+    running.program.stop().await;
     assert_eq!(rig.records(&topic) - before, written);
 }
 
@@ -101,10 +90,14 @@ impl Writers {
         let stop = Arc::<AtomicBool>::default();
         let mut tasks = JoinSet::new();
         let insert = format!("SELECT {}($1, $2, $3)", Table::Postbox.insert());
-        let began = tokio::time::Instant::now();
+        let mut sessions = Vec::new();
         for _ in 0..WRITERS {
-            let client = rig.connect().await;
+            let client = rig::connect(&rig.connection()).await;
             let insert = client.prepare(&insert).await.unwrap();
+            sessions.push((client, insert));
+        }
+        let began = tokio::time::Instant::now();
+        for (client, insert) in sessions {
             let (written, stop) = (Arc::clone(&written), Arc::clone(&stop));
             let topic = topic.to_owned();
             tasks.spawn(async move {
