@@ -68,7 +68,7 @@ impl Rig {
         let settings = [
             "log.retention.check.interval.ms=5000",
             "log.segment.delete.delay.ms=0",
-            "log.segment.bytes=50000000",
+            "log.segment.bytes=250000000",
         ];
         let kafka = Server::kafka(&[&settings, kafka].concat()).unwrap();
         let client = connect(&connection(&postgres)).await;
