@@ -98,8 +98,7 @@ impl Demo {
             Some(url) => url.clone(),
             None => {
                 let postgres = Server::postgres(&[])?;
-                let (folder, port) = (postgres.fact("socket_dir"), postgres.fact("port"));
-                let url = format!("postgresql://postgres@/postgres?host={folder}&port={port}");
+                let (folder, url) = (postgres.fact("socket_dir"), postgres.socket_url());
                 screen.step(&format!("Postgres is up, with its Unix socket in {folder}"));
                 servers.push(postgres);
                 url

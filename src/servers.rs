@@ -71,6 +71,15 @@ impl Server {
         }
     }
 
+    /// Of a Postgres: the URL of its first database, through its Unix socket.
+    ///
+    /// # Panics
+    /// If it is no Postgres.
+    pub fn socket_url(&self) -> String {
+        let (folder, port) = (self.fact("socket_dir"), self.fact("port"));
+        format!("postgresql://postgres@/postgres?host={folder}&port={port}")
+    }
+
     /// Sends a command, such as `stop fast`, `start` or `pause`, and waits until
     /// it is done.
     ///

@@ -144,21 +144,21 @@ async fn write(
     events: usize,
 ) -> Vec<Instant> {
     let insert = format!("SELECT {}($1, $2, $3)", carrier.table().insert());
-    let (connection, topic) = (rig.connection(), topic.to_owned());
+    let (url, topic) = (rig.postgres.socket_url(), topic.to_owned());
     let (tell, told) = tokio::sync::oneshot::channel();
     std::thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
             .unwrap();
-        let sessions = write_in_sessions(&connection, &insert, &topic, rate, events);
+        let sessions = write_in_sessions(&url, &insert, &topic, rate, events);
         let _ = tell.send(runtime.block_on(sessions));
     });
     told.await.unwrap()
 }
 
 async fn write_in_sessions(
-    connection: &str,
+    url: &str,
     insert: &str,
     topic: &str,
     rate: usize,
@@ -167,7 +167,7 @@ async fn write_in_sessions(
     let size = (rate / COMMITS_MAX).max(1);
     let mut sessions = Vec::new();
     for _ in 0..WRITERS {
-        let client = rig::connect(connection).await;
+        let client = rig::connect(url).await;
         let insert = client.prepare(insert).await.unwrap();
         sessions.push((client, insert));
     }

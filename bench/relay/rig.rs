@@ -71,7 +71,7 @@ impl Rig {
             "log.segment.bytes=250000000",
         ];
         let kafka = Server::kafka(&[&settings, kafka].concat()).unwrap();
-        let client = connect(&connection(&postgres)).await;
+        let client = connect(&postgres.socket_url()).await;
         client
             .batch_execute(include_str!("../compare/rows.sql"))
             .await
@@ -91,23 +91,17 @@ impl Rig {
         }
     }
 
-    /// What tokio-postgres connects by.
-    pub(crate) fn connection(&self) -> String {
-        connection(&self.postgres)
-    }
-
     pub(crate) fn brokers(&self) -> &str {
         self.kafka.fact("brokers")
     }
 
     /// The database's URL, by this way.
     pub(crate) fn database_url(&self, way: Way) -> String {
-        let port = self.postgres.fact("port");
         match way {
-            Way::Tcp => format!("postgresql://postgres@127.0.0.1:{port}/postgres?sslmode=disable"),
-            Way::Socket => {
-                let folder = self.postgres.fact("socket_dir");
-                format!("postgresql://postgres@/postgres?host={folder}&port={port}")
+            Way::Socket => self.postgres.socket_url(),
+            Way::Tcp => {
+                let port = self.postgres.fact("port");
+                format!("postgresql://postgres@127.0.0.1:{port}/postgres?sslmode=disable")
             }
         }
     }
@@ -366,17 +360,9 @@ fn all_partitions(topic: &str, offset: Offset) -> TopicPartitionList {
     partitions
 }
 
-fn connection(postgres: &Server) -> String {
-    format!(
-        "host={} port={} user=postgres dbname=postgres",
-        postgres.fact("socket_dir"),
-        postgres.fact("port")
-    )
-}
-
 /// A session, on this runtime.
-pub(crate) async fn connect(connection: &str) -> Client {
-    let (client, connection) = tokio_postgres::connect(connection, NoTls).await.unwrap();
+pub(crate) async fn connect(url: &str) -> Client {
+    let (client, connection) = tokio_postgres::connect(url, NoTls).await.unwrap();
     tokio::spawn(connection);
     client
 }

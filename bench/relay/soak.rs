@@ -92,7 +92,7 @@ impl Writers {
         let insert = format!("SELECT {}($1, $2, $3)", Table::Postbox.insert());
         let mut sessions = Vec::new();
         for _ in 0..WRITERS {
-            let client = rig::connect(&rig.connection()).await;
+            let client = rig::connect(&rig.postgres.socket_url()).await;
             let insert = client.prepare(&insert).await.unwrap();
             sessions.push((client, insert));
         }

@@ -14,8 +14,9 @@ pub(super) struct DatabaseArguments {
     /// Where the database is: postgresql://user@host:5432/app, or libpq's key=value form.
     ///
     /// A host that is a folder is a Unix socket, which halves what small transactions cost a
-    /// Postgres beside the relay: postgresql://user@/app?host=/var/run/postgresql. TLS as in libpq: sslmode (disable,
-    /// prefer, require, verify-ca, verify-full), sslrootcert, sslcert, sslkey. Without it:
+    /// Postgres beside the relay: postgresql://user@/app?host=/var/run/postgresql. TLS as in
+    /// libpq: sslmode (disable, prefer, require, verify-ca, verify-full), sslrootcert, sslcert,
+    /// sslkey. Without it:
     /// DATABASE_URL, else libpq's PG* variables; the password may be in ~/.pgpass. Prefer the
     /// variable to the flag: other users of the machine can read flags.
     #[arg(

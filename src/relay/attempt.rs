@@ -161,15 +161,15 @@ impl<'r> Attempt<'r> {
             self.check_awake(std::mem::replace(&mut awake_at, Instant::now()))?;
             self.release_held()?;
             let read = self.read_burst()?;
-            if read == 0 {
-                self.window.push(self.held.is_some() || self.stopping);
-            }
             if read > 0 {
                 busy += read;
-            } else if std::mem::take(&mut busy) >= BUSY {
-                std::thread::sleep(PAUSE);
-                tokio::task::yield_now().await;
-                continue;
+            } else {
+                self.window.push(self.held.is_some() || self.stopping);
+                if std::mem::take(&mut busy) >= BUSY {
+                    std::thread::sleep(PAUSE);
+                    tokio::task::yield_now().await;
+                    continue;
+                }
             }
             let may_read = self.may_read();
             tokio::select! {

@@ -26,7 +26,7 @@ pub(super) fn shared() -> &'static Addresses {
         };
         let addresses = Addresses {
             database_url: match &postgres {
-                Some(server) => socket_url(server),
+                Some(server) => server.socket_url(),
                 None => std::env::var("DATABASE_URL").unwrap(),
             },
             brokers: match &kafka {
@@ -42,11 +42,6 @@ pub(super) fn shared() -> &'static Addresses {
 /// The brokers of the Kafka that all tests share.
 pub(crate) fn shared_brokers() -> String {
     shared().brokers.clone()
-}
-
-pub(super) fn socket_url(postgres: &Server) -> String {
-    let (folder, port) = (postgres.fact("socket_dir"), postgres.fact("port"));
-    format!("postgresql://postgres@/postgres?host={folder}&port={port}")
 }
 
 /// The same server, another database.

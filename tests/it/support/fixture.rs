@@ -13,7 +13,7 @@ use postbox::setup::{self, SetupOptions};
 use tokio_postgres::Client;
 use tokio_postgres::types::PgLsn;
 
-use super::addresses::{Addresses, shared, socket_url, with_database};
+use super::addresses::{Addresses, shared, with_database};
 use super::{Output, PATIENCE, Proxy, Relay, postbox, run, wait_until};
 
 pub(crate) struct Fixture {
@@ -49,7 +49,7 @@ impl Fixture {
     pub(crate) async fn with_postgres(settings: &[&str]) -> Self {
         let postgres = Server::postgres(settings).unwrap();
         let addresses = Addresses {
-            database_url: socket_url(&postgres),
+            database_url: postgres.socket_url(),
             brokers: shared().brokers.clone(),
         };
         Self::on(&addresses, Some(postgres), None).await
@@ -60,7 +60,7 @@ impl Fixture {
         let postgres = Server::postgres(postgres).unwrap();
         let kafka = Server::kafka(kafka).unwrap();
         let addresses = Addresses {
-            database_url: socket_url(&postgres),
+            database_url: postgres.socket_url(),
             brokers: kafka.fact("brokers").to_owned(),
         };
         let fixture = Self::on(&addresses, Some(postgres), Some(kafka)).await;
@@ -114,7 +114,7 @@ impl Fixture {
     /// On these servers, set up. They outlive the fixture.
     pub(crate) async fn beside(postgres: &Server, brokers: &str) -> Self {
         let addresses = Addresses {
-            database_url: socket_url(postgres),
+            database_url: postgres.socket_url(),
             brokers: brokers.to_owned(),
         };
         let fixture = Self::on(&addresses, None, None).await;
