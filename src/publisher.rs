@@ -30,6 +30,7 @@
 
 mod brokers;
 pub mod codes;
+mod events;
 mod partitioner;
 mod producer;
 mod push;
@@ -54,14 +55,12 @@ use rdkafka::producer::BaseRecord;
 use crate::envelope::Record;
 use crate::error::{Error, ErrorKind, Result};
 use producer::Producer;
-use reports::Reports;
 
-/// A producer, the topics it knows, and the reports of its deliveries. Dropped, it
+/// A producer, and the topics it knows. Dropped, it
 /// forgets what is in flight; what was sent may still be delivered.
 pub struct Publisher {
     settings: KafkaSettings,
     producer: Producer,
-    reports: Arc<Reports>,
     topics: HashMap<String, Known>,
     batch_bytes: usize,
 }
@@ -99,12 +98,10 @@ impl Publisher {
     /// # Errors
     /// If a setting is refused.
     pub fn new(settings: KafkaSettings, batch_bytes: usize) -> Result<Self> {
-        let reports = Arc::new(Reports::default());
-        let producer = Producer::start(&settings, batch_bytes, &reports)?;
+        let producer = Producer::start(&settings, batch_bytes)?;
         Ok(Self {
             settings,
             producer,
-            reports,
             topics: HashMap::new(),
             batch_bytes,
         })
@@ -183,7 +180,7 @@ impl Publisher {
         if let Some(max) = topic.message_bytes_max {
             self.batch_bytes = self.batch_bytes.min(max);
         }
-        self.producer = Producer::start(&self.settings, self.batch_bytes, &self.reports)?;
+        self.producer = Producer::start(&self.settings, self.batch_bytes)?;
         Ok(())
     }
 
@@ -247,7 +244,7 @@ impl Publisher {
     /// Waits until [`take_reports`](Self::take_reports) has something to give.
     /// Cancel-safe: a report is never lost by not waiting for it.
     pub async fn reported(&self) {
-        self.reports.arrived().await;
+        self.producer.reported().await;
     }
 
     /// Moves the reports that arrived into `into`, in no order across
@@ -256,7 +253,7 @@ impl Publisher {
     /// # Errors
     /// If the brokers refuse us, which waiting will not mend.
     pub fn take_reports(&self, into: &mut Vec<Report>) -> Result<()> {
-        self.reports.take(into)
+        self.producer.take_reports(into)
     }
 
     /// Asks a broker for a sign of life, apart from this publisher.

@@ -1,61 +1,59 @@
-//! A producer of librdkafka, and the thread that takes its reports.
-//!
-//! The wrapper has a producer with such a thread, which waits for a tenth of a second
-//! at a time and spends the last millisecond of it in a loop: 0.9 % of a core for doing
-//! nothing. Ours waits for longer.
+//! A producer of librdkafka, and a thread for what may take a while.
 
-use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::sync::Arc;
 
 use rdkafka::producer::{BaseProducer, Producer as _, PurgeConfig};
 
+use super::events::Events;
 use super::push::Pusher;
-use super::reports::{Context, Reports};
+use super::reports::{Context, Report};
 use super::settings::{self, KafkaSettings};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
 
 pub(super) type Client = BaseProducer<Context>;
 
-/// Ends when it is dropped, with what is in flight: what was sent may still be
-/// delivered. Its threads end by themselves: within two seconds, or when a call for
-/// metadata or a name look-up has ended.
+/// Ends in the background when it is dropped, with what is in flight: what was sent may
+/// still be delivered.
 pub(super) struct Producer {
     client: Arc<Client>,
-    /// None if the user says for how long records linger.
-    pusher: Option<Pusher>,
+    events: Events,
+    pusher: Pusher,
+    /// The user says for how long records linger.
+    may_push: bool,
 }
 
-/// A report ends the wait; only the end of the client does not.
-const POLL: Duration = Duration::from_secs(1);
-
 impl Producer {
-    pub(super) fn start(
-        settings: &KafkaSettings,
-        batch_bytes: usize,
-        reports: &Arc<Reports>,
-    ) -> Result<Self> {
-        let context = Context::new(Arc::clone(reports));
+    pub(super) fn start(settings: &KafkaSettings, batch_bytes: usize) -> Result<Self> {
         let client: Client = settings
             .producer(batch_bytes)?
-            .create_with_context(context)
+            .create_with_context(Context::default())
             .map_err(settings::invalid)?;
         let client = Arc::new(client);
-        let polled = Arc::downgrade(&client);
-        start_thread("poll", move || poll(&polled))?;
-        let pusher = match settings.sets_linger() {
-            true => None,
-            false => Some(Pusher::start(Arc::clone(&client))?),
-        };
-        Ok(Self { client, pusher })
+        Ok(Self {
+            events: Events::of(Arc::clone(&client)),
+            pusher: Pusher::start(Arc::clone(&client))?,
+            may_push: !settings.sets_linger(),
+            client,
+        })
     }
 
     pub(super) fn client(&self) -> &Arc<Client> {
         &self.client
     }
 
+    /// Waits until [`take_reports`](Self::take_reports) has something to give.
+    pub(super) async fn reported(&self) {
+        self.events.arrived().await;
+    }
+
+    pub(super) fn take_reports(&self, into: &mut Vec<Report>) -> Result<()> {
+        self.events.handle();
+        self.client.context().take(into)
+    }
+
     pub(super) fn push(&self) {
-        if let Some(pusher) = &self.pusher {
-            pusher.push();
+        if self.may_push {
+            self.pusher.push();
         }
     }
 
@@ -69,20 +67,4 @@ impl Drop for Producer {
     fn drop(&mut self) {
         self.purge();
     }
-}
-
-fn poll(client: &Weak<Client>) {
-    while let Some(client) = client.upgrade() {
-        client.poll(POLL);
-    }
-}
-
-/// A system that lacks threads may have some later: no reason to end the relay.
-pub(super) fn start_thread(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
-    let started = std::thread::Builder::new()
-        .name(name.to_owned())
-        .spawn(work);
-    started
-        .map_err(|error| Error::new(ErrorKind::BrokerAway, "start a thread").caused_by(error))?;
-    Ok(())
 }

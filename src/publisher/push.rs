@@ -11,18 +11,22 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::{self, SyncSender};
+use std::time::Duration;
 
 use rdkafka::bindings;
 use rdkafka::producer::Producer as _;
 
-use super::producer::{Client, start_thread};
-use crate::error::Result;
+use super::producer::Client;
+use crate::error::{Error, ErrorKind, Result};
 
 /// How long one push lasts, if what is in flight is not delivered sooner: a wake-up of
 /// a thread takes less.
 const FLUSH_MILLIS: i32 = 5;
 
-/// A thread that flushes when it is told to, and ends when this is dropped.
+/// How often the thread looks whether it is the last to hold the client.
+const PAUSE: Duration = Duration::from_millis(10);
+
+/// A thread that flushes when it is told to. When this is dropped, it ends the client.
 pub(super) struct Pusher {
     requests: SyncSender<()>,
 }
@@ -31,10 +35,22 @@ impl Pusher {
     pub(super) fn start(client: Arc<Client>) -> Result<Self> {
         // One that waits stands for all.
         let (requests, requested) = mpsc::sync_channel(1);
-        start_thread("push", move || {
+        let push = move || {
             while requested.recv().is_ok() {
                 flush(&client);
             }
+            // A call for metadata may still hold it. Whoever is last waits until
+            // librdkafka's threads have ended.
+            while Arc::strong_count(&client) > 1 {
+                std::thread::sleep(PAUSE);
+            }
+        };
+        let started = std::thread::Builder::new()
+            .name("push".to_owned())
+            .spawn(push);
+        // A system that lacks threads may have some later: no reason to end the relay.
+        started.map_err(|error| {
+            Error::new(ErrorKind::BrokerAway, "start a thread").caused_by(error)
         })?;
         Ok(Self { requests })
     }
@@ -55,13 +71,10 @@ fn flush(client: &Client) {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use rdkafka::mocking::MockCluster;
     use rdkafka::producer::BaseRecord;
 
     use super::super::producer::Producer;
-    use super::super::reports::Reports;
     use super::super::settings::KafkaSettings;
     use super::*;
 
@@ -72,8 +85,7 @@ mod tests {
             brokers: cluster.bootstrap_servers(),
             properties: vec![("linger.ms".to_owned(), "600000".to_owned())],
         };
-        let reports = Arc::new(Reports::default());
-        let producer = Producer::start(&settings, 1_000_000, &reports).expect("a producer");
+        let producer = Producer::start(&settings, 1_000_000).expect("a producer");
         let pusher = Pusher::start(Arc::clone(producer.client())).expect("a thread");
         for number in 0..3 {
             let record = BaseRecord::with_opaque_to("topic", number)
@@ -87,8 +99,8 @@ mod tests {
                 while delivered.is_empty() {
                     pusher.push();
                     let pause = Duration::from_millis(20);
-                    let _ = tokio::time::timeout(pause, reports.arrived()).await;
-                    reports.take(&mut delivered).expect("no refusal");
+                    let _ = tokio::time::timeout(pause, producer.reported()).await;
+                    producer.take_reports(&mut delivered).expect("no refusal");
                 }
             };
             let patience = Duration::from_secs(30);

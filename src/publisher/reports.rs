@@ -1,13 +1,12 @@
-//! Delivery reports, from the thread that polls to the relay's.
+//! What librdkafka calls back.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
 use rdkafka::ClientContext;
 use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::DeliveryResult;
 use rdkafka::producer::ProducerContext;
-use tokio::sync::Notify;
 use tracing::{debug, warn};
 
 use super::refusals::refusal;
@@ -22,12 +21,9 @@ pub struct Report {
     pub error: Option<RDKafkaErrorCode>,
 }
 
-/// Reports that wait to be taken.
+/// Keeps it until it is taken.
 #[derive(Default)]
-pub(super) struct Reports {
-    arrived: Mutex<Arrived>,
-    notify: Notify,
-}
+pub(super) struct Context(Mutex<Arrived>);
 
 #[derive(Default)]
 struct Arrived {
@@ -36,34 +32,10 @@ struct Arrived {
     complaint: Option<String>,
 }
 
-impl Reports {
+impl Context {
     fn with<T>(&self, change: impl FnOnce(&mut Arrived) -> T) -> T {
         // A panic while the lock is held cannot leave it half changed.
-        change(&mut self.arrived.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    fn push(&self, report: Report) {
-        let first = self.with(|arrived| {
-            arrived.reports.push(report);
-            arrived.reports.len() == 1
-        });
-        // One wake-up for a batch: the taker takes all.
-        if first {
-            self.notify.notify_one();
-        }
-    }
-
-    fn refuse(&self, error: Error) {
-        self.with(|arrived| arrived.refused = Some(error));
-        self.notify.notify_one();
-    }
-
-    fn complain(&self, reason: &str) {
-        self.with(|arrived| arrived.complaint = Some(reason.to_owned()));
-    }
-
-    pub(super) async fn arrived(&self) {
-        self.notify.notified().await;
+        change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     pub(super) fn take(&self, into: &mut Vec<Report>) -> Result<()> {
@@ -77,21 +49,10 @@ impl Reports {
         });
         refused.map_or(Ok(()), Err)
     }
-}
-
-/// Receives what librdkafka calls back.
-pub(super) struct Context {
-    reports: Arc<Reports>,
-}
-
-impl Context {
-    pub(super) fn new(reports: Arc<Reports>) -> Self {
-        Self { reports }
-    }
 
     /// What librdkafka last complained of since this was asked.
     pub(super) fn take_complaint(&self) -> Option<String> {
-        self.reports.with(|arrived| arrived.complaint.take())
+        self.with(|arrived| arrived.complaint.take())
     }
 }
 
@@ -105,10 +66,11 @@ impl ProducerContext for Context {
             Ok(_) => None,
             Err((error, _)) => Some(error.rdkafka_error_code().unwrap_or(RDKafkaErrorCode::Fail)),
         };
-        self.reports.push(Report {
+        let report = Report {
             sequence: sequence as u64,
             error,
-        });
+        };
+        self.with(|arrived| arrived.reports.push(report));
     }
 }
 
@@ -122,12 +84,12 @@ impl ClientContext for Context {
     fn error(&self, error: KafkaError, reason: &str) {
         let code = error.rdkafka_error_code();
         if let Some(refusal) = code.and_then(|code| refusal(code, reason)) {
-            self.reports.refuse(refusal);
+            self.with(|arrived| arrived.refused = Some(refusal));
             return;
         }
         // That all are down says less than why each is.
         if code != Some(RDKafkaErrorCode::AllBrokersDown) {
-            self.reports.complain(reason);
+            self.with(|arrived| arrived.complaint = Some(reason.to_owned()));
         }
         match code {
             // Called twice for each event, and again for each attempt. What follows
