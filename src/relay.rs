@@ -15,6 +15,7 @@
 mod attempt;
 mod connect;
 mod control;
+mod gather;
 mod pace;
 mod partitions;
 mod window;

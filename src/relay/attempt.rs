@@ -11,6 +11,7 @@ use tracing::info;
 
 use super::connect::{Connected, PROBE_TIMEOUT, connect};
 use super::control::{Control, walsender_is_ending};
+use super::gather::Gather;
 use super::partitions::OPEN_MAX;
 use super::window::{Stop, Window};
 use super::{BACKOFF_MAX, Relay};
@@ -43,13 +44,6 @@ pub(super) struct Attempt<'r> {
 
 /// Rows taken in one go before anything else is looked at.
 const BURST: usize = 256;
-
-/// The server sends each row by itself, and each wakes us. After a turn with this
-/// many rows, the thread sleeps for [`PAUSE`] and lets them gather: in a prototype
-/// that drained 500,000 rows over a Unix socket, an event then cost the relay
-/// 2.9 µs instead of 4.2. Alone, an event never waits.
-const BUSY: usize = 32;
-const PAUSE: Duration = Duration::from_micros(300);
 
 /// How often liveness, progress and the brokers are looked at.
 const TICK: Duration = Duration::from_secs(1);
@@ -150,23 +144,24 @@ impl<'r> Attempt<'r> {
     async fn carry(&mut self, shutdown: &mut watch::Receiver<bool>) -> Result<()> {
         let mut tick = tokio::time::interval(TICK);
         let mut deadline = None;
-        let mut busy = 0;
+        let mut gather = Gather::start();
+        let mut gathered = 0;
         let mut awake_at = Instant::now();
         loop {
-            self.look_at_clock();
+            let now = self.look_at_clock();
             self.settle()?;
             if self.stopping && self.is_drained() {
                 return self.finish(deadline).await;
             }
-            self.check_awake(std::mem::replace(&mut awake_at, Instant::now()))?;
+            self.check_awake(now - std::mem::replace(&mut awake_at, now))?;
             self.release_held()?;
             let read = self.read_burst()?;
             if read > 0 {
-                busy += read;
+                gathered += read;
             } else {
                 self.window.push(self.held.is_some() || self.stopping);
-                if std::mem::take(&mut busy) >= BUSY {
-                    std::thread::sleep(PAUSE);
+                if let Some(pause) = gather.pause(std::mem::take(&mut gathered)) {
+                    std::thread::sleep(pause);
                     tokio::task::yield_now().await;
                     continue;
                 }
@@ -194,17 +189,17 @@ impl<'r> Attempt<'r> {
     }
 
     /// Once for all that is done before anything is waited for.
-    fn look_at_clock(&mut self) {
+    fn look_at_clock(&mut self) -> Instant {
         let now = Instant::now();
         self.window.look_at_clock(now.into_std());
         self.stream.look_at_clock(now.into_std());
+        now
     }
 
     /// Ends the attempt of a process that was frozen, before it sends what has come in
     /// the meantime: the server may have ended its walsender, and another relay may have
     /// sent the same.
-    fn check_awake(&mut self, awake_at: Instant) -> Result<()> {
-        let asleep = awake_at.elapsed();
+    fn check_awake(&mut self, asleep: Duration) -> Result<()> {
         // The last status message may have left a status interval before, which is half
         // of this timeout at most.
         let given_up = self.relay.settings.wal_sender_timeout / 2;
