@@ -56,8 +56,8 @@ use crate::envelope::Record;
 use crate::error::{Error, ErrorKind, Result};
 use producer::Producer;
 
-/// A producer, and the topics it knows. Dropped, it
-/// forgets what is in flight; what was sent may still be delivered.
+/// A producer, and the topics it knows. Dropped, it forgets what is in flight; what was
+/// sent may still be delivered.
 pub struct Publisher {
     settings: KafkaSettings,
     producer: Producer,
@@ -74,7 +74,7 @@ struct Known {
 }
 
 /// Where a record goes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Destination {
     /// The topic's number, counted from zero.
     pub topic: usize,
@@ -241,7 +241,9 @@ impl Publisher {
         self.producer.push();
     }
 
-    /// Waits until [`take_reports`](Self::take_reports) has something to give.
+    /// Waits until librdkafka has something to say, which
+    /// [`take_reports`](Self::take_reports) hears: reports, or why a broker cannot be
+    /// reached, which whoever waits for an answer of the brokers is then told.
     /// Cancel-safe: a report is never lost by not waiting for it.
     pub async fn reported(&self) {
         self.producer.reported().await;

@@ -51,6 +51,10 @@ impl Events {
         }
     }
 
+    pub(super) fn client(&self) -> &Arc<Client> {
+        &self.client
+    }
+
     /// Waits until [`handle`](Self::handle) has something to do. Cancel-safe.
     pub(super) async fn arrived(&self) {
         self.arrived.notified().await;

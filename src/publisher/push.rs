@@ -26,7 +26,8 @@ const FLUSH_MILLIS: i32 = 5;
 /// How often the thread looks whether it is the last to hold the client.
 const PAUSE: Duration = Duration::from_millis(10);
 
-/// A thread that flushes when it is told to. When this is dropped, it ends the client.
+/// A thread that flushes when it is told to. When this is dropped, it waits until nobody
+/// else holds the client, and ends it: there is one for each client.
 pub(super) struct Pusher {
     requests: SyncSender<()>,
 }
@@ -39,10 +40,10 @@ impl Pusher {
             while requested.recv().is_ok() {
                 flush(&client);
             }
-            // A call for metadata may still hold it. Whoever is last waits until
-            // librdkafka's threads have ended.
+            // A call for metadata may still hold it, and whoever is last waits until
+            // librdkafka's threads have ended. What was in flight is freed now.
             while Arc::strong_count(&client) > 1 {
-                std::thread::sleep(PAUSE);
+                client.poll(PAUSE);
             }
         };
         let started = std::thread::Builder::new()
@@ -67,47 +68,4 @@ fn flush(client: &Client) {
     // SAFETY: the pointer is the client's, which outlives the call, and librdkafka's
     // functions may be called from any thread. That records are left is no error here.
     unsafe { bindings::rd_kafka_flush(client.client().native_ptr(), FLUSH_MILLIS) };
-}
-
-#[cfg(test)]
-mod tests {
-    use rdkafka::mocking::MockCluster;
-    use rdkafka::producer::BaseRecord;
-
-    use super::super::producer::Producer;
-    use super::super::settings::KafkaSettings;
-    use super::*;
-
-    #[tokio::test]
-    async fn what_would_linger_leaves_when_it_is_pushed() {
-        let cluster = MockCluster::new(1).expect("a cluster");
-        let settings = KafkaSettings {
-            brokers: cluster.bootstrap_servers(),
-            properties: vec![("linger.ms".to_owned(), "600000".to_owned())],
-        };
-        let producer = Producer::start(&settings, 1_000_000).expect("a producer");
-        let pusher = Pusher::start(Arc::clone(producer.client())).expect("a thread");
-        for number in 0..3 {
-            let record = BaseRecord::with_opaque_to("topic", number)
-                .key("")
-                .payload("");
-            let sent = producer.client().send(record);
-            sent.map_err(|(error, _)| error).expect("room");
-            // A push does nothing while no broker leads the topic, as at the start.
-            let mut delivered = Vec::new();
-            let delivery = async {
-                while delivered.is_empty() {
-                    pusher.push();
-                    let pause = Duration::from_millis(20);
-                    let _ = tokio::time::timeout(pause, producer.reported()).await;
-                    producer.take_reports(&mut delivered).expect("no refusal");
-                }
-            };
-            let patience = Duration::from_secs(30);
-            tokio::time::timeout(patience, delivery)
-                .await
-                .expect("a delivery");
-            assert!(delivered.iter().all(|report| report.error.is_none()));
-        }
-    }
 }

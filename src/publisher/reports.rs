@@ -21,7 +21,7 @@ pub struct Report {
     pub error: Option<RDKafkaErrorCode>,
 }
 
-/// Keeps it until it is taken.
+/// What it called back with, until that is taken.
 #[derive(Default)]
 pub(super) struct Context(Mutex<Arrived>);
 

@@ -130,10 +130,10 @@ async fn reach_brokers(relay: &Relay) -> Result<Publisher> {
     let mut probe = pin!(publisher.probe(PROBE_TIMEOUT));
     let answer = loop {
         tokio::select! {
-            answer = &mut probe => break answer,
-            // Nothing was sent yet, so that this is a refusal: no need to wait for
-            // an answer.
+            biased;
+            // Nothing was sent yet: if we are refused, no need to wait for an answer.
             () = publisher.reported() => publisher.take_reports(&mut Vec::new())?,
+            answer = &mut probe => break answer,
         }
     };
     publisher.take_reports(&mut Vec::new())?;
