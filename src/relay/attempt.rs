@@ -148,19 +148,22 @@ impl<'r> Attempt<'r> {
         let mut gathered = 0;
         let mut awake_at = Instant::now();
         loop {
-            let now = self.look_at_clock();
+            self.look_at_clock();
             self.settle()?;
             if self.stopping && self.is_drained() {
                 return self.finish(deadline).await;
             }
-            self.check_awake(now - std::mem::replace(&mut awake_at, now))?;
+            self.check_awake(std::mem::replace(&mut awake_at, Instant::now()))?;
             self.release_held()?;
             let read = self.read_burst()?;
             if read > 0 {
                 gathered += read;
             } else {
                 self.window.push(self.held.is_some() || self.stopping);
-                if let Some(pause) = gather.pause(std::mem::take(&mut gathered)) {
+                let gathered = std::mem::take(&mut gathered);
+                if self.may_read()
+                    && let Some(pause) = gather.pause(gathered, self.window.is_many())
+                {
                     std::thread::sleep(pause);
                     tokio::task::yield_now().await;
                     continue;
@@ -189,17 +192,17 @@ impl<'r> Attempt<'r> {
     }
 
     /// Once for all that is done before anything is waited for.
-    fn look_at_clock(&mut self) -> Instant {
+    fn look_at_clock(&mut self) {
         let now = Instant::now();
         self.window.look_at_clock(now.into_std());
         self.stream.look_at_clock(now.into_std());
-        now
     }
 
     /// Ends the attempt of a process that was frozen, before it sends what has come in
     /// the meantime: the server may have ended its walsender, and another relay may have
     /// sent the same.
-    fn check_awake(&mut self, asleep: Duration) -> Result<()> {
+    fn check_awake(&mut self, awake_at: Instant) -> Result<()> {
+        let asleep = awake_at.elapsed();
         // The last status message may have left a status interval before, which is half
         // of this timeout at most.
         let given_up = self.relay.settings.wal_sender_timeout / 2;

@@ -38,7 +38,12 @@ impl Pace {
     /// Nothing more can be sent for now: whether what was sent should leave at once.
     /// Asked again with nothing sent in between, it says no.
     pub(super) fn should_push(&mut self) -> bool {
-        std::mem::take(&mut self.has_new) && self.sent.max(self.sent_before) < MANY
+        std::mem::take(&mut self.has_new) && !self.is_many()
+    }
+
+    /// Whether it is so by now.
+    pub(super) fn is_many(&self) -> bool {
+        self.sent.max(self.sent_before) >= MANY
     }
 
     fn turn_over(&mut self, now: Instant) {

@@ -267,6 +267,11 @@ impl Window {
         }
     }
 
+    /// Whether so much goes out that a batch is worth its wait.
+    pub(super) fn is_many(&self) -> bool {
+        self.pace.is_many()
+    }
+
     /// Everything that was sent lies before this position.
     pub(super) fn push_position(&mut self, position: Position) {
         // A keepalive may carry an older position than the commit before it.
