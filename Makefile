@@ -47,25 +47,27 @@ fuzz: ## Look for input that breaks a promise of the decoder or the envelope: RU
 # What is measured is the release; what measures it is built beside it.
 measure = dev/bootstrap && dev/fetch && cargo build --release --locked && \
 	cargo bench --profile dev --locked --bench relay --
+# A run in full replaces the record that is kept; one with options does not.
+runs = $(or $(FILE),$(if $(options),target,bench)/runs/$(1).jsonl)
 options = $(if $(TRIALS),--trials $(TRIALS)) $(if $(ROWS),--rows $(ROWS)) $(if $(ONLY),--only $(ONLY))
 
 bench: ## Measure postbox beside pg_recvlogical and a bare producer: TRIALS, ROWS, ONLY=drain,start,latency,idle.
-	@$(measure) relay --runs $(or $(RUNS),bench/runs/relay.jsonl) $(options)
+	@$(measure) relay --runs $(call runs,relay) $(options)
 
 bench-soak: ## Let it run for MINUTES at half of what this machine can write and carry.
-	@$(measure) soak --runs $(or $(RUNS),bench/runs/soak.jsonl) $(if $(MINUTES),--minutes $(MINUTES))
+	@$(measure) soak --runs $(or $(FILE),$(if $(MINUTES),target,bench)/runs/soak.jsonl) $(if $(MINUTES),--minutes $(MINUTES))
 
 bench-compare: ## Measure postbox beside Debezium and omni-box: TRIALS, ROWS, ONLY=drain,crash,start,latency,idle.
 	@dev/bootstrap && dev/fetch connect
 	@dev/fetch omni-box || echo "going on without omni-box" >&2
-	@$(measure) compare --runs $(or $(RUNS),bench/runs/compare.jsonl) $(options)
+	@$(measure) compare --runs $(call runs,compare) $(options)
 
 bench-micro: ## Measure what an event costs in the pure parts of its way.
 	@dev/bootstrap build
 	cargo bench --locked --bench micro
 
 bench-report: ## Print the tables of what was measured, and draw the picture.
-	@cargo bench --profile dev --locked --quiet --bench relay -- report bench/runs/*.jsonl
+	@cargo bench --profile dev --locked --quiet --bench relay -- report $(or $(FILE),bench/runs/*.jsonl)
 
 lint: ## Check format, lints, docs, and that what is released has no failpoints.
 	@dev/bootstrap build

@@ -75,10 +75,10 @@ struct Options {
     /// The file that the runs are written to.
     #[arg(long)]
     runs: PathBuf,
-    #[arg(long, default_value_t = 5)]
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     trials: u32,
     /// Rows of a backlog.
-    #[arg(long, default_value_t = 500_000)]
+    #[arg(long, default_value_t = 500_000, value_parser = clap::value_parser!(i64).range(1000..))]
     rows: i64,
     /// What to measure, if not all.
     #[arg(long, value_delimiter = ',')]
@@ -140,6 +140,10 @@ fn in_turn(carriers: &[Carrier], trial: u32) -> Vec<Carrier> {
 }
 
 async fn relay(options: &Options, rows_per_transaction: &[i64], variants: Vec<String>) {
+    assert!(
+        !options.only.contains(&Measure::Crash),
+        "crash is measured by compare"
+    );
     let mut rig = Rig::start(&STEADY, &[]).await;
     let mut runs = Runs::create(&options.runs, &rig).await;
     let mut written = [Way::Socket, Way::Tcp].map(Carrier::Postbox).to_vec();
@@ -158,14 +162,10 @@ async fn relay(options: &Options, rows_per_transaction: &[i64], variants: Vec<St
             "without pg_recvlogical: install Postgres' client programs, or set PG_RECVLOGICAL"
         );
     }
-    let mut is_warm = false;
     if options.wants(Measure::Drain) {
         for rows in rows_per_transaction {
             let backlog = rig.load(drained[0], options.rows, *rows).await;
-            if !is_warm {
-                drain::warm_up(&mut rig, drained[0], &backlog).await;
-                is_warm = true;
-            }
+            drain::warm_up(&mut rig, drained[0], &backlog).await;
             for trial in 1..=options.trials {
                 for carrier in in_turn(&drained, trial) {
                     runs.add(&drain::run(&mut rig, carrier, &backlog, trial).await);
@@ -214,7 +214,7 @@ async fn compare(options: &Options) {
     let mut runs = Runs::create(&options.runs, &rig).await;
     let postbox = [Way::Tcp, Way::Socket].map(Carrier::Postbox);
     let debezium = Debezium::ALL.map(Carrier::Debezium);
-    let small = ROWS_OF_OMNI_BOX.min(options.rows);
+    let rows_of_omni_box = ROWS_OF_OMNI_BOX.min(options.rows);
     let with_omni_box = rig::has_omni_box();
     if !with_omni_box {
         eprintln!("without omni-box: `dev/fetch omni-box` says why");
@@ -230,12 +230,8 @@ async fn compare(options: &Options) {
             rig.load(debezium[0], options.rows, 100).await,
         ));
         if with_omni_box {
-            loads.push((vec![postbox[0]], rig.load(postbox[0], small, 100).await));
-            loads.push((vec![debezium[2]], rig.load(debezium[0], small, 100).await));
-            loads.push((
-                vec![Carrier::OmniBox],
-                rig.load(Carrier::OmniBox, small, 100).await,
-            ));
+            let backlog = rig.load(Carrier::OmniBox, rows_of_omni_box, 100).await;
+            loads.push((vec![Carrier::OmniBox], backlog));
         }
         drain::warm_up(&mut rig, postbox[0], &loads[0].1).await;
     }
@@ -245,8 +241,7 @@ async fn compare(options: &Options) {
                 if options.wants(Measure::Drain) {
                     runs.add(&drain::run(&mut rig, carrier, backlog, trial).await);
                 }
-                let is_whole = backlog.rows == options.rows || carrier == Carrier::OmniBox;
-                if options.wants(Measure::Crash) && is_whole {
+                if options.wants(Measure::Crash) {
                     runs.add(&crash::run(&mut rig, carrier, backlog, trial).await);
                 }
             }

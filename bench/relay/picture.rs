@@ -14,8 +14,9 @@ const HEAD: f64 = 46.0;
 const OURS: &str = "#2563eb";
 const THEIRS: &str = "#9ca3af";
 
-/// An SVG 1.1 document that is readable on white and on black.
-pub(crate) fn draw(runs: &Runs) -> String {
+/// An SVG 1.1 document that is readable on white and on black, if there is anything to
+/// draw.
+pub(crate) fn draw(runs: &Runs) -> Option<String> {
     let panels = [
         (
             "drain",
@@ -54,10 +55,10 @@ pub(crate) fn draw(runs: &Runs) -> String {
             y = panel(&mut body, y, title, &bars, logarithmic);
         }
     }
-    format!(
+    (!body.is_empty()).then(|| format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {y}\" width=\"{WIDTH}\" height=\"{y}\" \
          font-family=\"sans-serif\" font-size=\"12\" fill=\"#6b7280\">\n{body}</svg>\n"
-    )
+    ))
 }
 
 /// Draws bars below `y`, and tells where they end.

@@ -17,7 +17,9 @@ pub(crate) fn print(files: &[PathBuf]) {
     for file in files {
         let runs = Runs::read(file);
         println!("{}", runs.tables());
-        std::fs::write(file.with_extension("svg"), picture::draw(&runs)).unwrap();
+        if let Some(picture) = picture::draw(&runs) {
+            std::fs::write(file.with_extension("svg"), picture).unwrap();
+        }
     }
 }
 
@@ -223,7 +225,6 @@ impl Runs {
         for carrier in carriers {
             let cells = SUMMARY.iter().map(|(measure, load, figure, _)| {
                 let mut rows = self.rows(measure).into_iter();
-                // Of its backlogs the largest, which comes first.
                 let row = rows.find(|(of, who)| *who == carrier && (load.is_empty() || of == load));
                 let figures = row.map(|(load, _)| self.figures(measure, load, carrier, figure));
                 figures.and_then(median).map_or("-".to_owned(), short)
@@ -240,9 +241,16 @@ impl Runs {
         loads.dedup();
         for (_, figure, of, to) in RATIOS.iter().filter(|(of, ..)| *of == measure) {
             for load in &loads {
+                // omni-box has a backlog of its own.
+                let rows = self.rows(measure);
+                let at_all = rows.iter().find(|(_, carrier)| carrier == to);
+                let same = rows.iter().find(|row| **row == (*load, *to));
+                let Some((their_load, _)) = same.or(at_all) else {
+                    continue;
+                };
                 let (ours, theirs) = (
                     self.figures(measure, load, of, figure),
-                    self.figures(measure, load, to, figure),
+                    self.figures(measure, their_load, to, figure),
                 );
                 let ratios: Vec<f64> = ours.iter().zip(&theirs).map(|(a, b)| a / b).collect();
                 if !ratios.is_empty() {
@@ -250,7 +258,12 @@ impl Runs {
                         .iter()
                         .find(|(name, _)| name == figure)
                         .map_or(*figure, |(_, head)| head);
-                    text += &format!("- {load}, {figure}: {of} to {to}: {}\n", spread(ratios));
+                    let theirs = match their_load == load {
+                        true => String::new(),
+                        false => format!(" with {their_load}"),
+                    };
+                    let ratios = spread(ratios);
+                    text += &format!("- {load}, {figure}: {of} to {to}{theirs}: {ratios}\n");
                 }
             }
         }

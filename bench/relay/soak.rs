@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 
 use tokio::task::JoinSet;
 
-use crate::carrier::{Carrier, Table, Way};
+use crate::carrier::{Carrier, Running, Table, Way};
 use crate::cost::{self, Meter};
+use crate::report;
 use crate::rig::{self, PATIENCE, Rig};
 use crate::runs::{Run, Runs};
 
@@ -20,31 +21,23 @@ const FLAT_OUT: Duration = Duration::from_secs(20);
 
 const SAMPLE: Duration = Duration::from_secs(5);
 
+/// Minutes at either end that are held against each other.
+const COMPARED: usize = 5;
+
 pub(crate) async fn run(rig: &mut Rig, runs: &mut Runs, minutes: u32) {
     let carrier = Carrier::Postbox(Way::Socket);
     let topic = rig.prepare(carrier).await;
-    let mut running = rig.launch(carrier, &topic).await;
-
-    let before = rig.records(&topic);
-    let began = Instant::now();
-    let writers = Writers::start(rig, &topic, f64::INFINITY).await;
-    tokio::time::sleep(FLAT_OUT).await;
-    let carried = rig.records(&topic) - before;
-    let most = carried as f64 / began.elapsed().as_secs_f64();
-    let written = writers.stop().await;
-    let stopped = Instant::now();
-    while rig.records(&topic) - before < written {
-        running.program.check();
-        assert!(stopped.elapsed() < PATIENCE);
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
+    let most = flat_out(rig, carrier, &topic).await;
     let mut run = Run::new("soak", "as fast as it goes", carrier.name(), 0);
     run.set("events_per_second", most);
     runs.add(&run);
 
+    // Another process: what the first has kept would hide what this one gathers.
+    let mut running = rig.launch(carrier, &topic).await;
     let load = format!("{:.0} events/s", most / 2.0);
     let before = rig.records(&topic);
     let writers = Writers::start(rig, &topic, most / 2.0).await;
+    let mut peaks = Vec::new();
     for minute in 1..=minutes {
         // What is carried is not needed, and half an hour of it would fill a disk.
         let truncate = "TRUNCATE postbox.outbox";
@@ -56,8 +49,9 @@ pub(crate) async fn run(rig: &mut Rig, runs: &mut Runs, minutes: u32) {
         while began.elapsed() < Duration::from_secs(60) {
             tokio::time::sleep(SAMPLE).await;
             running.program.check();
-            let written = writers.written();
-            behind = behind.max((written - (rig.records(&topic) - before)) as f64);
+            // In this order: what is written in between counts as behind.
+            let carried = rig.records(&topic) - before;
+            behind = behind.max((writers.written() - carried) as f64);
             memory = memory.max(cost::memory_mb(running.program.pid(), "VmRSS").unwrap());
             let sql = "SELECT (pg_current_wal_lsn() - confirmed_flush_lsn)::float8 \
                        FROM pg_replication_slots WHERE slot_name = 'postbox'";
@@ -68,13 +62,57 @@ pub(crate) async fn run(rig: &mut Rig, runs: &mut Runs, minutes: u32) {
         meter.finish(&mut run, events, seconds.as_secs_f64());
         run.set("events_per_second", events / seconds.as_secs_f64());
         run.set("memory_mb", memory);
-        run.set("events_behind", behind.max(0.0));
+        run.set("events_behind", behind);
         run.set("wal_behind_mb", kept / 1e6);
         runs.add(&run);
+        peaks.push((memory, behind));
     }
     let written = writers.stop().await;
+    wait_for(rig, &mut running.program, &topic, before + written).await;
     running.program.stop().await;
     assert_eq!(rig.records(&topic) - before, written);
+    look_for_growth(&peaks);
+}
+
+/// Events a second that are carried while two sessions write as fast as they can.
+async fn flat_out(rig: &mut Rig, carrier: Carrier, topic: &str) -> f64 {
+    let mut running = rig.launch(carrier, topic).await;
+    let before = rig.records(topic);
+    let began = Instant::now();
+    let writers = Writers::start(rig, topic, f64::INFINITY).await;
+    tokio::time::sleep(FLAT_OUT).await;
+    let carried = rig.records(topic) - before;
+    let most = carried as f64 / began.elapsed().as_secs_f64();
+    let written = writers.stop().await;
+    wait_for(rig, &mut running.program, topic, before + written).await;
+    running.program.stop().await;
+    most
+}
+
+async fn wait_for(rig: &Rig, program: &mut Running, topic: &str, records: i64) {
+    let began = Instant::now();
+    while rig.records(topic) < records {
+        program.check();
+        assert!(began.elapsed() < PATIENCE);
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+/// Fails if the last minutes took more than the first, by more than the machine's noise.
+fn look_for_growth(peaks: &[(f64, f64)]) {
+    let compared = COMPARED.min(peaks.len() / 2);
+    let (first, last) = (&peaks[..compared], &peaks[peaks.len() - compared..]);
+    let of = |peaks: &[(f64, f64)], figure: fn(&(f64, f64)) -> f64| {
+        report::median(peaks.iter().map(figure).collect()).unwrap_or(0.0)
+    };
+    let (memory, behind) = (|peak: &(f64, f64)| peak.0, |peak: &(f64, f64)| peak.1);
+    let (from, to) = (of(first, memory), of(last, memory));
+    assert!(to < from * 1.1 + 1.0, "memory grew from {from} to {to} MB");
+    let (from, to) = (of(first, behind), of(last, behind));
+    assert!(
+        to < from * 2.0 + 1_000.0,
+        "events behind grew from {from} to {to}"
+    );
 }
 
 struct Writers {
