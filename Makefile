@@ -48,7 +48,7 @@ fuzz: ## Look for input that breaks a promise of the decoder or the envelope: RU
 measure = dev/bootstrap && dev/fetch && cargo build --release --locked && \
 	cargo bench --profile dev --locked --bench relay --
 # A run in full replaces the record that is kept; one with options does not.
-runs = $(or $(FILE),$(if $(options),target,bench)/runs/$(1).jsonl)
+runs = $(or $(FILE),$(if $(strip $(options)),target,bench)/runs/$(1).jsonl)
 options = $(if $(TRIALS),--trials $(TRIALS)) $(if $(ROWS),--rows $(ROWS)) $(if $(ONLY),--only $(ONLY))
 
 bench: ## Measure postbox beside pg_recvlogical and a bare producer: TRIALS, ROWS, ONLY=drain,start,latency,idle.

@@ -108,8 +108,9 @@ impl Relay {
     /// bursts: run it on a runtime of its own.
     ///
     /// When it returns, threads of librdkafka may need up to two seconds to end, and
-    /// longer where a broker does not answer or a name look-up hangs. A program that ends sooner, and talks TLS to
-    /// Kafka, should do so by `_exit`: OpenSSL's clean-up would crash them.
+    /// longer where a broker does not answer or a name look-up hangs. A program that
+    /// ends sooner, and talks TLS to Kafka, should do so by `_exit`: OpenSSL's clean-up
+    /// would crash them.
     ///
     /// # Errors
     /// Any definite error; `NotDrained` if a stop left events to be repeated.
