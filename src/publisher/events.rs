@@ -63,15 +63,15 @@ impl Events {
     /// Calls back for each event that has arrived.
     pub(super) fn handle(&self) {
         // Until none is left: only the first in an empty queue is told of.
-        while !self.is_empty() {
+        while self.waiting() > 0 {
             self.client.poll(Duration::ZERO);
         }
     }
 
     #[allow(unsafe_code)]
-    fn is_empty(&self) -> bool {
+    fn waiting(&self) -> usize {
         // SAFETY: the queue is ours until `drop`.
-        unsafe { bindings::rd_kafka_queue_length(self.queue) == 0 }
+        unsafe { bindings::rd_kafka_queue_length(self.queue) }
     }
 }
 
@@ -93,4 +93,49 @@ extern "C" fn notify(_client: *mut bindings::rd_kafka_t, arrived: *mut c_void) {
     // SAFETY: given by `of`, and valid until `drop`.
     let arrived = unsafe { &*arrived.cast::<Notify>() };
     arrived.notify_one();
+}
+
+#[cfg(test)]
+mod tests {
+    use rdkafka::ClientConfig;
+    use rdkafka::mocking::MockCluster;
+    use rdkafka::producer::BaseRecord;
+
+    use super::super::reports::Context;
+    use super::*;
+
+    #[tokio::test]
+    async fn all_that_has_arrived_is_handled_at_once() {
+        let cluster = MockCluster::new(1).expect("a cluster");
+        let client: Client = ClientConfig::new()
+            .set("bootstrap.servers", cluster.bootstrap_servers())
+            .create_with_context(Context::default())
+            .expect("a client");
+        let events = Events::of(Arc::new(client));
+        for partition in 0..3 {
+            let record = BaseRecord::with_opaque_to("topic", 0)
+                .partition(partition)
+                .key("")
+                .payload("");
+            let sent = events.client().send(record);
+            sent.map_err(|(error, _)| error).expect("room");
+        }
+        // A report for each partition, of which only the first is told.
+        let delivery = async {
+            while events.waiting() < 3 {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        let patience = Duration::from_secs(30);
+        tokio::time::timeout(patience, delivery)
+            .await
+            .expect("deliveries");
+        events.arrived().await;
+        events.handle();
+        let mut reports = Vec::new();
+        let taken = events.client().context().take(&mut reports);
+        taken.expect("no refusal");
+        assert_eq!(reports.len(), 3);
+        assert_eq!(events.waiting(), 0);
+    }
 }
