@@ -156,20 +156,18 @@ impl<'r> Attempt<'r> {
             self.check_awake(std::mem::replace(&mut awake_at, Instant::now()))?;
             self.release_held()?;
             let read = self.read_burst()?;
+            let may_read = self.may_read();
             if read > 0 {
                 gathered += read;
             } else {
                 self.window.push(self.held.is_some() || self.stopping);
                 let gathered = std::mem::take(&mut gathered);
-                if self.may_read()
-                    && let Some(pause) = gather.pause(gathered, self.window.is_many())
-                {
+                if may_read && let Some(pause) = gather.pause(gathered, self.window.is_many()) {
                     std::thread::sleep(pause);
                     tokio::task::yield_now().await;
                     continue;
                 }
             }
-            let may_read = self.may_read();
             tokio::select! {
                 biased;
                 _ = shutdown.wait_for(|stop| *stop), if !self.stopping => {
