@@ -25,7 +25,8 @@ mod soak;
 
 use std::path::{Path, PathBuf};
 
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::error::ErrorKind;
+use clap::{CommandFactory as _, Parser, Subcommand, ValueEnum};
 
 use carrier::{Carrier, Debezium, Way};
 use latency::WarmUp;
@@ -63,7 +64,7 @@ enum Command {
         /// The file that the runs are written to.
         #[arg(long)]
         runs: PathBuf,
-        #[arg(long, default_value_t = 30)]
+        #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..))]
         minutes: u32,
     },
     /// Prints the tables of these files, and draws a picture beside each.
@@ -140,10 +141,12 @@ fn in_turn(carriers: &[Carrier], trial: u32) -> Vec<Carrier> {
 }
 
 async fn relay(options: &Options, rows_per_transaction: &[i64], variants: Vec<String>) {
-    assert!(
-        !options.only.contains(&Measure::Crash),
-        "crash is measured by compare"
-    );
+    if options.only.contains(&Measure::Crash) {
+        let message = "crash is measured by `make bench-compare`";
+        Arguments::command()
+            .error(ErrorKind::InvalidValue, message)
+            .exit();
+    }
     let mut rig = Rig::start(&STEADY, &[]).await;
     let mut runs = Runs::create(&options.runs, &rig).await;
     let mut written = [Way::Socket, Way::Tcp].map(Carrier::Postbox).to_vec();

@@ -39,8 +39,7 @@ pub(crate) fn draw(runs: &Runs) -> Option<String> {
     ];
     let (mut body, mut y) = (String::new(), 0.0);
     for (measure, figure, title, logarithmic) in panels {
-        let bars: Vec<(String, bool, f64)> = runs
-            .rows(measure)
+        let bars: Vec<(String, bool, f64)> = side_by_side(runs.rows(measure))
             .into_iter()
             .filter_map(|(load, carrier)| {
                 let value = report::median(runs.figures(measure, load, carrier, figure))?;
@@ -59,6 +58,18 @@ pub(crate) fn draw(runs: &Runs) -> Option<String> {
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {y}\" width=\"{WIDTH}\" height=\"{y}\" \
          font-family=\"sans-serif\" font-size=\"12\" fill=\"#6b7280\">\n{body}</svg>\n"
     ))
+}
+
+/// In each load, what is held against each other in neighbouring bars: by the way in which
+/// Postgres is reached, then by name.
+fn side_by_side<'r>(mut rows: Vec<(&'r str, &'r str)>) -> Vec<(&'r str, &'r str)> {
+    let mut loads: Vec<&str> = rows.iter().map(|(load, _)| *load).collect();
+    loads.dedup();
+    rows.sort_by_key(|(load, carrier)| {
+        let way = carrier.split_once(", ").map(|(_, way)| way);
+        (loads.iter().position(|of| of == load), way, *carrier)
+    });
+    rows
 }
 
 /// Draws bars below `y`, and tells where they end.

@@ -102,15 +102,21 @@ const TCP: &str = Carrier::Postbox(Way::Tcp).name();
 
 impl Runs {
     pub(crate) fn read(file: &Path) -> Self {
-        let text = std::fs::read_to_string(file);
-        let text = text.unwrap_or_else(|error| panic!("{}: {error}", file.display()));
+        Self::try_read(file).unwrap_or_else(|error| {
+            eprintln!("error: {} is not a file of runs: {error}", file.display());
+            std::process::exit(2);
+        })
+    }
+
+    fn try_read(file: &Path) -> std::io::Result<Self> {
+        let text = std::fs::read_to_string(file)?;
         let mut lines = text.lines();
-        let machine = serde_json::from_str(lines.next().expect("a line for the machine")).unwrap();
-        let runs = lines.map(|line| serde_json::from_str(line).unwrap());
-        Self {
+        let machine = serde_json::from_str(lines.next().unwrap_or_default())?;
+        let runs = lines.map(serde_json::from_str);
+        Ok(Self {
             machine,
-            runs: runs.collect(),
-        }
+            runs: runs.collect::<Result<_, _>>()?,
+        })
     }
 
     /// The figure in all trials, in their order.
