@@ -105,6 +105,9 @@ struct TuningArguments {
         value_parser = value_parser!(u32).range(1..=1_000_000),
         value_name = "EVENTS"
     )]
+    // 500,000 rows, the broker on the same machine, medians of three: 187,000/s with 2,000,
+    // 166,000 with 10,000, 163,000 with 40,000, all within a spread of 15 %. To a broker
+    // that takes 100 ms, 10,000 are as many as 100,000/s.
     in_flight_max: u32,
 
     /// The most bytes of them; 1 to 1GiB. One larger event passes alone.
