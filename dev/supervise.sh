@@ -39,6 +39,24 @@ make_folder() {
     cd "$folder" || exit 1
 }
 
+# Postgres and PgBouncer refuse to run as root.
+user=
+if [ "$(id -u)" = 0 ]; then
+    user=nobody
+    ! id postgres >/dev/null 2>&1 || user=postgres
+fi
+
+as_user() {
+    if [ -z "$user" ]; then
+        "$@"
+    elif command -v setpriv >/dev/null; then
+        setpriv --reuid="$user" --regid="$(id -g "$user")" --clear-groups -- "$@"
+    else
+        # shellcheck disable=SC2016
+        su -s /bin/sh "$user" -c 'exec "$0" "$@"' -- "$@"
+    fi
+}
+
 # A port below the range that Linux and macOS give to outgoing connections. Somebody else may take it before the server
 # does: then the server fails to bind, and `first_start` takes another.
 free_port() {

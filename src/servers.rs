@@ -40,6 +40,17 @@ impl Server {
         Self::start("postgres", &[&[major, "--"], settings].concat())
     }
 
+    /// Starts a PgBouncer in transaction mode before a Postgres, with these settings.
+    ///
+    /// # Errors
+    /// If it does not start, or is not to be had; its log is on stderr.
+    pub fn pgbouncer(postgres: &Self, settings: &[&str]) -> Result<Self> {
+        Self::start(
+            "pgbouncer",
+            &[&[postgres.fact("port"), "--"], settings].concat(),
+        )
+    }
+
     /// Starts a Kafka broker with these settings, each `name=value`. Before them may
     /// stand `--listener NAME:PROTOCOL`, whose address is the fact `brokers.NAME`, and
     /// `--user NAME:PASSWORD`.
