@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use pgwire_replication::Lsn;
 use pgwire_replication::client::ReplicationEvent;
-use postbox::source::{Messages, Source};
+use postbox::source::{Messages, Outbox};
 
 /// The columns of `sql/0001_outbox.sql`, with the oids of their types.
 const COLUMNS: [(&str, u32); 18] = [
@@ -64,7 +64,7 @@ fn value(column: &str, number: u32) -> Option<String> {
 
 /// Messages of a stream in which the table was described.
 pub(crate) fn messages() -> Messages {
-    let mut messages = Messages::new(Source {
+    let mut messages = Messages::new(Outbox {
         schema: "postbox".to_owned(),
         table: "outbox".to_owned(),
         publication: "postbox".to_owned(),

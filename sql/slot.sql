@@ -24,6 +24,10 @@ DECLARE
 BEGIN
     SELECT * INTO there FROM pg_replication_slots WHERE slot_name = wanted;
     SELECT * INTO at FROM checkpoint WHERE name = wanted;
+    IF at.mode = 'poll' THEN
+        RAISE 'relay "%" was set up with mode poll', wanted
+        USING HINT = 'Run postbox setup --mode wal, which changes it and loses nothing.';
+    END IF;
     IF at.lsn IS NOT NULL THEN
         IF there.slot_name IS NULL THEN
             RAISE 'replication slot "%" is gone, and is not made again: a new one would skip what was committed since %', wanted, at.lsn

@@ -15,23 +15,30 @@
 
 mod checkpoint;
 mod identity;
+mod lease;
+mod polling;
 mod publication;
 mod slot;
 mod snapshot;
 
 use pgwire_replication::IdentifySystem;
 use tokio_postgres::Client;
+use tokio_postgres::types::Type;
 use tracing::warn;
 
 use crate::contract::Contract;
 use crate::database::sort;
 use crate::error::{Error, ErrorKind, Result};
 
-pub use checkpoint::{Checkpoint, Gap, Stored, claim, stored};
+pub use checkpoint::{Checkpoint, Gap, Mode, Stored, claim, stored};
+pub use lease::{LEASE, claim_lease};
+pub use polling::{check_polling, is_delivered};
 pub use publication::{check_publication, publication_identity};
 pub use slot::{SlotState, find_slot, slot_state};
 
 pub(crate) use checkpoint::compare_publication;
+pub(crate) use lease::check_free as check_lease_is_free;
+pub(crate) use polling::check_order;
 pub(crate) use publication::{PUBLICATION, exists as publication_exists};
 pub(crate) use snapshot::{wait_until_ended, wait_until_seen};
 
@@ -90,11 +97,8 @@ pub async fn check(client: &Client, contract: &Contract) -> Result<Checkpoint> {
     contract.validate()?;
     check_server(client).await?;
     check_schema_version(client, contract).await?;
-    let checkpoint = match stored(client, contract).await? {
-        Stored::At(checkpoint) => checkpoint,
-        Stored::Recovering(_) => return Err(recovery_is_unfinished(contract)),
-        Stored::Unfinished | Stored::Missing => return Err(not_set_up(contract)),
-    };
+    let checkpoint = whole(client, contract, Mode::Wal).await?;
+    check_wal_level(client).await?;
     let system = system(client).await?;
     checkpoint.check_system(contract, &system)?;
     let slot = find_slot(client, &contract.slot).await?;
@@ -111,12 +115,23 @@ pub async fn check(client: &Client, contract: &Contract) -> Result<Checkpoint> {
     })
 }
 
+/// The checkpoint of a relay that was set up to read so.
+async fn whole(client: &Client, contract: &Contract, mode: Mode) -> Result<Checkpoint> {
+    let checkpoint = match stored(client, contract).await? {
+        Stored::At(checkpoint) => checkpoint,
+        Stored::Recovering(_) => return Err(recovery_is_unfinished(contract)),
+        Stored::Unfinished | Stored::Missing => return Err(not_set_up(contract)),
+    };
+    checkpoint.check_mode(contract, mode)?;
+    Ok(checkpoint)
+}
+
 /// A session that has taken another role on is not shown what processes of its own login
 /// wait for: see [`SlotState::is_ending`].
 async fn warn_of_hidden_walsender(client: &Client) -> Result<()> {
     let sql = "SELECT current_user::text, \
                       pg_has_role(session_user, 'USAGE') OR pg_has_role('pg_read_all_stats', 'USAGE')";
-    let row = client.query_one(sql, &[]).await;
+    let row = client.query_typed_one(sql, &[]).await;
     let row = row.map_err(|error| sort("read what the role may see", error))?;
     let (role, is_shown): (&str, bool) = (row.get(0), row.get(1));
     if !is_shown {
@@ -128,12 +143,12 @@ async fn warn_of_hidden_walsender(client: &Client) -> Result<()> {
     Ok(())
 }
 
-/// Checks that the server can do logical replication at all.
+/// Checks that the server is a primary of a version that we know.
 pub async fn check_server(client: &Client) -> Result<()> {
     let sql = "SELECT current_setting('server_version_num')::integer, current_setting('server_version'), \
-               pg_is_in_recovery(), current_setting('wal_level')";
+               pg_is_in_recovery()";
     let row = client
-        .query_one(sql, &[])
+        .query_typed_one(sql, &[])
         .await
         .map_err(|error| sort("read the server's settings", error))?;
     let (version, version_text): (i32, String) = (row.get(0), row.get(1));
@@ -150,7 +165,15 @@ pub async fn check_server(client: &Client) -> Result<()> {
             "the server is a standby; waiting for a primary",
         ));
     }
-    let wal_level: String = row.get(3);
+    Ok(())
+}
+
+/// Checks that the server writes what logical decoding needs.
+pub async fn check_wal_level(client: &Client) -> Result<()> {
+    let sql = "SELECT current_setting('wal_level')";
+    let row = client.query_typed_one(sql, &[]).await;
+    let row = row.map_err(|error| sort("read wal_level", error))?;
+    let wal_level: String = row.get(0);
     if wal_level != "logical" {
         return Err(Error::new(
             ErrorKind::Database,
@@ -173,7 +196,7 @@ pub async fn system(client: &Client) -> Result<System> {
                ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::integer \
                FROM pg_control_system()";
     let row = client
-        .query_one(sql, &[])
+        .query_typed_one(sql, &[])
         .await
         .map_err(|error| sort("read the system identifier", error))?;
     Ok(System {
@@ -187,7 +210,10 @@ pub(crate) async fn schema_version(client: &Client, contract: &Contract) -> Resu
     let table = contract.table("migration");
     let doing = || format!("read schema version from {table}");
     let found: bool = client
-        .query_one("SELECT to_regclass($1::text) IS NOT NULL", &[&table])
+        .query_typed_one(
+            "SELECT to_regclass($1::text) IS NOT NULL",
+            &[(&table, Type::TEXT)],
+        )
         .await
         .map_err(|error| sort(doing(), error))?
         .get(0);
@@ -195,7 +221,7 @@ pub(crate) async fn schema_version(client: &Client, contract: &Contract) -> Resu
         return Ok(None);
     }
     let row = client
-        .query_one(&format!("SELECT max(version) FROM {table}"), &[])
+        .query_typed_one(&format!("SELECT max(version) FROM {table}"), &[])
         .await
         .map_err(|error| sort(doing(), error))?;
     Ok(row.get(0))

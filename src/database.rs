@@ -74,7 +74,7 @@ use pgwire_replication::ReplicationConfig;
 use crate::error::{Error, ErrorKind, Result};
 
 pub use errors::{Refusal, sort, sort_replication};
-pub use session::Session;
+pub use session::{Session, query_after};
 
 use parameters::percent_encode;
 use tls::Tls;
@@ -106,12 +106,32 @@ impl Database {
     ///
     /// As [`sort`] sorts them; `DatabaseAway` when the time is up.
     pub async fn connect(&self, application_name: &str) -> Result<Session> {
+        self.open(application_name, true).await
+    }
+
+    /// Opens an ordinary session and sets nothing in it, as a pooler may lend the
+    /// server's session to others between two transactions.
+    ///
+    /// # Errors
+    /// As [`connect`](Self::connect).
+    pub async fn connect_pooled(&self, application_name: &str) -> Result<Session> {
+        self.open(application_name, false).await
+    }
+
+    async fn open(&self, application_name: &str, is_ours: bool) -> Result<Session> {
         let doing = format!("connect to {}", self.display());
         let tls = self.tls.connector()?;
         let mut config = self.config.clone();
         config.application_name(application_name);
         let opened = async {
-            let session = Session::open(&config, tls).await;
+            let session = Session::open(&config, tls).await?;
+            if is_ours {
+                session.strengthen().await?;
+            }
+            Ok(session)
+        };
+        let opened = async {
+            let session: Result<_, tokio_postgres::Error> = opened.await;
             session.map_err(|error| sort(&doing, error))
         };
         within(self.connect_timeout, &doing, opened).await

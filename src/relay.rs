@@ -28,6 +28,7 @@ use backon::{BackoffBuilder, ExponentialBuilder};
 use tokio::sync::watch;
 use tracing::{info, warn};
 
+use crate::catalog::Mode;
 use crate::contract::Contract;
 use crate::database::Database;
 use crate::envelope::{Format, Route};
@@ -45,6 +46,8 @@ pub struct RelaySettings {
     pub database: Database,
     /// The names of schema, slot and publication.
     pub contract: Contract,
+    /// How events are read; if it is not said, as it was set up.
+    pub mode: Option<Mode>,
     /// The brokers.
     pub kafka: KafkaSettings,
     /// What a value looks like.
@@ -62,6 +65,10 @@ pub struct RelaySettings {
     pub heartbeat_interval: Duration,
     /// After how long without a sign of life the other side counts as dead.
     pub wal_sender_timeout: Duration,
+    /// With polling, how long to wait at least before the table is asked again.
+    pub poll_interval_min: Duration,
+    /// How long to wait at most.
+    pub poll_interval_max: Duration,
     /// How long a stop may take to drain what is in flight.
     pub shutdown_timeout: Duration,
 }
@@ -151,6 +158,11 @@ impl Relay {
                 () = tokio::time::sleep(pause) => {}
             }
         }
+    }
+
+    /// As whom it holds a lease.
+    fn owner(&self) -> String {
+        format!("process {}, {}", std::process::id(), self.nonce)
     }
 
     /// A stop that was asked for.

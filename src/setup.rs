@@ -6,24 +6,26 @@
 //! 2. **Publication.** A slot sees the catalogue as it was at each point of the
 //!    WAL, so a publication must be older than its slot.
 //! 3. **Slot and checkpoint.** Only where the checkpoint names no slot: see
-//!    `setup/slot.rs`.
+//!    `setup/slot.rs`. A relay that polls has neither publication nor slot, but an index:
+//!    see `setup/polling.rs`.
 //! 4. **Grants.** Last, so that no application writes before there is a slot that
 //!    sees it.
 
+mod adopt;
 mod grants;
 mod migrations;
+mod polling;
 mod print;
 mod recover;
 mod slot;
 
 use std::fmt;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pgwire_replication::ReplicationClient;
 use tokio_postgres::Client;
-use tokio_postgres::error::SqlState;
 
-use crate::catalog::{self, PUBLICATION, Stored};
+use crate::catalog::{self, Mode, PUBLICATION, Stored};
 use crate::contract::{Contract, check_name};
 use crate::database::{Database, sort, sort_replication, within};
 use crate::error::{Error, ErrorKind, Result};
@@ -33,6 +35,10 @@ pub use recover::recover;
 
 /// How long set-up waits for a lock, or for another's transaction to end.
 const PATIENCE: &str = "60s";
+const PATIENCE_TIME: Duration = Duration::from_secs(60);
+
+/// How often it is asked for.
+const LOCK_INTERVAL: Duration = Duration::from_millis(100);
 
 /// How long the server may take for anything else, longer than for a lock: a commit may
 /// wait for a synchronous standby.
@@ -41,16 +47,57 @@ const ANSWER_MAX: Duration = Duration::from_secs(90);
 /// Names our advisory lock. Locks of this kind are per database.
 const LOCK: i64 = i64::from_be_bytes(*b"\0postbox");
 
-/// What to set up beside tables, publication and slot.
+/// What to set up beside the tables.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct SetupOptions {
+    /// How the relay reads.
+    pub mode: Reading,
     /// The role that runs the relay, which gets what it needs and no more.
     pub relay_role: Option<String>,
     /// The role that writes events, which gets what it needs and no more.
     pub writer_role: Option<String>,
-    /// Rows that were committed before the slot may stay unpublished. Otherwise
-    /// they are an error.
-    pub backfill_none: bool,
+    /// What becomes of rows that were committed before.
+    pub backfill: Backfill,
+    /// What came from another cluster, with a dump, is taken over: what was not published
+    /// there is published here.
+    pub adopt: bool,
+    /// Whether a trigger wakes a relay that polls. If it is not said, that stays as it
+    /// is.
+    pub notify: Option<bool>,
+}
+
+/// How a relay is to read.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Reading {
+    /// As it was set up; at first from a slot.
+    #[default]
+    AsItWas,
+    /// As it was set up; at first from a slot, if there can be one.
+    Auto,
+    /// So. What was set up for the other way is changed, without losing rows.
+    By(Mode),
+}
+
+/// What becomes of rows that were committed before there was a relay.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Backfill {
+    /// They are an error.
+    #[default]
+    Refuse,
+    /// They stay unpublished.
+    None,
+    /// They are published first.
+    Pending,
+}
+
+impl Backfill {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Refuse => "refuse",
+            Self::None => "none",
+            Self::Pending => "pending",
+        }
+    }
 }
 
 /// What set-up found and did.
@@ -80,8 +127,12 @@ pub enum State {
     AlreadyThere,
     /// It was there in an earlier version.
     Upgraded,
-    /// It was there, made by someone else, and is ours now.
+    /// It was there, made by someone else or for something else, and is ours now.
     TakenOver,
+    /// It was there and is no longer needed.
+    Dropped,
+    /// It was ours to decide.
+    Chosen,
 }
 
 impl Report {
@@ -118,6 +169,8 @@ impl fmt::Display for State {
             Self::AlreadyThere => "already there",
             Self::Upgraded => "upgraded",
             Self::TakenOver => "taken over",
+            Self::Dropped => "dropped",
+            Self::Chosen => "chosen",
         })
     }
 }
@@ -146,33 +199,145 @@ pub async fn setup(
     grants::check_roles(client, options).await?;
 
     let mut report = Report::default();
-    match catalog::stored(client, contract).await? {
-        Stored::At(checkpoint) => {
-            migrations::apply(client, contract, &mut report).await?;
-            slot::check(client, contract, checkpoint, &mut report).await?;
+    let mut stored = catalog::stored(client, contract).await?;
+    if options.adopt {
+        stored = adopt(database, client, contract, stored, &mut report).await?;
+    }
+    let mode = match (options.mode, &stored) {
+        (Reading::By(mode), _) => mode,
+        (_, Stored::At(checkpoint) | Stored::Recovering(checkpoint)) => checkpoint.mode,
+        (Reading::Auto, Stored::Missing) => {
+            choose_mode(database, client, contract, &mut report).await?
         }
-        Stored::Recovering(_) => return Err(catalog::recovery_is_unfinished(contract)),
+        _ => Mode::Wal,
+    };
+    match mode {
+        Mode::Wal => {
+            catalog::check_wal_level(client).await?;
+            set_up_slot(database, client, contract, options, stored, &mut report).await?;
+        }
+        Mode::Poll => set_up_polling(client, contract, options, stored, &mut report).await?,
+    }
+    if let Some(wanted) = options.notify {
+        polling::set_notify(client, contract, wanted, &mut report).await?;
+    }
+    grants::apply(client, contract, options, mode, &mut report).await?;
+    Ok(report)
+}
+
+/// From a slot, unless there is a reason why not that waiting does not mend.
+async fn choose_mode(
+    database: &Database,
+    client: &Client,
+    contract: &Contract,
+    report: &mut Report,
+) -> Result<Mode> {
+    let possible = async {
+        catalog::check_wal_level(client).await?;
+        Box::pin(open_replication(database, client, contract)).await
+    };
+    match possible.await {
+        Ok(_) => Ok(Mode::Wal),
+        Err(error) if error.kind().is_transient() => Err(error),
+        Err(error) => {
+            let why = format!("a replication slot is not to be had: {}", error.chain());
+            report.add_with_note("mode poll", State::Chosen, Some(why));
+            Ok(Mode::Poll)
+        }
+    }
+}
+
+/// Takes over what came from another cluster, if it did.
+async fn adopt(
+    database: &Database,
+    client: &mut Client,
+    contract: &Contract,
+    stored: Stored,
+    report: &mut Report,
+) -> Result<Stored> {
+    let (Stored::At(checkpoint) | Stored::Recovering(checkpoint)) = &stored else {
+        return Ok(stored);
+    };
+    let system = catalog::system(client).await?;
+    if checkpoint.system.identifier == system.identifier {
+        return Ok(stored);
+    }
+    adopt::check_alone(client, contract, &system).await?;
+    if let (Mode::Wal, Some(slot)) = (
+        checkpoint.mode,
+        catalog::find_slot(client, &contract.slot).await?,
+    ) {
+        return Err(slot::is_in_the_way(contract, &slot));
+    }
+    let checkpoint = adopt::adopt(client, contract, checkpoint, &system, report).await?;
+    if checkpoint.mode == Mode::Wal {
+        Box::pin(recover::make_slot(
+            database,
+            client,
+            contract,
+            &checkpoint,
+            report,
+        ))
+        .await?;
+    }
+    catalog::stored(client, contract).await
+}
+
+async fn set_up_slot(
+    database: &Database,
+    client: &mut Client,
+    contract: &Contract,
+    options: &SetupOptions,
+    stored: Stored,
+    report: &mut Report,
+) -> Result<()> {
+    match stored {
+        Stored::At(checkpoint) if checkpoint.mode == Mode::Poll => {
+            migrations::apply(client, contract, report).await?;
+            let note = recover::take_over_polling(database, client, contract, &checkpoint, report);
+            Box::pin(note).await
+        }
+        Stored::At(checkpoint) => {
+            migrations::apply(client, contract, report).await?;
+            slot::check(client, contract, checkpoint, report).await
+        }
+        Stored::Recovering(_) => Err(catalog::recovery_is_unfinished(contract)),
         Stored::Missing | Stored::Unfinished => {
             // Before anything is written: it may be refused.
             let replication = Box::pin(open_replication(database, client, contract)).await?;
-            migrations::apply(client, contract, &mut report).await?;
+            migrations::apply(client, contract, report).await?;
             let made = create_publication(client, contract).await?;
             catalog::check_publication(client, contract).await?;
             report.add(publication(contract), made);
-            let backfill_none = options.backfill_none;
-            slot::create(
-                client,
-                replication,
-                contract,
-                made == State::Created,
-                backfill_none,
-                &mut report,
-            )
-            .await?;
+            let is_new = made == State::Created;
+            let backfill = options.backfill;
+            slot::create(client, replication, contract, is_new, backfill, report).await
         }
     }
-    grants::apply(client, contract, options, &mut report).await?;
-    Ok(report)
+}
+
+async fn set_up_polling(
+    client: &mut Client,
+    contract: &Contract,
+    options: &SetupOptions,
+    stored: Stored,
+    report: &mut Report,
+) -> Result<()> {
+    match &stored {
+        Stored::Recovering(_) => return Err(catalog::recovery_is_unfinished(contract)),
+        Stored::Unfinished => return Err(slot::setup_is_unfinished(contract)),
+        Stored::At(_) | Stored::Missing => {}
+    }
+    migrations::apply(client, contract, report).await?;
+    match &stored {
+        Stored::At(checkpoint) if checkpoint.mode == Mode::Poll => {
+            polling::check(client, contract, checkpoint, report).await
+        }
+        Stored::At(checkpoint) => {
+            polling::take_over_slot(client, contract, checkpoint, report).await
+        }
+        _ => polling::create(client, contract, options.backfill, report).await,
+    }
 }
 
 impl SetupOptions {
@@ -187,16 +352,25 @@ impl SetupOptions {
 /// One set-up at a time in a database. The lock goes with the session.
 async fn lock(client: &Client) -> Result<()> {
     // A policy that hides rows of the outbox must be an error.
-    let sql = format!(
-        "SET row_security = off; SET lock_timeout = '{PATIENCE}'; SELECT pg_advisory_lock({LOCK})"
-    );
-    client.batch_execute(&sql).await.map_err(|error| {
-        if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) {
-            let message = "another `postbox setup` or `recover` is at work in this database";
-            return Error::new(ErrorKind::Database, message).caused_by(error);
+    let sql = format!("SET row_security = off; SET lock_timeout = '{PATIENCE}'");
+    let doing = "wait for another `postbox setup`";
+    let set = client.batch_execute(&sql).await;
+    set.map_err(|error| sort(doing, error))?;
+    // Not by waiting in a statement: who builds an index beside writers waits for all
+    // statements that have begun.
+    let sql = format!("SELECT pg_try_advisory_lock({LOCK})");
+    let deadline = Instant::now() + PATIENCE_TIME;
+    loop {
+        let locked = client.query_typed_one(&sql, &[]).await;
+        if locked.map_err(|error| sort(doing, error))?.get(0) {
+            return Ok(());
         }
-        sort("wait for another `postbox setup`", error)
-    })
+        if Instant::now() > deadline {
+            let message = "another `postbox setup` or `recover` is at work in this database";
+            return Err(Error::new(ErrorKind::Database, message));
+        }
+        tokio::time::sleep(LOCK_INTERVAL).await;
+    }
 }
 
 /// A replication session, and with it the proof that we may have one.

@@ -7,15 +7,32 @@
 mod columns;
 mod gap;
 mod messages;
+mod pages;
+pub mod poll;
 pub mod wal;
 
 pub use columns::Unreadable;
-pub use messages::{HEARTBEAT_PREFIX, Messages, Source};
+pub use messages::{HEARTBEAT_PREFIX, Messages, Outbox};
+
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tokio_postgres::types::PgLsn;
 
+use crate::catalog::Gap;
+use crate::error::Result;
+use crate::event::Event;
 use crate::timestamp::Timestamp;
+use poll::Poller;
+use wal::Stream;
+
+/// Where rows come from.
+pub enum Source {
+    /// A replication slot.
+    Wal(Stream),
+    /// The table.
+    Poll(Poller),
+}
 
 /// How values are written, whatever a role or a database has set: rows are read as
 /// text.
@@ -72,6 +89,163 @@ pub enum Mark {
     /// The `pg_snapshot` of a heartbeat that ends here, or of the slot that begins
     /// here: everything visible in it lies before.
     Fence(String),
-    /// The last row read from the table, by its `seq`.
-    Seq(i64),
+    /// Rows read from the table, up to the `seq` of this gap.
+    Seq(Gap),
+}
+
+impl Source {
+    /// The next row or position. Cancel-safe, but for the reason why a stream
+    /// ended, which may be lost.
+    ///
+    /// # Errors
+    /// If the source ends or says what it should not.
+    pub async fn next(&mut self) -> Result<Item> {
+        match self {
+            Self::Wal(stream) => stream.next().await,
+            Self::Poll(poller) => poller.next().await,
+        }
+    }
+
+    /// The next row or position if it has already arrived.
+    ///
+    /// # Errors
+    /// As [`next`](Self::next).
+    pub fn try_next(&mut self) -> Result<Option<Item>> {
+        match self {
+            Self::Wal(stream) => stream.try_next(),
+            Self::Poll(poller) => poller.try_next(),
+        }
+    }
+
+    /// The event of a row that this source gave.
+    ///
+    /// # Errors
+    /// If the row is not an event.
+    pub fn event<'a>(&self, row: &'a Row) -> Result<Event<'a>, Unreadable> {
+        match self {
+            Self::Wal(stream) => stream.event(row),
+            Self::Poll(poller) => poller.event(row),
+        }
+    }
+
+    /// What a person needs to find the row: its id and number as far as they can
+    /// be read, and its place.
+    pub fn name_of(&self, row: &Row) -> String {
+        match self {
+            Self::Wal(stream) => stream.name_of(row),
+            Self::Poll(poller) => poller.name_of(row),
+        }
+    }
+
+    /// Whether the rows given so far end where it is not good to stop: within a
+    /// transaction, or in the last page of a gap.
+    pub fn is_amid(&self) -> bool {
+        match self {
+            Self::Wal(stream) => stream.in_transaction(),
+            Self::Poll(poller) => poller.is_ending(),
+        }
+    }
+
+    /// What may be stored once all rows that were given are delivered, where that is not
+    /// the last position: between two snapshots.
+    pub fn mark(&self) -> Option<Mark> {
+        match self {
+            Self::Wal(stream) => stream.mark(),
+            Self::Poll(poller) => poller.mark(),
+        }
+    }
+
+    /// The same, but for the last of these rows.
+    pub fn mark_before_last(&self) -> Option<Mark> {
+        match self {
+            Self::Wal(stream) => stream.mark_before_last(),
+            Self::Poll(poller) => poller.mark_before_last(),
+        }
+    }
+
+    /// Whether the row at this place, which a source before this one gave, has been given
+    /// again, or will not be. `last` is where the last row stood that was given.
+    pub fn has_passed(&self, place: Place, last: Option<Place>) -> bool {
+        match self {
+            Self::Wal(stream) => last >= Some(place) || stream.received() > place.commit_lsn,
+            // One gap may have a larger `seq` than the next.
+            Self::Poll(poller) => poller.has_caught_up(),
+        }
+    }
+
+    /// Everything before `lsn` is done with.
+    pub fn confirm(&mut self, lsn: PgLsn) {
+        match self {
+            Self::Wal(stream) => stream.confirm(lsn),
+            Self::Poll(_) => {}
+        }
+    }
+
+    /// The newest position that was given; zero where there are none.
+    pub fn received(&self) -> PgLsn {
+        match self {
+            Self::Wal(stream) => stream.received(),
+            Self::Poll(_) => PgLsn::from(0),
+        }
+    }
+
+    /// The newest position that was confirmed; zero where there are none.
+    pub fn confirmed(&self) -> PgLsn {
+        match self {
+            Self::Wal(stream) => stream.confirmed(),
+            Self::Poll(_) => PgLsn::from(0),
+        }
+    }
+
+    /// What has come since this was last called, came now.
+    pub fn look_at_clock(&mut self, now: Instant) {
+        if let Self::Wal(stream) = self {
+            stream.look_at_clock(now);
+        }
+    }
+
+    /// Fails if the server has been silent for too long. `reading` says whether
+    /// we have been listening.
+    ///
+    /// # Errors
+    /// `DatabaseAway` if nothing came, not even a ping.
+    pub fn check_alive(&mut self, reading: bool) -> Result<()> {
+        match self {
+            Self::Wal(stream) => stream.check_alive(reading),
+            // Its session has the system's keepalives, and a second one is asked all the
+            // time.
+            Self::Poll(_) => Ok(()),
+        }
+    }
+
+    /// How long nothing has come while we were listening.
+    pub fn silence(&self) -> Duration {
+        match self {
+            Self::Wal(stream) => stream.silence(),
+            Self::Poll(_) => Duration::ZERO,
+        }
+    }
+
+    /// Whether an answer of the server is outstanding.
+    pub fn is_asking(&self) -> bool {
+        match self {
+            Self::Wal(_) => false,
+            Self::Poll(poller) => poller.is_asking(),
+        }
+    }
+
+    /// Waits until the last confirmation was written to the server, if that is
+    /// still possible. Cancel-safe.
+    pub async fn confirmation_sent(&self) {
+        if let Self::Wal(stream) = self {
+            stream.confirmation_sent().await;
+        }
+    }
+
+    /// Ends the source.
+    pub async fn close(self) {
+        if let Self::Wal(stream) = self {
+            stream.close().await;
+        }
+    }
 }

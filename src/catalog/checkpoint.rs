@@ -6,16 +6,18 @@ use tokio_postgres::{Client, Row};
 use tracing::warn;
 
 use super::slot::AFTER_LOSS;
-use super::{System, check_publication, publication, publication_identity};
+use super::{System, check_publication, lease, publication, publication_identity};
 use crate::contract::Contract;
-use crate::database::sort;
+use crate::database::{query_after, sort};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Where a relay is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Checkpoint {
+    /// How it reads.
+    pub mode: Mode,
     /// Everything that committed before it is delivered. The slot's own position
-    /// may be further on.
+    /// may be further on. Zero with polling.
     pub lsn: PgLsn,
     /// A `pg_snapshot`: every row it sees is delivered or given up.
     pub snapshot: String,
@@ -27,11 +29,31 @@ pub struct Checkpoint {
     /// `sql/0001_outbox.sql`.
     pub publication_identity: String,
     /// What was committed between a lost slot and the present one, as far as it
-    /// is not delivered yet.
+    /// is not delivered yet. With polling, what was being read.
     pub gap: Option<Gap>,
     /// Rises whenever a relay or a recovery takes the checkpoint over; each write
     /// names the epoch it was taken over in.
     pub epoch: i64,
+}
+
+/// How a relay reads the outbox.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub enum Mode {
+    /// From a replication slot.
+    #[default]
+    Wal,
+    /// From the table.
+    Poll,
+}
+
+impl Mode {
+    /// As it is written in the checkpoint, and on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Wal => "wal",
+            Self::Poll => "poll",
+        }
+    }
 }
 
 /// Rows that no slot gives: those that one snapshot sees and another does not.
@@ -39,7 +61,7 @@ pub struct Checkpoint {
 pub struct Gap {
     /// The `pg_snapshot` whose rows are delivered.
     pub since: String,
-    /// The `pg_snapshot` at which the slot begins.
+    /// The `pg_snapshot` at which it ends: where the slot begins.
     pub until: String,
     /// Rows of the gap up to this `seq` are delivered.
     pub seq: i64,
@@ -60,7 +82,7 @@ pub enum Stored {
     At(Checkpoint),
 }
 
-const COLUMNS: &str = "mode, lsn, snapshot::text, system_identifier, timeline, publication, publication_identity, \
+pub(super) const COLUMNS: &str = "mode, lsn, snapshot::text, system_identifier, timeline, publication, publication_identity, \
                        second_snapshot::text, seq, epoch";
 
 /// Reads the checkpoint of the contract's slot.
@@ -82,19 +104,21 @@ pub async fn stored(client: &Client, contract: &Contract) -> Result<Stored> {
     }
 }
 
-fn read(row: &Row, contract: &Contract) -> Result<Stored> {
-    let mode: String = row.get(0);
-    if mode != "wal" {
-        return Err(Error::new(
-            ErrorKind::Slot,
-            format!("relay \"{}\" was set up with mode {mode}", contract.slot),
-        ));
-    }
+pub(super) fn read(row: &Row, contract: &Contract) -> Result<Stored> {
+    let mode = match row.get(0) {
+        "wal" => Mode::Wal,
+        "poll" => Mode::Poll,
+        other => {
+            let message = format!("{}: unknown mode {other}", doing("read", contract));
+            return Err(Error::new(ErrorKind::Database, message));
+        }
+    };
     let (Some(snapshot), Some(identifier)) = (row.get::<_, Option<String>>(2), row.get(3)) else {
         return Ok(Stored::Unfinished);
     };
     let lsn: Option<PgLsn> = row.get(1);
     let checkpoint = Checkpoint {
+        mode,
         lsn: lsn.unwrap_or_else(|| PgLsn::from(0)),
         gap: row.get::<_, Option<String>>(7).map(|until| Gap {
             since: snapshot.clone(),
@@ -110,9 +134,9 @@ fn read(row: &Row, contract: &Contract) -> Result<Stored> {
         publication_identity: row.get::<_, Option<String>>(6).unwrap_or_default(),
         epoch: row.get(9),
     };
-    Ok(match lsn {
-        Some(_) => Stored::At(checkpoint),
-        None => Stored::Recovering(checkpoint),
+    Ok(match (mode, lsn) {
+        (Mode::Wal, None) => Stored::Recovering(checkpoint),
+        _ => Stored::At(checkpoint),
     })
 }
 
@@ -167,7 +191,7 @@ pub async fn claim(
     }
 }
 
-fn taken_over(contract: &Contract) -> Error {
+pub(super) fn taken_over(contract: &Contract) -> Error {
     let message = format!(
         "checkpoint \"{}\" was taken over by another relay, or by a recovery",
         contract.slot
@@ -191,11 +215,16 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// Stores that the gap's rows up to this `seq` are delivered.
-    pub async fn store_seq(&self, client: &Client, contract: &Contract, seq: i64) -> Result<()> {
+    /// Stores that the gap's rows up to its `seq` are delivered.
+    pub async fn store_seq(&self, client: &Client, contract: &Contract, gap: &Gap) -> Result<()> {
         failpoint!("storing_seq");
-        self.store(client, contract, "seq = $3", &[(&seq as _, Type::INT8)])
-            .await?;
+        let set = "snapshot = $3::pg_snapshot, second_snapshot = $4::pg_snapshot, seq = $5";
+        let values = [
+            (&gap.since as _, Type::TEXT),
+            (&gap.until as _, Type::TEXT),
+            (&gap.seq as _, Type::INT8),
+        ];
+        self.store(client, contract, set, &values).await?;
         failpoint!("seq_stored");
         Ok(())
     }
@@ -209,35 +238,55 @@ impl Checkpoint {
         lsn: PgLsn,
         snapshot: &str,
     ) -> Result<()> {
-        let set = "lsn = greatest(lsn, $3), snapshot = $4::pg_snapshot, second_snapshot = NULL, seq = NULL";
+        let set = "lsn = greatest(lsn, nullif($3, '0/0')), snapshot = $4::pg_snapshot, \
+                   second_snapshot = NULL, seq = NULL";
         let values = [(&lsn as _, Type::PG_LSN), (&snapshot as _, Type::TEXT)];
         self.store(client, contract, set, &values).await?;
         failpoint!("fenced");
         Ok(())
     }
 
-    async fn store(
+    pub(super) async fn store(
         &self,
         client: &Client,
         contract: &Contract,
         set: &str,
         values: &[(&(dyn ToSql + Sync), Type)],
     ) -> Result<()> {
+        let (lease, is_whole) = match self.mode {
+            Mode::Wal => ("", "lsn IS NOT NULL"),
+            Mode::Poll => (lease::RENEWED, "true"),
+        };
         let sql = contract.sql(&format!(
-            "UPDATE :\"schema\".checkpoint SET {set}, updated_at = now() \
-             WHERE name = $1 AND epoch = $2 AND lsn IS NOT NULL RETURNING name"
+            "UPDATE :\"schema\".checkpoint SET {set}{lease}, updated_at = now() \
+             WHERE name = $1 AND epoch = $2 AND {is_whole} RETURNING name"
         ));
         let mut parameters: Vec<(&(dyn ToSql + Sync), Type)> =
             vec![(&contract.slot, Type::TEXT), (&self.epoch, Type::INT8)];
         parameters.extend_from_slice(values);
-        let rows = client
-            .query_typed(&sql, &parameters)
-            .await
-            .map_err(|error| sort(doing("write", contract), error))?;
+        let written = match self.mode {
+            Mode::Wal => client.query_typed(&sql, &parameters).await,
+            Mode::Poll => query_after(lease::BEGIN, client, &sql, &parameters).await,
+        };
+        let rows = written.map_err(|error| sort(doing("write", contract), error))?;
         match rows.is_empty() {
             true => Err(taken_over(contract)),
             false => Ok(()),
         }
+    }
+
+    /// Refuses to read in another way than the checkpoint was made for.
+    pub(crate) fn check_mode(&self, contract: &Contract, wanted: Mode) -> Result<()> {
+        if self.mode == wanted {
+            return Ok(());
+        }
+        let (mode, wanted) = (self.mode.name(), wanted.name());
+        let message = format!(
+            "relay \"{}\" was set up with mode {mode}: start it with `--mode {mode}`, or change it by \
+             `postbox setup --mode {wanted}`",
+            contract.slot
+        );
+        Err(Error::new(ErrorKind::Slot, message))
     }
 }
 
@@ -279,7 +328,8 @@ impl Checkpoint {
                 ErrorKind::Database,
                 format!(
                     "checkpoint \"{}\" belongs to the cluster with system identifier {}, and this one has {}: \
-                     its positions mean nothing here; connect to that cluster, or {}",
+                     its positions mean nothing here; connect to that cluster, or run `postbox setup --adopt`, after \
+                     which the relay publishes what was not, or {}",
                     contract.slot,
                     self.system.identifier,
                     system.identifier,
@@ -324,6 +374,6 @@ fn is_missing(error: &tokio_postgres::Error) -> bool {
     error.code().is_some_and(|code| missing.contains(code))
 }
 
-fn doing(verb: &str, contract: &Contract) -> String {
+pub(super) fn doing(verb: &str, contract: &Contract) -> String {
     format!("{verb} checkpoint \"{}\"", contract.slot)
 }

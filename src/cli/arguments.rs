@@ -2,7 +2,8 @@
 
 use std::env::VarError;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
+use postbox::catalog::Mode;
 use postbox::contract::Contract;
 use postbox::database::Database;
 use postbox::publisher::KafkaSettings;
@@ -71,6 +72,26 @@ pub(super) struct ContractArguments {
 impl ContractArguments {
     pub(super) fn resolve(&self) -> postbox::Result<Contract> {
         Contract::new(&self.schema, &self.slot, &self.publication)
+    }
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(super) enum ModeArgument {
+    /// From a logical replication slot, in commit order.
+    Wal,
+    /// From the table, for servers and roles without replication, and through poolers.
+    Poll,
+    /// As it was set up; set-up takes a slot, if there can be one, and says why not.
+    Auto,
+}
+
+impl From<ModeArgument> for Option<Mode> {
+    fn from(mode: ModeArgument) -> Self {
+        match mode {
+            ModeArgument::Wal => Some(Mode::Wal),
+            ModeArgument::Poll => Some(Mode::Poll),
+            ModeArgument::Auto => None,
+        }
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use clap::{Args, ValueEnum, value_parser};
+use clap::{Args, value_parser};
 use postbox::envelope::{Format, Route};
 use postbox::health::Health;
 use postbox::http::{self, Endpoints};
@@ -18,7 +18,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{oneshot, watch};
 use tracing::{info, warn};
 
-use super::arguments::{ContractArguments, DatabaseArguments, KafkaArguments};
+use super::arguments::{ContractArguments, DatabaseArguments, KafkaArguments, ModeArgument};
 use super::quantity::{in_words, size, time};
 
 /// Carries committed events to Kafka until it is told to stop.
@@ -31,9 +31,9 @@ use super::quantity::{in_words, size, time};
 /// A TIME is a whole number of ms, s, m, h or d; a SIZE is one of bytes, KiB, MiB or GiB.
 #[derive(Debug, Args)]
 pub(super) struct RelayCommand {
-    /// How events are read.
+    /// How events are read, which must be as it was set up.
     #[arg(long, env = "POSTBOX_MODE", default_value = "wal", value_name = "MODE")]
-    mode: Mode,
+    mode: ModeArgument,
 
     #[command(flatten)]
     database: DatabaseArguments,
@@ -61,12 +61,6 @@ pub(super) struct RelayCommand {
         value_name = "ADDRESS"
     )]
     http: Http,
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum Mode {
-    /// From a logical replication slot, in commit order.
-    Wal,
 }
 
 #[derive(Debug, Args)]
@@ -153,6 +147,27 @@ struct TuningArguments {
     )]
     wal_sender_timeout: Duration,
 
+    /// With --mode poll, how long to wait at least before the table is asked again; 1ms to 10s.
+    #[arg(
+        long,
+        env = "POSTBOX_POLL_INTERVAL_MIN",
+        default_value = "10ms",
+        value_parser = time(Duration::from_millis(1)..=Duration::from_secs(10)),
+        value_name = "TIME"
+    )]
+    poll_interval_min: Duration,
+
+    /// With --mode poll, how long to wait at most: as long as nothing comes, each pause is twice the one
+    /// before; 1ms to 1m. A trigger (`postbox setup --notify true`) ends it at once.
+    #[arg(
+        long,
+        env = "POSTBOX_POLL_INTERVAL_MAX",
+        default_value = "200ms",
+        value_parser = time(Duration::from_millis(1)..=Duration::from_secs(60)),
+        value_name = "TIME"
+    )]
+    poll_interval_max: Duration,
+
     /// How long a stop may take to drain; 0ms to 1h. If it is not enough, the exit code is 9 and events
     /// repeat.
     #[arg(
@@ -172,6 +187,14 @@ impl TuningArguments {
                 "--status-interval {} fights --wal-sender-timeout {}: it may be half of it at most",
                 in_words(self.status_interval),
                 in_words(self.wal_sender_timeout)
+            );
+            return Err(Error::new(ErrorKind::Settings, message));
+        }
+        if self.poll_interval_min > self.poll_interval_max {
+            let message = format!(
+                "--poll-interval-min {} is longer than --poll-interval-max {}",
+                in_words(self.poll_interval_min),
+                in_words(self.poll_interval_max)
             );
             return Err(Error::new(ErrorKind::Settings, message));
         }
@@ -201,9 +224,9 @@ impl FromStr for Http {
 
 impl RelayCommand {
     pub(super) fn run(&self) -> anyhow::Result<()> {
-        let Mode::Wal = self.mode;
         self.tuning.check()?;
         let settings = RelaySettings {
+            mode: self.mode.into(),
             contract: self.contract.resolve()?,
             kafka: self.kafka.resolve()?,
             database: self.database.resolve()?,
@@ -214,6 +237,8 @@ impl RelayCommand {
             status_interval: self.tuning.status_interval,
             heartbeat_interval: self.tuning.heartbeat_interval,
             wal_sender_timeout: self.tuning.wal_sender_timeout,
+            poll_interval_min: self.tuning.poll_interval_min,
+            poll_interval_max: self.tuning.poll_interval_max,
             shutdown_timeout: self.tuning.shutdown_timeout,
         };
         runtime()?.block_on(self.supervise(settings))

@@ -2,9 +2,9 @@
 
 use clap::builder::BoolishValueParser;
 use clap::{Args, ValueEnum};
-use postbox::setup::{self, SetupOptions};
+use postbox::setup::{self, Backfill, Reading, SetupOptions};
 
-use super::arguments::{ContractArguments, DatabaseArguments};
+use super::arguments::{ContractArguments, DatabaseArguments, ModeArgument};
 
 /// Creates, upgrades or checks what postbox needs in the database.
 ///
@@ -19,6 +19,21 @@ pub(super) struct SetupCommand {
     #[command(flatten)]
     contract: ContractArguments,
 
+    /// How the relay is to read events. What was set up for one way is changed to the other without
+    /// losing any: stop the relay first. Without it, as it was set up; at first from a slot.
+    #[arg(long, env = "POSTBOX_MODE", value_name = "MODE")]
+    mode: Option<ModeArgument>,
+
+    /// Whether a trigger wakes a relay that polls as soon as events are committed; true or false.
+    /// Without it that stays as it is. Commits that notify wait for each other.
+    #[arg(long, env = "POSTBOX_NOTIFY", value_parser = BoolishValueParser::new(), value_name = "BOOL")]
+    notify: Option<bool>,
+
+    /// Take over an outbox that came from another cluster, with a dump: what was not published there is
+    /// published here. Writers wait meanwhile. The variable is true or false.
+    #[arg(long, env = "POSTBOX_ADOPT", value_parser = BoolishValueParser::new())]
+    adopt: bool,
+
     /// Print the SQL for a database administrator instead of running it. The variable is true or
     /// false.
     #[arg(long, env = "POSTBOX_PRINT", value_parser = BoolishValueParser::new())]
@@ -32,16 +47,17 @@ pub(super) struct SetupCommand {
     #[arg(long, env = "POSTBOX_GRANT_WRITER_TO", value_name = "ROLE")]
     grant_writer_to: Option<String>,
 
-    /// What to do with events that were committed before the slot exists: none leaves them
-    /// unpublished. Without it, setup stops if there are any.
+    /// What to do with events that were committed before. Without it, setup stops if there are any.
     #[arg(long, env = "POSTBOX_BACKFILL", value_name = "WHICH")]
-    backfill: Option<Backfill>,
+    backfill: Option<BackfillArgument>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Backfill {
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum BackfillArgument {
     /// Leave them unpublished.
     None,
+    /// Publish them first.
+    Pending,
 }
 
 impl SetupCommand {
@@ -50,7 +66,17 @@ impl SetupCommand {
         let options = SetupOptions {
             relay_role: self.grant_to.clone(),
             writer_role: self.grant_writer_to.clone(),
-            backfill_none: self.backfill == Some(Backfill::None),
+            mode: match self.mode {
+                None => Reading::AsItWas,
+                Some(mode) => Option::from(mode).map_or(Reading::Auto, Reading::By),
+            },
+            backfill: match self.backfill {
+                None => Backfill::Refuse,
+                Some(BackfillArgument::None) => Backfill::None,
+                Some(BackfillArgument::Pending) => Backfill::Pending,
+            },
+            adopt: self.adopt,
+            notify: self.notify,
         };
         if self.print {
             print!("{}", setup::print_sql(&contract, &options));

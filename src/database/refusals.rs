@@ -185,19 +185,19 @@ pub static RULES: &[Rule] = {
             ("08P01", "startup parameter"),
             "a connection pooler is between us and the server",
             Database,
-            "connect to Postgres itself",
+            "connect to Postgres itself, or read with --mode poll and leave options out of the database URL",
         ),
         rule(
             ("26000", ""),
             "a connection pooler hands our session to others",
             DatabaseAway,
-            "connect to Postgres itself",
+            "connect to Postgres itself, or read with --mode poll",
         ),
         rule(
             ("42P05", ""),
             "a connection pooler hands our session to others",
             DatabaseAway,
-            "connect to Postgres itself",
+            "connect to Postgres itself, or read with --mode poll",
         ),
         rule(
             ("25006", ""),

@@ -1,7 +1,11 @@
 //! An ordinary session and the task that drives it.
 
-use tokio::sync::watch;
-use tokio_postgres::Client;
+use std::future::poll_fn;
+use std::sync::Arc;
+
+use tokio::sync::{Notify, watch};
+use tokio_postgres::types::{ToSql, Type};
+use tokio_postgres::{AsyncMessage, Client, Row};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 use crate::error::{Error, ErrorKind};
@@ -19,6 +23,7 @@ pub struct Session {
     pub client: Client,
     /// Why the connection is gone, once it is.
     end: watch::Receiver<Option<(ErrorKind, String)>>,
+    notified: Arc<Notify>,
 }
 
 impl Session {
@@ -26,19 +31,38 @@ impl Session {
         config: &tokio_postgres::Config,
         tls: MakeRustlsConnect,
     ) -> Result<Self, tokio_postgres::Error> {
-        let (client, connection) = config.connect(tls).await?;
+        let (client, mut connection) = config.connect(tls).await?;
         let name = config.get_application_name().unwrap_or_default();
         let doing = format!("database session \"{name}\" ended");
         let (sender, end) = watch::channel(None);
+        let notified = Arc::new(Notify::new());
+        let notify = Arc::clone(&notified);
         tokio::spawn(async move {
-            let reason = match connection.await {
-                Ok(()) => Error::new(ErrorKind::DatabaseAway, doing),
-                Err(error) => sort(doing, error),
+            let reason = loop {
+                match poll_fn(|context| connection.poll_message(context)).await {
+                    Some(Ok(AsyncMessage::Notification(_))) => notify.notify_one(),
+                    Some(Ok(_)) => {}
+                    Some(Err(error)) => break sort(doing, error),
+                    None => break Error::new(ErrorKind::DatabaseAway, doing),
+                }
             };
             sender.send_replace(Some((reason.kind(), reason.chain())));
         });
-        client.batch_execute(SYNCHRONOUS_COMMIT).await?;
-        Ok(Self { client, end })
+        Ok(Self {
+            client,
+            end,
+            notified,
+        })
+    }
+
+    /// Sets what our commits need.
+    pub(super) async fn strengthen(&self) -> Result<(), tokio_postgres::Error> {
+        self.client.batch_execute(SYNCHRONOUS_COMMIT).await
+    }
+
+    /// Waits for a notification that came since the last was waited for. Cancel-safe.
+    pub async fn notified(&self) {
+        self.notified.notified().await;
     }
 
     /// Waits until the connection is gone, and says why.
@@ -52,6 +76,28 @@ impl Session {
             _ => Error::new(ErrorKind::DatabaseAway, "database session ended"),
         }
     }
+}
+
+/// Runs one statement in a transaction of its own, after `begin`, which opens it with
+/// settings that end with it. One round trip; cancelled, it is run all the same.
+///
+/// # Errors
+/// The first that the server tells.
+pub async fn query_after(
+    begin: &str,
+    client: &Client,
+    sql: &str,
+    parameters: &[(&(dyn ToSql + Sync), Type)],
+) -> Result<Vec<Row>, tokio_postgres::Error> {
+    let (begun, rows, ended) = tokio::join!(
+        client.batch_execute(begin),
+        client.query_typed(sql, parameters),
+        client.batch_execute("COMMIT"),
+    );
+    begun?;
+    let rows = rows?;
+    ended?;
+    Ok(rows)
 }
 
 impl std::fmt::Debug for Session {

@@ -5,14 +5,14 @@ use pgwire_replication::Lsn;
 use pgwire_replication::client::ReplicationEvent;
 
 use super::event::check;
-use crate::source::{Item, Messages, Place, Source};
+use crate::source::{Item, Messages, Outbox, Place};
 
 /// Follows messages, each behind its length in two bytes, until one is refused:
 /// pgoutput's own, and `k` for a keepalive with its position. Rows are numbered
 /// within their transaction, a position lies between transactions, and what becomes
 /// an event passes [`check`].
 pub fn stream(bytes: &[u8]) {
-    let mut messages = Messages::new(Source {
+    let mut messages = Messages::new(Outbox {
         schema: "postbox".to_owned(),
         table: "outbox".to_owned(),
         publication: "postbox".to_owned(),

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::task::{JoinError, JoinSet};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 use tokio_postgres::types::PgLsn;
 use tracing::info;
 
@@ -15,17 +15,17 @@ use super::gather::Gather;
 use super::partitions::OPEN_MAX;
 use super::window::{Stop, Window};
 use super::{BACKOFF_MAX, Relay};
+use crate::catalog::Mode;
 use crate::envelope::Encoder;
 use crate::error::{Error, ErrorKind, Result};
 use crate::health::{SILENCE_MAX, Server};
 use crate::publisher::Topic;
-use crate::source::wal::Stream;
-use crate::source::{Item, Mark, Row};
+use crate::source::{Item, Mark, Row, Source};
 
 pub(super) struct Attempt<'r> {
     relay: &'r mut Relay,
     control: Control,
-    stream: Stream,
+    source: Source,
     encoder: Encoder,
     window: Window,
     /// A row that waits: for its topic, for smaller batches, for the first record of
@@ -35,6 +35,11 @@ pub(super) struct Attempt<'r> {
     resolved_topic: Option<Topic>,
     resolving: JoinSet<Result<Topic>>,
     probing: JoinSet<Result<()>>,
+    /// Writes a last fence, when the relay is told to stop.
+    fencing: JoinSet<Option<String>>,
+    /// That fence, until everything before it is delivered, and when that is no longer
+    /// waited for.
+    last_fence: Option<(String, Instant)>,
     /// Since when the stream is open.
     began: Instant,
     /// Ended by [`check_awake`](Self::check_awake).
@@ -57,6 +62,9 @@ const PROBE_INTERVAL: Duration = Duration::from_secs(4);
 
 /// How small a refused batch makes the next ones.
 const BATCH_BYTES_MIN: usize = 16_384;
+
+/// How long the last fence may take to be written, and then to come out of the slot.
+const LAST_FENCE_MAX: Duration = Duration::from_millis(500);
 
 /// How long the last confirmation may take to leave.
 const CONFIRMATION_MAX: Duration = Duration::from_millis(500);
@@ -84,6 +92,7 @@ impl<'r> Attempt<'r> {
             attempt.take_leave(error.kind()).await;
         }
         attempt.update_gauges();
+        attempt.control.release().await;
         let unstored = match result {
             Err(_) if !attempt.is_stored() => attempt.relay.unstored.max(attempt.window.last_sent),
             _ => None,
@@ -92,7 +101,7 @@ impl<'r> Attempt<'r> {
         relay.unstored = unstored;
         relay.was_frozen = attempt.was_frozen;
         relay.worked = attempt.window.has_delivered || attempt.began.elapsed() > BACKOFF_MAX;
-        attempt.stream.close().await;
+        attempt.source.close().await;
         let refused = attempt.window.has_refused;
         relay.suspects = attempt.window.close();
         relay.metrics.in_flight_events.set(0);
@@ -106,23 +115,22 @@ impl<'r> Attempt<'r> {
     fn new(relay: &'r mut Relay, connected: Connected) -> Self {
         let (metrics, health) = (relay.metrics.clone(), relay.health.clone());
         let settings = &relay.settings;
-        info!(
-            slot = settings.contract.slot,
-            database = settings.database.display(),
-            "streaming"
-        );
+        let database = settings.database.display();
+        match connected.checkpoint.mode {
+            Mode::Wal => info!(slot = settings.contract.slot, database, "streaming"),
+            Mode::Poll => info!(relay = settings.contract.slot, database, "polling"),
+        }
         health.streaming();
         Self {
             control: Control::start(
                 connected.session,
-                settings.contract.clone(),
+                settings,
                 connected.checkpoint,
-                settings.heartbeat_interval,
                 relay.nonce.clone(),
                 metrics.clone(),
                 health.clone(),
             ),
-            stream: connected.stream,
+            source: connected.source,
             encoder: Encoder::new(settings.format, settings.route.clone()),
             window: Window::new(
                 connected.publisher,
@@ -134,6 +142,8 @@ impl<'r> Attempt<'r> {
             resolved_topic: None,
             resolving: JoinSet::new(),
             probing: JoinSet::new(),
+            fencing: JoinSet::new(),
+            last_fence: None,
             began: Instant::now(),
             was_frozen: false,
             stopping: false,
@@ -162,7 +172,8 @@ impl<'r> Attempt<'r> {
             } else {
                 self.window.push(self.held.is_some() || self.stopping);
                 let gathered = std::mem::take(&mut gathered);
-                if may_read && let Some(pause) = gather.pause(gathered, self.window.is_many()) {
+                let may_gather = may_read && matches!(self.source, Source::Wal(_));
+                if may_gather && let Some(pause) = gather.pause(gathered, self.window.is_many()) {
                     std::thread::sleep(pause);
                     tokio::task::yield_now().await;
                     continue;
@@ -172,6 +183,13 @@ impl<'r> Attempt<'r> {
                 biased;
                 _ = shutdown.wait_for(|stop| *stop), if !self.stopping => {
                     self.stopping = true;
+                    // A relay that is behind does not wait for what it has not read.
+                    if read == 0 && self.source.received() >= self.control.wal_end_before() {
+                        let fence = timeout(LAST_FENCE_MAX, self.control.last_fence());
+                        // Without it more is repeated if the mode is changed next, or the
+                        // slot lost.
+                        self.fencing.spawn(async { fence.await.ok()?.ok()? });
+                    }
                     deadline = Some(Instant::now() + self.relay.settings.shutdown_timeout);
                 }
                 error = self.control.failed() => return Err(error),
@@ -179,9 +197,18 @@ impl<'r> Attempt<'r> {
                 _ = tick.tick() => self.look_after()?,
                 Some(topic) = self.resolving.join_next() => self.resolved(joined(topic))?,
                 Some(alive) = self.probing.join_next() => self.probed(joined(alive)),
+                Some(fence) = self.fencing.join_next() => {
+                    let until = Instant::now() + LAST_FENCE_MAX;
+                    // It may have come out already.
+                    let fence = fence.ok().flatten().filter(|fence| !self.control.has_reached(fence));
+                    self.last_fence = fence.map(|fence| (fence, until));
+                }
+                () = sleep_until(self.last_fence.as_ref().map(|(_, until)| *until)) => {
+                    self.last_fence = None;
+                }
                 () = tokio::task::yield_now(), if read > 0 => {}
                 () = self.window.publisher.reported() => {}
-                item = self.stream.next(), if may_read => {
+                item = self.source.next(), if may_read => {
                     self.look_at_clock();
                     self.take(item?)?;
                 }
@@ -193,7 +220,7 @@ impl<'r> Attempt<'r> {
     fn look_at_clock(&mut self) {
         let now = Instant::now();
         self.window.look_at_clock(now.into_std());
-        self.stream.look_at_clock(now.into_std());
+        self.source.look_at_clock(now.into_std());
     }
 
     /// Ends the attempt of a process that was frozen, before it sends what has come in
@@ -203,7 +230,8 @@ impl<'r> Attempt<'r> {
         let asleep = awake_at.elapsed();
         // The last status message may have left a status interval before, which is half
         // of this timeout at most.
-        let given_up = self.relay.settings.wal_sender_timeout / 2;
+        let status = self.relay.settings.wal_sender_timeout / 2;
+        let given_up = self.control.frozen_max().unwrap_or(status);
         // If the next attempt finds the same, it is our own work that takes as long, and
         // must get done.
         let is_again = self.relay.was_frozen && !self.window.has_delivered;
@@ -222,7 +250,7 @@ impl<'r> Attempt<'r> {
     fn read_burst(&mut self) -> Result<usize> {
         let mut read = 0;
         while read < BURST && self.may_read() {
-            let Some(item) = self.stream.try_next()? else {
+            let Some(item) = self.source.try_next()? else {
                 break;
             };
             self.take(item)?;
@@ -239,15 +267,22 @@ impl<'r> Attempt<'r> {
                 .has_room(settings.in_flight_max, settings.in_flight_bytes_max)
             // A stop reads on to the end of the transaction, as only that can be
             // confirmed, and of what was sent before.
-            && (!self.stopping || self.stream.in_transaction() || !self.has_caught_up())
+            && (!self.stopping
+                || self.source.is_amid()
+                || !self.has_caught_up()
+                || self.awaits_fence())
+    }
+
+    fn awaits_fence(&self) -> bool {
+        !self.fencing.is_empty() || self.last_fence.is_some()
     }
 
     /// Whether what attempts before this one sent, and could not confirm, has been sent
     /// again, or will not come again.
     fn has_caught_up(&self) -> bool {
-        self.relay.unstored.is_none_or(|place| {
-            self.window.last_sent >= Some(place) || self.stream.received() > place.commit_lsn
-        })
+        self.relay
+            .unstored
+            .is_none_or(|place| self.source.has_passed(place, self.window.last_sent))
     }
 
     /// Whether Postgres has stored that everything was delivered that was sent, now or
@@ -255,8 +290,8 @@ impl<'r> Attempt<'r> {
     /// was written and not yet read.
     fn is_stored(&self) -> bool {
         !self.window.has_work()
-            && !self.stream.in_transaction()
-            && self.stream.gap_seq().is_none()
+            && !self.source.is_amid()
+            && self.source.mark().is_none()
             && self.control.is_stored()
             && self.has_caught_up()
     }
@@ -277,13 +312,13 @@ impl<'r> Attempt<'r> {
 
     /// Sends a row, or holds it until it can be sent.
     fn offer(&mut self, row: Row) -> Result<()> {
-        let event = match self.stream.event(&row) {
+        let event = match self.source.event(&row) {
             Ok(event) => event,
-            Err(why) => return Err(poison(&self.stream, &row, why)),
+            Err(why) => return Err(poison(&self.source, &row, why)),
         };
         let record = match self.encoder.encode(&event) {
             Ok(record) => record,
-            Err(why) => return Err(poison(&self.stream, &row, why)),
+            Err(why) => return Err(poison(&self.source, &row, why)),
         };
         let Some(destination) = self.window.publisher.destination(&record) else {
             self.resolving
@@ -326,7 +361,7 @@ impl<'r> Attempt<'r> {
                 Ok(())
             }
             (Err(error), Some(row)) if error.kind() == ErrorKind::Event => {
-                Err(poison(&self.stream, row, error))
+                Err(poison(&self.source, row, error))
             }
             (Err(error), _) => Err(error),
         }
@@ -338,21 +373,23 @@ impl<'r> Attempt<'r> {
         let (progress, stop) = self.window.settle();
         if let Some(lsn) = progress.confirm {
             failpoint!("confirming");
-            self.stream.confirm(lsn);
+            self.source.confirm(lsn);
             failpoint!("confirmed");
             if progress.has_events {
                 self.control.confirmed(lsn);
             }
         }
         if let Some(mark) = progress.mark {
-            self.control.reached(mark);
+            self.last_fence
+                .take_if(|(fence, _)| mark.0 == Mark::Fence(fence.clone()));
+            self.control.reached(mark, progress.has_events);
         }
         stop.map_or(Ok(()), |stop| Err(self.stopped(stop)))
     }
 
     fn look_after(&mut self) -> Result<()> {
         let may_read = self.may_read();
-        self.stream.check_alive(may_read)?;
+        self.source.check_alive(may_read)?;
         self.update_gauges();
         if self.control.walsender_is_ending() {
             return Err(walsender_is_ending());
@@ -363,9 +400,9 @@ impl<'r> Attempt<'r> {
             let message = "a delivery has taken so long that brokers forget the producer";
             return Err(Error::new(ErrorKind::BrokerAway, message));
         }
-        let silence = self.stream.silence();
+        let silence = self.source.silence();
         let is_overdue =
-            silence > SILENCE_MAX && self.stream.received() < self.control.wal_end_before();
+            silence > SILENCE_MAX && self.source.received() < self.control.wal_end_before();
         let health = &self.relay.health;
         health.overdue(is_overdue.then_some(silence));
         health.waiting(self.waiting());
@@ -381,9 +418,9 @@ impl<'r> Attempt<'r> {
         let settings = &self.relay.settings;
         let mut waiting = match (self.window.waiting(), &self.held) {
             (Some(waiting), _) => waiting,
-            (None, Some(row)) => format!("{} waits for its topic", self.stream.name_of(row)),
-            (None, None) if self.stream.gap_seq().is_some() => {
-                "what the slot had lost is read from the table".to_owned()
+            (None, Some(row)) => format!("{} waits for its topic", self.source.name_of(row)),
+            (None, None) if self.source.mark().is_some() || self.source.is_asking() => {
+                "the table is read".to_owned()
             }
             (None, None) => return None,
         };
@@ -404,8 +441,8 @@ impl<'r> Attempt<'r> {
     fn update_gauges(&self) {
         let metrics = &self.relay.metrics;
         let bytes = |lsn: PgLsn| i64::try_from(u64::from(lsn)).unwrap_or(i64::MAX);
-        metrics.received_lsn.set(bytes(self.stream.received()));
-        metrics.confirmed_lsn.set(bytes(self.stream.confirmed()));
+        metrics.received_lsn.set(bytes(self.source.received()));
+        metrics.confirmed_lsn.set(bytes(self.source.confirmed()));
         self.window.update_gauges();
     }
 
@@ -426,44 +463,44 @@ impl<'r> Attempt<'r> {
                 Ok::<_, Error>(())
             };
             // If it takes longer, or fails: then they are repeated.
-            let settled = tokio::time::timeout(PARTING_MAX, settled).await;
+            let settled = timeout(PARTING_MAX, settled).await;
             if let Ok(Ok(())) = settled {
-                if let Some(seq) = self.stream.gap_seq_before_last() {
+                if let Some(mark) = self.source.mark_before_last() {
                     // The last row may be the one that cannot go out.
-                    let mark = Mark::Seq(seq);
-                    self.control.reached((mark, self.stream.confirmed()));
+                    self.control.reached((mark, self.source.confirmed()), true);
                 }
-                let _ = tokio::time::timeout(PARTING_MAX, self.control.store()).await;
+                let _ = timeout(PARTING_MAX, self.control.store()).await;
             }
         }
         // A walsender that is busy writing may not read the last confirmation before it
         // is let go, and would begin with the transaction before a refused event again.
         if kind == BrokerAway {
-            let _ = tokio::time::timeout(PARTING_MAX, self.control.store()).await;
+            let _ = timeout(PARTING_MAX, self.control.store()).await;
         }
         // What was confirmed last may not have left yet.
-        let sent = self.stream.confirmation_sent();
-        let _ = tokio::time::timeout(CONFIRMATION_MAX, sent).await;
+        let sent = self.source.confirmation_sent();
+        let _ = timeout(CONFIRMATION_MAX, sent).await;
     }
 
     fn is_drained(&self) -> bool {
         self.window.is_settled()
             && self.held.is_none()
-            && !self.stream.in_transaction()
+            && !self.source.is_amid()
             && self.has_caught_up()
+            && !self.awaits_fence()
     }
 
     /// Everything is delivered: see to it that Postgres knows.
     async fn finish(&mut self, deadline: Option<Instant>) -> Result<()> {
-        let confirmed = self.stream.confirmed();
-        if let Some(seq) = self.stream.gap_seq() {
-            self.control.reached((Mark::Seq(seq), confirmed));
-        } else if u64::from(confirmed) == 0 {
+        let confirmed = self.source.confirmed();
+        if let Some(mark) = self.source.mark() {
+            self.control.reached((mark, confirmed), true);
+        } else if u64::from(confirmed) == 0 && self.control.is_stored() {
             return Ok(());
         }
         failpoint!("drained");
         let sent = async {
-            self.stream.confirmation_sent().await;
+            self.source.confirmation_sent().await;
             failpoint!("told");
             // A status message that was written is not yet read; closing could
             // still discard it.
@@ -479,13 +516,17 @@ impl<'r> Attempt<'r> {
                 return Err(Error::new(ErrorKind::NotDrained, message));
             }
         }
-        info!(lsn = %confirmed, "drained and confirmed");
+        match self.source {
+            Source::Wal(_) => info!(lsn = %confirmed, "drained and confirmed"),
+            Source::Poll(_) => info!("drained and stored"),
+        }
         Ok(())
     }
 
     fn not_drained(&self) -> Error {
         let seconds = self.relay.settings.shutdown_timeout.as_secs_f32();
-        let what = match self.stream.in_transaction() {
+        let in_transaction = self.source.is_amid() && self.source.mark().is_none();
+        let what = match in_transaction {
             true => "a transaction was still being read, and all its events",
             false => "events were still in flight, and",
         };
@@ -495,7 +536,7 @@ impl<'r> Attempt<'r> {
 
     fn stopped(&self, stop: Stop) -> Error {
         match stop {
-            Stop::Row(row, why) => poison(&self.stream, &row, why),
+            Stop::Row(row, why) => poison(&self.source, &row, why),
             Stop::Attempt(error) => error,
         }
     }
@@ -503,11 +544,11 @@ impl<'r> Attempt<'r> {
 
 /// An event that can never go out as it is.
 fn poison(
-    stream: &Stream,
+    source: &Source,
     row: &Row,
     why: impl Into<Box<dyn std::error::Error + Send + Sync>>,
 ) -> Error {
-    let message = format!("{} cannot go out", stream.name_of(row));
+    let message = format!("{} cannot go out", source.name_of(row));
     Error::new(ErrorKind::Event, message).caused_by(why)
 }
 

@@ -1,4 +1,4 @@
-//! From nothing to a stream that is ours.
+//! From nothing to a source that is ours.
 //!
 //! Three connections, in an order that takes nothing from another relay before this
 //! one can do its work: a session that checks what was set up, the brokers, and then
@@ -12,14 +12,15 @@ use tokio_postgres::Client;
 use tracing::info;
 
 use super::{Relay, RelaySettings};
-use crate::catalog::{self, Checkpoint, Stored};
+use crate::catalog::{self, Checkpoint, LEASE, Mode, Stored};
 use crate::contract::Contract;
 use crate::database::{Session, sort, within};
 use crate::error::{ErrorKind, Result};
 use crate::health::SILENCE_MAX;
 use crate::publisher::Publisher;
+use crate::source::poll::{PollSettings, Poller};
 use crate::source::wal::{Stream, WalSettings};
-use crate::source::{Place, Source};
+use crate::source::{Outbox, Place, Source};
 
 /// What an attempt is made of.
 pub(super) struct Connected {
@@ -27,13 +28,36 @@ pub(super) struct Connected {
     /// As this relay claimed it.
     pub(super) checkpoint: Checkpoint,
     pub(super) publisher: Publisher,
-    pub(super) stream: Stream,
+    pub(super) source: Source,
 }
 
 /// How long a broker may take to give a sign of life.
 pub(super) const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
 
 pub(super) async fn connect(relay: &mut Relay) -> Result<Connected> {
+    let mode = match relay.settings.mode {
+        Some(mode) => mode,
+        None => mode_of_checkpoint(&relay.settings).await?,
+    };
+    match mode {
+        Mode::Wal => connect_to_slot(relay).await,
+        Mode::Poll => connect_to_table(relay).await,
+    }
+}
+
+/// How the relay was set up to read.
+async fn mode_of_checkpoint(settings: &RelaySettings) -> Result<Mode> {
+    let name = format!("postbox {}", settings.contract.slot);
+    let session = settings.database.connect_pooled(&name).await?;
+    let stored = catalog::stored(&session.client, &settings.contract);
+    match within(SILENCE_MAX, "read what was set up", stored).await? {
+        Stored::At(checkpoint) => Ok(checkpoint.mode),
+        // Whoever goes on says what is missing.
+        _ => Ok(Mode::Wal),
+    }
+}
+
+async fn connect_to_slot(relay: &mut Relay) -> Result<Connected> {
     let session = open_session(&relay.settings).await?;
     let begin = begin_at(relay, &session.client);
     let checked = within(SILENCE_MAX, "read what was set up", begin).await?;
@@ -58,8 +82,64 @@ pub(super) async fn connect(relay: &mut Relay) -> Result<Connected> {
         session,
         checkpoint,
         publisher,
-        stream,
+        source: Source::Wal(stream),
     })
+}
+
+/// Nothing is set in the sessions, which a pooler may lend to others.
+async fn connect_to_table(relay: &mut Relay) -> Result<Connected> {
+    let owner = relay.owner();
+    let settings = &relay.settings;
+    let name = format!("postbox {} control", settings.contract.slot);
+    let session = settings.database.connect_pooled(&name).await?;
+    let (client, contract) = (&session.client, &settings.contract);
+    let checked = async {
+        let checked = catalog::check_polling(client, contract, &owner).await;
+        // Another may have been at work.
+        let place = relay.unstored;
+        let delivered = match place {
+            Some(place) => catalog::is_delivered(client, contract, place.ordinal).await?,
+            None => false,
+        };
+        Ok((checked, delivered))
+    };
+    let (checked, delivered) = within(SILENCE_MAX, "read what was set up", checked).await?;
+    if delivered {
+        relay.unstored = None;
+    }
+    let checked = checked?;
+    let relay = &*relay;
+    failpoint!("checked");
+    let publisher = reach_brokers(relay).await?;
+    let poll = PollSettings {
+        name: contract.slot.clone(),
+        outbox: outbox(relay),
+        system: checked.system.clone(),
+        interval_min: settings.poll_interval_min,
+        interval_max: settings.poll_interval_max,
+        heartbeat_interval: settings.heartbeat_interval,
+    };
+    let mut poller = Poller::open(&settings.database, poll).await?;
+    failpoint!("opened");
+    let claimed = catalog::claim_lease(client, contract, &checked, &owner);
+    let checkpoint = within(LEASE, "take the lease", claimed).await?;
+    poller.begin(&checkpoint);
+    Ok(Connected {
+        session,
+        checkpoint,
+        publisher,
+        source: Source::Poll(poller),
+    })
+}
+
+fn outbox(relay: &Relay) -> Outbox {
+    let contract = &relay.settings.contract;
+    Outbox {
+        schema: contract.schema.clone(),
+        table: "outbox".to_owned(),
+        publication: contract.publication.clone(),
+        nonce: relay.nonce.clone(),
+    }
 }
 
 /// The relay's ordinary session.
@@ -151,12 +231,7 @@ async fn open_stream(relay: &Relay, session: &Session, checkpoint: &Checkpoint) 
     let settings = &relay.settings;
     let wal = WalSettings {
         slot: settings.contract.slot.clone(),
-        source: Source {
-            schema: settings.contract.schema.clone(),
-            table: "outbox".to_owned(),
-            publication: settings.contract.publication.clone(),
-            nonce: relay.nonce.clone(),
-        },
+        outbox: outbox(relay),
         system: checkpoint.system.clone(),
         start: checkpoint.lsn,
         status_interval: settings.status_interval,

@@ -8,24 +8,39 @@
 //! that a relay that never lives for long still leaves some behind. Each stands at the
 //! end of the WAL: a relay that is behind stores none before it has come there.
 //!
+//! One more is written when the relay is told to stop, so that whatever goes on from the
+//! table, polling or a new slot, begins where the relay has ended.
+//!
 //! The confirmed position is stored too, as the server may forget it in a crash.
+//!
+//! A relay that polls has a lease instead of a slot. Each write renews it, and where
+//! there is nothing to write, the beat does. No write is waited for longer than until
+//! the lease may be over: then the attempt is.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tokio_postgres::types::{PgLsn, ToSql};
+use tokio::time::{Instant, sleep_until, timeout};
+use tokio_postgres::types::{PgLsn, Type};
 use tracing::debug;
 
-use crate::catalog::{self, Checkpoint};
+use super::RelaySettings;
+use crate::catalog::{self, Checkpoint, LEASE, Mode};
 use crate::contract::Contract;
 use crate::database::{self, Session};
 use crate::error::{Error, ErrorKind, Result};
 use crate::health::{Health, SILENCE_MAX, Server};
 use crate::metrics::Metrics;
 use crate::source::{HEARTBEAT_PREFIX, Mark};
+
+/// How often a lease is renewed.
+const RENEW_INTERVAL: Duration = Duration::from_secs(1);
+
+/// How long a write may take that renews it.
+const RENEWAL_MAX: Duration = LEASE.saturating_sub(RENEW_INTERVAL);
 
 /// How often the slot is looked at: for the metrics, and for what the stream owes us.
 const SLOT_INTERVAL: Duration = Duration::from_secs(5);
@@ -37,7 +52,7 @@ const STORE_INTERVAL: Duration = Duration::from_secs(1);
 pub(super) struct Control {
     shared: Arc<Shared>,
     task: JoinSet<Error>,
-    mark: watch::Sender<Option<Reached>>,
+    mark: watch::Sender<Option<(u64, Reached)>>,
 }
 
 /// A mark, and where it stands.
@@ -51,8 +66,12 @@ struct Shared {
     metrics: Arc<Metrics>,
     health: Arc<Health>,
     traffic: AtomicBool,
+    fence: Mutex<Option<String>>,
     confirmed: AtomicU64,
     stored: AtomicU64,
+    /// How many marks behind events were reached, and how many of them are stored.
+    marks_reached: AtomicU64,
+    marks_stored: AtomicU64,
     is_ending: AtomicBool,
     /// The end of the WAL, as of the last look and of the one before it.
     wal_end: AtomicU64,
@@ -63,31 +82,52 @@ impl Control {
     /// Starts to beat on a session that was checked.
     pub(super) fn start(
         session: Session,
-        contract: Contract,
+        settings: &RelaySettings,
         checkpoint: Checkpoint,
-        interval: Duration,
         nonce: String,
         metrics: Arc<Metrics>,
         health: Arc<Health>,
     ) -> Self {
+        let intervals = Intervals {
+            beat: match checkpoint.mode {
+                Mode::Wal => settings.heartbeat_interval,
+                Mode::Poll => RENEW_INTERVAL,
+            },
+            mark: settings.status_interval,
+        };
         let shared = Arc::new(Shared {
             session,
-            contract,
+            contract: settings.contract.clone(),
             checkpoint,
             nonce,
             metrics,
             health,
             traffic: AtomicBool::new(true),
+            fence: Mutex::new(None),
             confirmed: AtomicU64::new(0),
             stored: AtomicU64::new(0),
+            marks_reached: AtomicU64::new(0),
+            marks_stored: AtomicU64::new(0),
             is_ending: AtomicBool::new(false),
             wal_end: AtomicU64::new(0),
             wal_end_before: AtomicU64::new(0),
         });
         let (mark, marks) = watch::channel(None);
         let mut task = JoinSet::new();
-        task.spawn(run(Arc::clone(&shared), marks, interval));
+        task.spawn(run(Arc::clone(&shared), marks, intervals));
         Self { shared, task, mark }
+    }
+
+    /// The snapshot of a last fence: it is written now, unless there were no events since
+    /// the one before.
+    pub(super) fn last_fence(&self) -> impl Future<Output = Result<Option<String>>> + 'static {
+        let shared = Arc::clone(&self.shared);
+        async move {
+            if shared.checkpoint.mode == Mode::Wal {
+                shared.write_fence().await?;
+            }
+            Ok(shared.newest_fence())
+        }
     }
 
     /// Resolves with the reason when the session is gone or the publication is
@@ -118,9 +158,18 @@ impl Control {
         self.shared.traffic.store(true, Ordering::Relaxed);
     }
 
-    /// Everything before this mark is delivered: store it.
-    pub(super) fn reached(&self, mark: Reached) {
-        self.mark.send_replace(Some(mark));
+    /// Whether this fence was the newest mark that was reached.
+    pub(super) fn has_reached(&self, fence: &str) -> bool {
+        let newest = self.mark.borrow();
+        matches!(&*newest, Some((_, (Mark::Fence(snapshot), _))) if snapshot == fence)
+    }
+
+    /// Everything before this mark is delivered: store it. `has_events` says whether
+    /// anything lies between it and the one before.
+    pub(super) fn reached(&self, mark: Reached, has_events: bool) {
+        let marks = &self.shared.marks_reached;
+        let number = marks.fetch_add(has_events.into(), Ordering::Relaxed) + u64::from(has_events);
+        self.mark.send_replace(Some((number, mark)));
     }
 
     /// Events are delivered up to this position: store it in time.
@@ -136,8 +185,8 @@ impl Control {
     /// Stores the last mark and position.
     pub(super) async fn store(&self) -> Result<()> {
         let mark = self.mark.borrow().clone();
-        if let Some(mark) = mark {
-            self.shared.store_mark(mark).await?;
+        if let Some((number, mark)) = mark {
+            self.shared.store_mark(number, mark).await?;
         }
         if !self.is_stored() {
             self.shared.store_position().await?;
@@ -145,9 +194,13 @@ impl Control {
         Ok(())
     }
 
-    /// Stores the last mark and position, and waits until the slot has confirmed this position.
+    /// Stores the last mark and position, and waits until the slot, if there is one, has
+    /// confirmed this position.
     pub(super) async fn flush(&self, lsn: PgLsn) -> Result<()> {
         self.store().await?;
+        if self.shared.checkpoint.mode == Mode::Poll {
+            return Ok(());
+        }
         loop {
             let slot = &self.shared.contract.slot;
             let state = catalog::slot_state(&self.shared.session.client, slot).await?;
@@ -160,6 +213,34 @@ impl Control {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
+
+    /// Lets another relay take over at once, where that is ours to say.
+    pub(super) async fn release(&mut self) {
+        let shared = &self.shared;
+        if shared.checkpoint.mode == Mode::Poll {
+            // No renewal may come behind it.
+            self.task.shutdown().await;
+            let released = shared
+                .checkpoint
+                .release(&shared.session.client, &shared.contract);
+            // If it cannot be said, the lease ends by itself.
+            let _ = timeout(RELEASE_MAX, released).await;
+        }
+    }
+
+    /// How long this process may have been frozen and still be the one that is at work.
+    pub(super) fn frozen_max(&self) -> Option<Duration> {
+        (self.shared.checkpoint.mode == Mode::Poll).then_some(RENEWAL_MAX)
+    }
+}
+
+/// How long a lease may take to be released.
+const RELEASE_MAX: Duration = Duration::from_millis(500);
+
+struct Intervals {
+    beat: Duration,
+    /// Between two writes of marks.
+    mark: Duration,
 }
 
 /// The walsender was told to end, and only a client that reads or goes lets it.
@@ -170,35 +251,46 @@ pub(super) fn walsender_is_ending() -> Error {
 
 async fn run(
     shared: Arc<Shared>,
-    mut mark: watch::Receiver<Option<Reached>>,
-    interval: Duration,
+    mut mark: watch::Receiver<Option<(u64, Reached)>>,
+    intervals: Intervals,
 ) -> Error {
-    let mut beat = tokio::time::interval(interval);
+    let is_wal = shared.checkpoint.mode == Mode::Wal;
+    let answer_max = match shared.checkpoint.mode {
+        Mode::Wal => SILENCE_MAX,
+        Mode::Poll => RENEWAL_MAX,
+    };
+    let mut beat = tokio::time::interval(intervals.beat);
     let mut slot = tokio::time::interval(SLOT_INTERVAL);
     let mut store = tokio::time::interval(STORE_INTERVAL);
+    let mut mark_due = Instant::now();
     loop {
+        let marked = async {
+            sleep_until(mark_due).await;
+            mark.changed().await
+        };
         let result = tokio::select! {
             error = shared.session.ended() => return error,
-            _ = beat.tick() => tokio::time::timeout(SILENCE_MAX, shared.beat()).await,
-            _ = slot.tick() => tokio::time::timeout(SILENCE_MAX, shared.look_at_slot()).await,
-            _ = store.tick() => {
+            _ = beat.tick() => timeout(answer_max, shared.beat()).await,
+            _ = slot.tick(), if is_wal => timeout(answer_max, shared.look_at_slot()).await,
+            _ = store.tick(), if is_wal => {
                 if shared.is_stored() { continue }
-                tokio::time::timeout(SILENCE_MAX, shared.store_position()).await
+                timeout(answer_max, shared.store_position()).await
             }
-            Ok(()) = mark.changed() => {
-                let Some(mark) = mark.borrow_and_update().clone() else { continue };
-                tokio::time::timeout(SILENCE_MAX, shared.store_mark(mark)).await
+            Ok(()) = marked => {
+                let Some((number, mark)) = mark.borrow_and_update().clone() else { continue };
+                mark_due = Instant::now() + intervals.mark;
+                timeout(answer_max, shared.store_mark(number, mark)).await
             }
         };
         match result {
             Ok(Ok(())) => shared.health.heard(Server::Postgres),
             Ok(Err(error)) => return error,
             // A session that waits for a lock, or for a synchronous standby, compares
-            // nothing: it is as good as gone.
+            // nothing: it is as good as gone. And a lease that is not renewed is over.
             Err(_) => {
                 let message = format!(
                     "the control session does not answer within {} s",
-                    SILENCE_MAX.as_secs()
+                    answer_max.as_secs()
                 );
                 return Error::new(ErrorKind::DatabaseAway, message);
             }
@@ -209,16 +301,37 @@ async fn run(
 impl Shared {
     async fn beat(&self) -> Result<()> {
         let client = &self.session.client;
-        self.compare_publication().await?;
-        if self.traffic.swap(false, Ordering::Relaxed) {
-            // Transactional, so that it stands behind every commit that its
-            // snapshot sees.
-            let sql = "SELECT pg_logical_emit_message(true, $1, $2 || ' ' || pg_current_snapshot()::text)";
-            let parameters: [&(dyn ToSql + Sync); 2] = [&HEARTBEAT_PREFIX, &self.nonce];
-            let written = client.execute(sql, &parameters).await;
-            written.map_err(|error| database::sort("write a heartbeat", error))?;
+        if self.checkpoint.mode == Mode::Poll {
+            return self.checkpoint.renew(client, &self.contract).await;
         }
+        self.compare_publication().await?;
+        self.write_fence().await
+    }
+
+    /// Writes a fence if there were events since the last.
+    async fn write_fence(&self) -> Result<()> {
+        if !self.traffic.swap(false, Ordering::Relaxed) {
+            return Ok(());
+        }
+        // Transactional, so that it stands behind every commit that its
+        // snapshot sees.
+        let sql = "SELECT now, pg_logical_emit_message(true, $1, $2 || ' ' || now)::text \
+                   FROM (SELECT pg_current_snapshot()::text AS now) AS s";
+        let parameters = [
+            (&HEARTBEAT_PREFIX as _, Type::TEXT),
+            (&self.nonce as _, Type::TEXT),
+        ];
+        let written = self.session.client.query_typed(sql, &parameters).await;
+        let written = written.map_err(|error| database::sort("write a heartbeat", error))?;
+        let fence = written.first().map(|row| row.get(0));
+        *self.fence.lock().unwrap_or_else(PoisonError::into_inner) = fence;
         Ok(())
+    }
+
+    /// The snapshot of the fence that was written last.
+    fn newest_fence(&self) -> Option<String> {
+        let fence = self.fence.lock();
+        fence.unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     async fn compare_publication(&self) -> Result<()> {
@@ -239,7 +352,11 @@ impl Shared {
     }
 
     fn is_stored(&self) -> bool {
-        self.confirmed.load(Ordering::Relaxed) <= self.stored.load(Ordering::Relaxed)
+        let (reached, stored) = match self.checkpoint.mode {
+            Mode::Wal => (&self.confirmed, &self.stored),
+            Mode::Poll => (&self.marks_reached, &self.marks_stored),
+        };
+        reached.load(Ordering::Relaxed) <= stored.load(Ordering::Relaxed)
     }
 
     async fn store_position(&self) -> Result<()> {
@@ -254,21 +371,26 @@ impl Shared {
         Ok(())
     }
 
-    async fn store_mark(&self, (mark, lsn): Reached) -> Result<()> {
+    async fn store_mark(&self, number: u64, (mark, lsn): Reached) -> Result<()> {
         let (client, contract) = (&self.session.client, &self.contract);
         let checkpoint = &self.checkpoint;
         match mark {
-            Mark::Seq(seq) => checkpoint.store_seq(client, contract, seq).await,
+            Mark::Seq(gap) => checkpoint.store_seq(client, contract, &gap).await?,
             Mark::Fence(snapshot) => {
                 debug!(%lsn, snapshot, "fence reached");
-                // Between the last beat and the fence it may have changed and hidden
-                // rows that the fence sees: then the older fence stays.
-                self.compare_publication().await?;
+                if checkpoint.mode == Mode::Wal {
+                    // Between the last beat and the fence it may have changed and hidden
+                    // rows that the fence sees: then the older fence stays.
+                    self.compare_publication().await?;
+                }
                 failpoint!("fencing");
                 checkpoint
                     .store_fence(client, contract, lsn, &snapshot)
-                    .await
+                    .await?;
             }
         }
+        // A store at the end of an attempt may overtake the one of the interval.
+        self.marks_stored.fetch_max(number, Ordering::Relaxed);
+        Ok(())
     }
 }

@@ -6,6 +6,7 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::types::Type;
 
 use super::{Report, SetupOptions, State};
+use crate::catalog::Mode;
 use crate::contract::Contract;
 use crate::database::sort;
 use crate::error::{Error, ErrorKind, Result};
@@ -56,14 +57,17 @@ pub(super) async fn apply(
     client: &Client,
     contract: &Contract,
     options: &SetupOptions,
+    mode: Mode,
     report: &mut Report,
 ) -> Result<()> {
     if let Some(role) = &options.relay_role {
-        let state = match ask(client, MAY_REPLICATE, role).await? {
-            true => State::AlreadyThere,
-            false => lend_replication(client, role).await?,
-        };
-        report.add(format!("replication by role \"{role}\""), state);
+        if mode == Mode::Wal {
+            let state = match ask(client, MAY_REPLICATE, role).await? {
+                true => State::AlreadyThere,
+                false => lend_replication(client, role).await?,
+            };
+            report.add(format!("replication by role \"{role}\""), state);
+        }
         let state = grant(client, contract, role, RELAY, RELAY_HAS).await?;
         report.add(format!("grants to relay role \"{role}\""), state);
     }

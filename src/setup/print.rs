@@ -4,20 +4,28 @@ use std::fmt::Write;
 
 use super::grants::{RELAY, WRITER};
 use super::migrations::{MIGRATIONS, SCHEMA};
-use super::{LOCK, PATIENCE, SetupOptions};
-use crate::catalog::{PUBLICATION, SCHEMA_VERSION};
+use super::polling::{NOTIFY, XID_INDEX};
+use super::{LOCK, PATIENCE, Reading, SetupOptions};
+use crate::catalog::{Mode, PUBLICATION, SCHEMA_VERSION};
 use crate::contract::Contract;
 
 const SERVER: &str = include_str!("../../sql/server.sql");
 const SLOT: &str = include_str!("../../sql/slot.sql");
+const POLLING: &str = include_str!("../../sql/polling.sql");
 
 /// What [`setup`](super::setup) does, as a script for `psql -f`, which can be run
 /// again. Not with `psql -1`: a slot cannot be made in a transaction that has
-/// written.
+/// written. For a slot, unless the options say otherwise.
 pub fn print_sql(contract: &Contract, options: &SetupOptions) -> String {
-    let mut script = format!(
-        "{HEAD}SET lock_timeout = '{PATIENCE}';\nSELECT pg_advisory_lock({LOCK});\n\n{SERVER}"
-    );
+    let mode = match options.mode {
+        Reading::By(mode) => mode,
+        Reading::AsItWas | Reading::Auto => Mode::Wal,
+    };
+    let mut script =
+        format!("{HEAD}SET lock_timeout = '{PATIENCE}';\nSELECT pg_advisory_lock({LOCK});\n\n");
+    if mode == Mode::Wal {
+        script.push_str(SERVER);
+    }
     let schema_is_missing =
         "SELECT to_regnamespace(quote_ident(:'schema')) IS NULL AS missing \\gset";
     section(&mut script, schema_is_missing, SCHEMA);
@@ -28,21 +36,34 @@ pub fn print_sql(contract: &Contract, options: &SetupOptions) -> String {
         section(&mut script, &is_missing, &body);
     }
     script.push_str(REFUSE_NEWER);
-    let publication_is_missing = "SELECT NOT EXISTS (SELECT FROM pg_publication WHERE pubname = :'publication')\n    \
-         AND NOT EXISTS (SELECT FROM :\"schema\".checkpoint WHERE name = :'slot' AND lsn IS NOT NULL) AS missing \\gset";
-    section(&mut script, publication_is_missing, PUBLICATION);
-    script.push('\n');
-    script.push_str(SLOT);
-    let backfill = if options.backfill_none {
-        "none"
-    } else {
-        "refuse"
-    };
+    match mode {
+        Mode::Wal => {
+            section(&mut script, PUBLICATION_IS_MISSING, PUBLICATION);
+            script.push('\n');
+            script.push_str(SLOT);
+        }
+        Mode::Poll => {
+            // Who builds an index beside writers waits for all statements that have begun,
+            // such as one that waits for the lock.
+            let _ = write!(
+                script,
+                "\nSELECT pg_advisory_unlock({LOCK});\n{XID_INDEX}SELECT pg_advisory_lock({LOCK});\n\n{POLLING}"
+            );
+        }
+    }
+    if options.notify == Some(true) {
+        section(&mut script, TRIGGER_IS_MISSING, NOTIFY);
+    }
     let version = SCHEMA_VERSION.to_string();
-    let names = [("backfill", backfill), ("known_version", &version)];
+    let names = [
+        ("backfill", options.backfill.name()),
+        ("known_version", &version),
+    ];
     let mut script = contract.sql_with(&script, &names);
     if let Some(role) = &options.relay_role {
-        script.push_str(&contract.sql_with(REPLICATION, &[("role", role)]));
+        if mode == Mode::Wal {
+            script.push_str(&contract.sql_with(REPLICATION, &[("role", role)]));
+        }
         script.push('\n');
         script.push_str(&contract.sql_with(RELAY, &[("role", role)]));
     }
@@ -64,6 +85,14 @@ const HEAD: &str = "\
 -- Not with psql -1: a slot cannot be made in a transaction that has written.
 \\set ON_ERROR_STOP on
 ";
+
+const PUBLICATION_IS_MISSING: &str = "\
+SELECT NOT EXISTS (SELECT FROM pg_publication WHERE pubname = :'publication')
+    AND NOT EXISTS (SELECT FROM :\"schema\".checkpoint WHERE name = :'slot' AND lsn IS NOT NULL) AS missing \\gset";
+
+const TRIGGER_IS_MISSING: &str = "\
+SELECT NOT EXISTS (SELECT FROM pg_trigger WHERE tgname = 'notify_relay'
+    AND tgrelid = (quote_ident(:'schema') || '.outbox')::regclass) AS missing \\gset";
 
 const READ_VERSION: &str = "
 \\set version 0
@@ -101,7 +130,7 @@ mod tests {
         let options = SetupOptions {
             relay_role: Some("relay".to_owned()),
             writer_role: Some("app".to_owned()),
-            backfill_none: false,
+            ..SetupOptions::default()
         };
         let script = script(&options);
         for token in [

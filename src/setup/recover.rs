@@ -25,12 +25,12 @@ use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
 use super::slot::start::create_slot;
-use super::slot::{finish, identify_system, object, taken_over, write};
-use super::{Report, State, create_publication, lock, open_replication, publication};
-use crate::catalog::{self, Checkpoint, Gap, Stored};
+use super::slot::{finish, identify_system, is_in_the_way, object, taken_over};
+use super::{ANSWER_MAX, Report, State, create_publication, lock, open_replication, publication};
+use crate::catalog::{self, Checkpoint, Gap, Mode, Stored};
 use crate::contract::Contract;
-use crate::database::{Database, sort};
-use crate::error::Result;
+use crate::database::{Database, sort, within};
+use crate::error::{Error, ErrorKind, Result};
 
 /// Makes a lost slot anew, so that the next relay first sends what was committed
 /// since the last checkpoint. With `skip_missed` that is given up instead.
@@ -54,12 +54,14 @@ pub async fn recover(
     let client = &mut session.client;
     lock(client).await?;
     catalog::check_server(client).await?;
+    catalog::check_wal_level(client).await?;
     catalog::check_schema_version(client, contract).await?;
     let (checkpoint, finished) = match catalog::stored(client, contract).await? {
         Stored::At(checkpoint) => (checkpoint, true),
         Stored::Recovering(checkpoint) => (checkpoint, false),
         Stored::Missing | Stored::Unfinished => return Err(catalog::not_set_up(contract)),
     };
+    checkpoint.check_mode(contract, Mode::Wal)?;
     checkpoint.check_system(contract, &catalog::system(client).await?)?;
     checkpoint.check_publication_name(contract)?;
     let mut report = Report::default();
@@ -79,6 +81,57 @@ pub async fn recover(
     let note = remake(client, replication, contract, &checkpoint, skip_missed).await?;
     report.add_with_note(object(contract), State::Created, Some(note));
     Ok(report)
+}
+
+/// Makes a slot for a relay that has polled: what was committed since its last snapshot
+/// is sent first.
+pub(super) async fn take_over_polling(
+    database: &Database,
+    client: &mut Client,
+    contract: &Contract,
+    checkpoint: &Checkpoint,
+    report: &mut Report,
+) -> Result<()> {
+    checkpoint.check_system(contract, &catalog::system(client).await?)?;
+    catalog::check_lease_is_free(client, contract, "").await?;
+    if let Some(gap) = &checkpoint.gap {
+        return Err(unfinished_gap(contract, gap));
+    }
+    if let Some(slot) = catalog::find_slot(client, &contract.slot).await? {
+        // That of a change to polling that was cut short is ours.
+        match checkpoint.publication.is_empty() {
+            true => return Err(is_in_the_way(contract, &slot)),
+            false => slot.check_unused(&contract.slot)?,
+        }
+    }
+    make_slot(database, client, contract, checkpoint, report).await
+}
+
+/// Makes a slot, and what it was not there for yet a gap before it.
+pub(super) async fn make_slot(
+    database: &Database,
+    client: &mut Client,
+    contract: &Contract,
+    checkpoint: &Checkpoint,
+    report: &mut Report,
+) -> Result<()> {
+    let replication = Box::pin(open_replication(database, client, contract)).await?;
+    let made = create_publication(client, contract).await?;
+    catalog::check_publication(client, contract).await?;
+    report.add(publication(contract), made);
+    let note = remake(client, replication, contract, checkpoint, false).await?;
+    report.add_with_note(object(contract), State::Created, Some(note));
+    Ok(())
+}
+
+/// Only the checkpoint of a relay that polls can tell what of a gap is delivered.
+fn unfinished_gap(contract: &Contract, gap: &Gap) -> Error {
+    let message = format!(
+        "relay \"{}\" has stopped amid what it was reading, at seq {}: start it with `--mode poll`, let it catch up, \
+         stop it, and run the command again",
+        contract.slot, gap.seq
+    );
+    Error::new(ErrorKind::Slot, message)
 }
 
 /// Whether the slot still gives everything since it was set up.
@@ -103,11 +156,20 @@ async fn remake(
     let system = identify_system(client, &mut replication).await?;
     let begin = contract.sql(
         "UPDATE :\"schema\".checkpoint \
-         SET lsn = NULL, second_snapshot = NULL, seq = NULL, epoch = epoch + 1, updated_at = now() \
-         WHERE name = :'slot'",
+         SET mode = 'wal', lsn = NULL, second_snapshot = NULL, seq = NULL, publication = :'publication', \
+             owner = NULL, expires_at = NULL, epoch = epoch + 1, updated_at = now() \
+         WHERE name = :'slot' AND epoch = $1 RETURNING name",
     );
     failpoint!("recovery_beginning");
-    write(client, contract, &begin).await?;
+    let doing = || format!("write checkpoint \"{}\"", contract.slot);
+    let begun = async {
+        let epoch = [(&checkpoint.epoch as _, Type::INT8)];
+        let begun = client.query_typed(&begin, &epoch).await;
+        begun.map_err(|error| sort(doing(), error))
+    };
+    if within(ANSWER_MAX, &doing(), begun).await?.is_empty() {
+        return Err(taken_over(contract));
+    }
     failpoint!("recovery_begun");
     let existing = catalog::find_slot(client, &contract.slot).await?;
     let (existing, since) = (existing.as_ref(), &checkpoint.snapshot);

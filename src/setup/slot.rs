@@ -24,8 +24,8 @@ use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
 use self::start::{SEES_NOTHING, Start, create_slot};
-use super::{ANSWER_MAX, Report, State};
-use crate::catalog::{self, Checkpoint, Gap, Stored, System};
+use super::{ANSWER_MAX, Backfill, Report, State};
+use crate::catalog::{self, Checkpoint, Gap, SlotState, Stored, System};
 use crate::contract::Contract;
 use crate::database::{sort, sort_replication, within};
 use crate::error::{Error, ErrorKind, Result};
@@ -53,7 +53,7 @@ pub(super) async fn create(
     mut replication: ReplicationClient,
     contract: &Contract,
     publication_is_new: bool,
-    backfill_none: bool,
+    backfill: Backfill,
     report: &mut Report,
 ) -> Result<()> {
     let system = identify_system(client, &mut replication).await?;
@@ -63,16 +63,20 @@ pub(super) async fn create(
         slot.check(&contract.slot)?;
         slot.check_unused(&contract.slot)?;
         let start =
-            foreign::take_over(client, contract, slot, publication_is_new, backfill_none).await?;
+            foreign::take_over(client, contract, slot, publication_is_new, backfill).await?;
+        let gap = pending(&start, backfill);
         // At once: an unfinished set-up is taken to have left a slot that nobody has read.
         write(client, contract, "BEGIN").await?;
         note_intention(client, contract).await?;
         failpoint!("taking_over");
-        finish(client, contract, &system, &start, None).await?;
+        finish(client, contract, &system, &start, gap.as_ref()).await?;
         write(client, contract, "COMMIT").await?;
         let rows = start.rows_before;
-        let note =
-            format!("rows in the outbox: {rows}; those before its position stay unpublished");
+        let fate = match gap {
+            Some(_) => "all are sent first, those that it still holds twice",
+            None => "those before its position stay unpublished",
+        };
+        let note = format!("rows in the outbox: {rows}; {fate}");
         report.add_with_note(
             object(contract),
             State::TakenOver,
@@ -83,16 +87,30 @@ pub(super) async fn create(
     note_intention(client, contract).await?;
     let existing = existing.as_ref();
     let start = create_slot(client, &mut replication, contract, existing, SEES_NOTHING).await?;
-    if start.rows_before > 0 && !backfill_none {
+    if start.rows_before > 0 && backfill == Backfill::Refuse {
         drop_slot(&mut replication, contract).await?;
         forget_intention(client, contract).await?;
         return Err(rows_before_the_slot(contract, start.rows_before));
     }
-    finish(client, contract, &system, &start, None).await?;
+    let gap = pending(&start, backfill);
+    finish(client, contract, &system, &start, gap.as_ref()).await?;
     let rows = start.rows_before;
-    let note = format!("rows in the outbox before it: {rows}; they stay unpublished");
+    let fate = match gap {
+        Some(_) => "they are sent first",
+        None => "they stay unpublished",
+    };
+    let note = format!("rows in the outbox before it: {rows}; {fate}");
     report.add_with_note(object(contract), State::Created, (rows > 0).then_some(note));
     Ok(())
+}
+
+/// The rows before the slot, if they are to be sent.
+fn pending(start: &Start, backfill: Backfill) -> Option<Gap> {
+    (start.rows_before > 0 && backfill == Backfill::Pending).then(|| Gap {
+        since: SEES_NOTHING.to_owned(),
+        until: start.snapshot.clone(),
+        seq: start.seq_before,
+    })
 }
 
 /// The server that both sessions are with: what one drops, the other must make anew.
@@ -193,12 +211,34 @@ pub(super) fn taken_over(contract: &Contract) -> Error {
     )
 }
 
+/// A slot of this name is another's, where an outbox is adopted.
+pub(super) fn is_in_the_way(contract: &Contract, slot: &SlotState) -> Error {
+    let active = slot.active_pid.map_or("", |_| ", and somebody reads it");
+    let message = format!(
+        "{} is there already{active}: if nothing needs it, SELECT pg_drop_replication_slot('{}') and run the command again",
+        object(contract),
+        contract.slot
+    );
+    Error::new(ErrorKind::Slot, message)
+}
+
+pub(super) fn setup_is_unfinished(contract: &Contract) -> Error {
+    Error::new(
+        ErrorKind::Slot,
+        format!(
+            "the set-up of {} has not finished: run `postbox setup` again, and then change the mode",
+            object(contract)
+        ),
+    )
+}
+
 fn rows_before_the_slot(contract: &Contract, rows: i64) -> Error {
     Error::new(
         ErrorKind::Slot,
         format!(
             "{} has rows committed before the slot, which would never be published: {rows}; \
-             `postbox setup --backfill none` leaves them unpublished (nothing was kept of the slot)",
+             `postbox setup --backfill pending` has the relay send them first, `--backfill none` leaves them \
+             unpublished (nothing was kept of the slot)",
             contract.table("outbox")
         ),
     )

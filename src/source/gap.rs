@@ -1,99 +1,71 @@
-//! Rows that no slot gives, read from the table.
+//! The rows between two snapshots, in order, and what may be stored on the way.
 //!
-//! A slot that was lost is made anew, and what was committed in between is in
-//! neither. It is in the outbox, whose column `xid` tells which transaction wrote
-//! a row: the rows that the new slot's snapshot sees and the old checkpoint's
-//! does not are exactly those that one slot has not surely given and the other
-//! never will. They come in the order of `seq`, which is the order of commits for
-//! writers that wait for each other, as the writers of one key do.
+//! Two sources give such rows. A slot that was lost is made anew, and what was
+//! committed in between is in neither: the rows that the new slot's snapshot sees and
+//! the old checkpoint's does not are exactly those that one slot has not surely given
+//! and the other never will. And polling is one gap after another, each from the
+//! snapshot of the one before to that of now.
 //!
-//! The two snapshots fix the set, so no transaction stays open while rows are
-//! sent, and each page is a statement of its own. A row becomes the message that
-//! a slot would have sent, so that all that follows knows one kind of row.
+//! A row becomes the message that a slot would have sent, so that all that follows
+//! knows one kind of row.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
 
-use postgres_protocol::escape::escape_identifier;
 use tokio::task::JoinSet;
-use tokio_postgres::types::{PgLsn, Type};
-use tokio_postgres::{Client, Statement};
+use tokio_postgres::types::PgLsn;
 
-use super::messages::Source;
-use super::wal::WalSettings;
-use super::{FORMATS, Item, Mark, Place, Position, Row};
-use crate::catalog::{self, Gap};
-use crate::database::{Database, Session, sort};
+use super::pages::{Page, Pages};
+use super::{Item, Mark, Position, Row};
+use crate::catalog::Gap;
 use crate::error::{Error, ErrorKind, Result};
-use crate::pgoutput::{Column, Relation, Value, encode_insert};
-use crate::timestamp::Timestamp;
-
-/// Rows in one page: as many as a stream buffers, for the same reason.
-const PAGE_ROWS: usize = 64;
 
 /// Rows between two marks: what a kill repeats beside what is in flight.
 const MARK_ROWS: usize = 1024;
 
-/// The oid of the table in its messages. No table has it.
-pub(super) const RELATION: u32 = 0;
-
 /// Reads the rows of a gap.
 pub(super) struct GapReader {
     pages: Pages,
-    reading: JoinSet<Result<Vec<Row>>>,
-    page: VecDeque<Row>,
-    /// The last row that was given, and the one before it.
-    seq: i64,
+    gap: Gap,
+    /// Read ahead of the rows that are given.
+    reading: JoinSet<Result<Page>>,
+    rows: VecDeque<Row>,
+    /// The `seq` of the last row that was read.
+    read: i64,
+    /// The row before the last that was given; what was delivered before, if there is
+    /// none.
     before_last: i64,
     unmarked: usize,
-    /// Where the new slot begins.
+    /// Where the slot begins that follows; zero if none does.
     end: PgLsn,
     done: bool,
 }
 
-#[derive(Clone)]
-struct Pages {
-    session: Arc<Session>,
-    statement: Statement,
-    since: String,
-    until: String,
-}
-
 impl GapReader {
-    /// The reader, and what its rows are made of.
-    pub(super) async fn open(
-        database: &Database,
-        settings: &WalSettings,
-        gap: Gap,
-        end: PgLsn,
-    ) -> Result<(Self, Relation)> {
-        let session = database.connect("postbox gap").await?;
-        let found = catalog::system(&session.client).await?;
-        settings.system.check_same(&found, DOING)?;
-        let prepared = async {
-            let prepared = prepare(&session.client, &settings.source).await?;
-            catalog::wait_until_seen(&session.client, &gap.until).await?;
-            Ok(prepared)
-        };
-        let (statement, relation) = prepared.await.map_err(|error| sort(DOING, error))?;
-        let reader = Self {
-            pages: Pages {
-                session: Arc::new(session),
-                statement,
-                since: gap.since,
-                until: gap.until,
-            },
+    /// Reads on from `gap.seq`. `first` is its first page, if that is read.
+    pub(super) fn begin(pages: Pages, gap: Gap, first: Option<Page>, end: PgLsn) -> Self {
+        let mut reader = Self {
+            pages,
             reading: JoinSet::new(),
-            page: VecDeque::new(),
-            seq: gap.seq,
+            rows: VecDeque::new(),
+            read: gap.seq,
             before_last: gap.seq,
-            // The first row may be one at which relays end again and again: what is
-            // behind it waits until it is delivered.
-            unmarked: MARK_ROWS - 1,
+            unmarked: 0,
             end,
             done: false,
+            gap,
         };
-        Ok((reader, relation))
+        match first {
+            Some(page) => reader.take(page),
+            None => reader.read_on(),
+        }
+        reader
+    }
+
+    /// The first row may be one at which relays end again and again: what is behind it
+    /// waits until it is delivered.
+    pub(super) fn mark_first_row(mut self) -> Self {
+        self.unmarked = MARK_ROWS - 1;
+        self
     }
 
     /// The next row, or a position: at last the fence that ends the gap. Then
@@ -101,31 +73,52 @@ impl GapReader {
     pub(super) async fn next(&mut self) -> Result<Option<Item>> {
         if self.unmarked >= MARK_ROWS {
             self.unmarked = 0;
-            return Ok(Some(self.position(Mark::Seq(self.seq))));
+            let mark = Mark::Seq(self.gap.clone());
+            return Ok(Some(self.position(mark)));
         }
-        if self.page.is_empty() && !self.done {
-            self.read_page().await?;
-            if self.page.is_empty() {
-                self.done = true;
-                return Ok(Some(self.position(Mark::Fence(self.pages.until.clone()))));
-            }
+        while self.rows.is_empty() {
+            let Some(page) = self.reading.join_next().await else {
+                if std::mem::replace(&mut self.done, true) {
+                    return Ok(None);
+                }
+                let fence = Mark::Fence(self.gap.until.clone());
+                return Ok(Some(self.position(fence)));
+            };
+            let ended = |error| Error::new(ErrorKind::Unexpected, "a task ended").caused_by(error);
+            self.take(page.map_err(ended)??);
         }
-        Ok(self.page.pop_front().map(|row| {
+        Ok(self.rows.pop_front().map(|row| {
             self.unmarked += 1;
-            self.before_last = self.seq;
-            self.seq = row.place.ordinal.cast_signed();
+            self.before_last = self.gap.seq;
+            self.gap.seq = row.place.ordinal.cast_signed();
             Item::Row(row)
         }))
     }
 
-    /// The last row that was given.
-    pub(super) fn seq(&self) -> i64 {
-        self.seq
+    /// What may be stored once all rows that were given are delivered; `None` after the
+    /// fence, which says more.
+    pub(super) fn mark(&self) -> Option<Mark> {
+        (!self.done).then(|| Mark::Seq(self.gap.clone()))
     }
 
-    /// The row before that one; what was delivered before, if there is none.
-    pub(super) fn seq_before_last(&self) -> i64 {
-        self.before_last
+    /// The same, but for the last of them.
+    pub(super) fn mark_before_last(&self) -> Option<Mark> {
+        (!self.done).then(|| {
+            Mark::Seq(Gap {
+                seq: self.before_last,
+                ..self.gap.clone()
+            })
+        })
+    }
+
+    /// Whether all its rows have been read, and not yet its end been given.
+    pub(super) fn is_ending(&self) -> bool {
+        self.reading.is_empty() && !self.done
+    }
+
+    /// The snapshot at which it ends.
+    pub(super) fn until(&self) -> &str {
+        &self.gap.until
     }
 
     fn position(&self, mark: Mark) -> Item {
@@ -135,98 +128,19 @@ impl GapReader {
         })
     }
 
-    async fn read_page(&mut self) -> Result<()> {
-        if self.reading.is_empty() {
-            let pages = self.pages.clone();
-            let after = self.seq;
-            self.reading.spawn(async move { pages.read(after).await });
+    fn take(&mut self, page: Page) {
+        if let Some(last) = page.rows.last() {
+            self.read = last.place.ordinal.cast_signed();
         }
-        if let Some(page) = self.reading.join_next().await {
-            let ended = |error| Error::new(ErrorKind::Unexpected, "a task ended").caused_by(error);
-            self.page = page.map_err(ended)??.into();
+        self.rows = page.rows.into();
+        if page.more {
+            self.read_on();
         }
-        Ok(())
     }
-}
 
-impl Pages {
-    async fn read(&self, after: i64) -> Result<Vec<Row>> {
-        let limit = PAGE_ROWS as i64;
-        let rows = self
-            .session
-            .client
-            .query(&self.statement, &[&self.since, &self.until, &after, &limit])
-            .await
-            .map_err(|error| sort(DOING, error))?;
-        Ok(rows.iter().map(row).collect())
-    }
-}
-
-const DOING: &str = "read the outbox where the slot was lost";
-
-/// The statement that reads a page, and the table it reads.
-async fn prepare(
-    client: &Client,
-    source: &Source,
-) -> Result<(Statement, Relation), tokio_postgres::Error> {
-    // Formats as a stream's session has them. A policy that hides rows must be an
-    // error, and the whole table may have to be looked through; but a lock is not
-    // waited for, as nobody would see it.
-    let own = [
-        ("row_security", "off"),
-        ("statement_timeout", "0"),
-        ("lock_timeout", "5000"),
-    ];
-    let settings = FORMATS.into_iter().chain(own);
-    let settings: Vec<String> = settings
-        .map(|(name, value)| format!("SET {name} = {value}"))
-        .collect();
-    client.batch_execute(&settings.join("; ")).await?;
-    let (schema, table) = (&source.schema, &source.table);
-    let outbox = format!("{}.{}", escape_identifier(schema), escape_identifier(table));
-    let sql = "SELECT attname::text, atttypid FROM pg_attribute \
-               WHERE attrelid = $1::text::regclass AND attnum > 0 AND NOT attisdropped ORDER BY attnum";
-    let columns = client.query_typed(sql, &[(&outbox, Type::TEXT)]).await?;
-    let columns: Vec<Column> = columns
-        .iter()
-        .map(|row| Column {
-            name: row.get(0),
-            type_oid: row.get(1),
-        })
-        .collect();
-    let texts: Vec<String> = columns
-        .iter()
-        .map(|column| format!("o.{}::text", escape_identifier(&column.name)))
-        .collect();
-    let sql = format!(
-        "SELECT o.seq, CASE WHEN created_at < '10000-01-01Z' AND isfinite(created_at) \
-                       THEN (extract(epoch FROM created_at) * 1000000)::bigint ELSE 0 END, {} FROM {outbox} AS o \
-         WHERE NOT pg_visible_in_snapshot(xid, $1::text::pg_snapshot) \
-           AND pg_visible_in_snapshot(xid, $2::text::pg_snapshot) AND o.seq > $3 ORDER BY o.seq LIMIT $4",
-        texts.join(", "),
-    );
-    let types = [Type::TEXT, Type::TEXT, Type::INT8, Type::INT8];
-    let statement = client.prepare_typed(&sql, &types).await?;
-    let relation = Relation {
-        id: RELATION,
-        schema: schema.clone(),
-        name: table.clone(),
-        columns,
-    };
-    Ok((statement, relation))
-}
-
-fn row(row: &tokio_postgres::Row) -> Row {
-    let seq: i64 = row.get(0);
-    let text = |column| row.get::<_, Option<&str>>(column).map(str::as_bytes);
-    let values = (2..row.len()).map(|column| text(column).map_or(Value::Null, Value::Text));
-    Row {
-        bytes: encode_insert(RELATION, values).into(),
-        place: Place {
-            commit_lsn: PgLsn::from(0),
-            ordinal: seq.cast_unsigned(),
-        },
-        // When it was committed nobody knows any more.
-        committed_at: Timestamp::from_unix_micros(row.get(1)),
+    fn read_on(&mut self) {
+        let (pages, gap, seq) = (self.pages.clone(), self.gap.clone(), self.read);
+        let page = async move { pages.after(&gap.since, &gap.until, seq).await };
+        self.reading.spawn(page);
     }
 }

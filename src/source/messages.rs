@@ -25,6 +25,7 @@ use std::collections::HashMap;
 use bytes::Bytes;
 use pgwire_replication::Lsn;
 use pgwire_replication::client::ReplicationEvent;
+use postgres_protocol::escape::escape_identifier;
 use tokio_postgres::types::PgLsn;
 
 use super::columns::{Columns, Unreadable};
@@ -39,7 +40,7 @@ pub const HEARTBEAT_PREFIX: &str = "postbox";
 
 /// The table that is read, and the publication that names it.
 #[derive(Debug, Clone)]
-pub struct Source {
+pub struct Outbox {
     /// The table's schema.
     pub schema: String,
     /// The table's name.
@@ -51,9 +52,17 @@ pub struct Source {
     pub nonce: String,
 }
 
+impl Outbox {
+    /// The table, quoted for SQL.
+    pub(super) fn quoted(&self) -> String {
+        let (schema, table) = (&self.schema, &self.table);
+        format!("{}.{}", escape_identifier(schema), escape_identifier(table))
+    }
+}
+
 /// Follows the messages of one stream.
 pub struct Messages {
-    source: Source,
+    outbox: Outbox,
     tables: HashMap<u32, Columns>,
     transaction: Option<Transaction>,
 }
@@ -68,9 +77,9 @@ struct Transaction {
 
 impl Messages {
     /// Nothing has been read yet.
-    pub fn new(source: Source) -> Self {
+    pub fn new(outbox: Outbox) -> Self {
         Self {
-            source,
+            outbox,
             tables: HashMap::new(),
             transaction: None,
         }
@@ -111,7 +120,7 @@ impl Messages {
             } => {
                 if let Some(transaction) = &mut self.transaction
                     && prefix == HEARTBEAT_PREFIX
-                    && let Some(fence) = fence(&content, &self.source.nonce)
+                    && let Some(fence) = fence(&content, &self.outbox.nonce)
                 {
                     transaction.fence = Some(fence.to_owned());
                 }
@@ -198,23 +207,23 @@ impl Messages {
     }
 
     fn check_table(&self, relation: &Relation) -> Result<()> {
-        let ours = (&self.source.schema, &self.source.table);
+        let ours = (&self.outbox.schema, &self.outbox.table);
         if (&relation.schema, &relation.name) == ours {
             return Ok(());
         }
         let message = format!(
             "publication \"{}\" publishes \"{}.{}\" too, or partitions under their own names: it must \
              publish \"{}.{}\" alone, with publish_via_partition_root = true",
-            self.source.publication, relation.schema, relation.name, ours.0, ours.1
+            self.outbox.publication, relation.schema, relation.name, ours.0, ours.1
         );
         Err(Error::new(ErrorKind::Publication, message))
     }
 
     fn published(&self, what: &str) -> Error {
-        let publication = &self.source.publication;
+        let publication = &self.outbox.publication;
         let message = format!(
             "publication \"{publication}\" publishes {what}: ALTER PUBLICATION {} SET (publish = 'insert')",
-            postgres_protocol::escape::escape_identifier(publication)
+            escape_identifier(publication)
         );
         Error::new(ErrorKind::Publication, message)
     }
@@ -257,7 +266,7 @@ mod tests {
     use super::*;
 
     fn messages() -> Messages {
-        let mut messages = Messages::new(Source {
+        let mut messages = Messages::new(Outbox {
             schema: "postbox".to_owned(),
             table: "outbox".to_owned(),
             publication: "postbox".to_owned(),

@@ -30,9 +30,10 @@ use tokio_postgres::types::PgLsn;
 
 use super::columns::Unreadable;
 use super::gap::GapReader;
-use super::messages::{Messages, Source};
-use super::{FORMATS, Item, Row};
-use crate::catalog::{Gap, System};
+use super::messages::{Messages, Outbox};
+use super::pages::Pages;
+use super::{FORMATS, Item, Mark, Row};
+use crate::catalog::{self, Gap, System};
 use crate::database::{self, Database};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Event;
@@ -43,7 +44,7 @@ pub struct WalSettings {
     /// The replication slot.
     pub slot: String,
     /// What the slot is read for.
-    pub source: Source,
+    pub outbox: Outbox,
     /// The server on which this was checked.
     pub system: System,
     /// Everything that committed before it is delivered.
@@ -81,7 +82,7 @@ impl Stream {
     /// If the server refuses; `SlotInUse` while another process reads the slot.
     pub async fn open(database: &Database, settings: WalSettings) -> Result<Self> {
         let context = format!("stream from slot \"{}\"", settings.slot);
-        let mut config = database.replication(&settings.slot, &settings.source.publication);
+        let mut config = database.replication(&settings.slot, &settings.outbox.publication);
         // Formats are pinned, as a role or a database may have others. What
         // comes last wins.
         let mut options = format!(
@@ -118,7 +119,7 @@ impl Stream {
         }
         Ok(Self {
             client,
-            messages: Messages::new(settings.source.clone()),
+            messages: Messages::new(settings.outbox.clone()),
             gap: None,
             settings,
             last_heard: Instant::now(),
@@ -134,22 +135,26 @@ impl Stream {
     /// # Errors
     /// If the table cannot be read.
     pub async fn read_first(&mut self, database: &Database, gap: Gap, end: PgLsn) -> Result<()> {
-        let opened = GapReader::open(database, &self.settings, gap, end).await;
-        let (reader, relation) = opened?;
+        let doing = "read the outbox where the slot was lost";
+        let session = database.connect("postbox gap").await?;
+        let (system, outbox) = (&self.settings.system, &self.settings.outbox);
+        let (pages, relation) = Pages::open(session, system, outbox, doing).await?;
+        let seen = catalog::wait_until_seen(&pages.session().client, &gap.until).await;
+        seen.map_err(|error| database::sort(doing, error))?;
         self.messages.describe(&relation);
-        self.gap = Some(reader);
+        self.gap = Some(GapReader::begin(pages, gap, None, end).mark_first_row());
         Ok(())
     }
 
-    /// The last row of the gap that was given, by its `seq`, while there is a gap.
-    pub fn gap_seq(&self) -> Option<i64> {
-        self.gap.as_ref().map(GapReader::seq)
+    /// What may be stored once the rows of the gap that were given are delivered, while
+    /// there is a gap.
+    pub fn mark(&self) -> Option<Mark> {
+        self.gap.as_ref().and_then(GapReader::mark)
     }
 
-    /// The row of the gap before that one; what was delivered before this stream, if
-    /// there is none.
-    pub fn gap_seq_before_last(&self) -> Option<i64> {
-        self.gap.as_ref().map(GapReader::seq_before_last)
+    /// The same, but for the last of these rows.
+    pub fn mark_before_last(&self) -> Option<Mark> {
+        self.gap.as_ref().and_then(GapReader::mark_before_last)
     }
 
     /// The next row or position. Cancel-safe, but for the reason why a stream

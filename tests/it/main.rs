@@ -20,6 +20,7 @@ mod faults;
 mod http;
 mod limits;
 mod poison;
+mod poll;
 mod produce_errors;
 mod promotion;
 mod publisher;

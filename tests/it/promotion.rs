@@ -5,7 +5,7 @@ use std::path::Path;
 use crate::support::{Fixture, Proxy, Relay};
 
 /// Starts the test's Postgres again as a standby.
-async fn demote(fixture: &mut Fixture) {
+pub(crate) async fn demote(fixture: &mut Fixture) {
     let postgres = fixture.postgres.as_mut().expect("a Postgres of its own");
     postgres.command("stop fast").unwrap();
     let signal = Path::new(postgres.fact("data_dir")).join("standby.signal");

@@ -6,7 +6,8 @@
 //! the slot, and the present snapshot is as good. If it has rows, we cannot tell
 //! which of them the slot still holds: they must be given up by name, and the
 //! checkpoint gets a snapshot that sees nothing, so that a recovery before the
-//! first heartbeat repeats rows rather than losing any.
+//! first heartbeat repeats rows rather than losing any. Or all are sent first, and those
+//! that the slot still holds twice.
 
 use tokio_postgres::Client;
 use tokio_postgres::types::PgLsn;
@@ -17,7 +18,7 @@ use crate::catalog::{self, SlotState};
 use crate::contract::Contract;
 use crate::database::{sort, within};
 use crate::error::{Error, ErrorKind, Result};
-use crate::setup::ANSWER_MAX;
+use crate::setup::{ANSWER_MAX, Backfill};
 
 /// Where the slot begins for us, if it can be read without losing rows.
 pub(super) async fn take_over(
@@ -25,7 +26,7 @@ pub(super) async fn take_over(
     contract: &Contract,
     slot: &SlotState,
     publication_is_new: bool,
-    backfill_none: bool,
+    backfill: Backfill,
 ) -> Result<Start> {
     if publication_is_new || !is_older_than_slot(client, contract).await? {
         return Err(Error::new(
@@ -53,14 +54,14 @@ pub(super) async fn take_over(
     let row = client.query_one(&sql, &[]).await;
     let row = row.map_err(|error| sort(doing, error))?;
     let (snapshot, rows_before) = (row.get(0), row.get(1));
-    if rows_before > 0 && !backfill_none {
+    if rows_before > 0 && backfill == Backfill::Refuse {
         return Err(rows_beside_the_slot(contract, rows_before));
     }
     Ok(Start {
         lsn: slot.confirmed_flush_lsn.unwrap_or_else(|| PgLsn::from(0)),
-        snapshot: match rows_before {
-            0 => snapshot,
-            _ => SEES_NOTHING.to_owned(),
+        snapshot: match backfill {
+            Backfill::None if rows_before > 0 => SEES_NOTHING.to_owned(),
+            _ => snapshot,
         },
         rows_before,
         seq_before: 0,
@@ -94,7 +95,8 @@ fn rows_beside_the_slot(contract: &Contract, rows: i64) -> Error {
         format!(
             "replication slot \"{slot}\" was made by someone else, and {outbox} has rows: {rows}; those that were \
              committed before the slot's position would never be published; `postbox setup --backfill none` takes \
-             the slot over and leaves them unpublished",
+             the slot over and leaves them unpublished, `--backfill pending` sends all of them first, also those that \
+             the slot still holds",
             slot = contract.slot,
             outbox = contract.table("outbox")
         ),

@@ -36,7 +36,7 @@ pub(in crate::setup) struct Start {
 const CREATION_MAX: Duration = Duration::from_secs(600);
 
 /// Transaction ids below 3 are reserved: this snapshot sees no row of ours.
-pub(super) const SEES_NOTHING: &str = "3:3:";
+pub(in crate::setup) const SEES_NOTHING: &str = "3:3:";
 
 /// Makes the slot, in place of the one there is, and looks at what there was before it
 /// that the snapshot `since` does not see.

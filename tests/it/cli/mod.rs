@@ -53,8 +53,8 @@ fn a_command_that_does_not_exist_or_lacks_something_is_refused() {
         (&["--nope"], "unexpected argument '--nope'"),
         (&["relay"], "--brokers <LIST>"),
         (
-            &["setup", "--backfill", "pending"],
-            "invalid value 'pending' for '--backfill",
+            &["setup", "--backfill", "all"],
+            "invalid value 'all' for '--backfill",
         ),
         (
             &["setup", "--slot", "Upper"],

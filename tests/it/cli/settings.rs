@@ -16,9 +16,14 @@ fn settings_that_cannot_work_are_refused_in_words() {
             &["unexpected argument '--nope'"][..],
         ),
         (
-            &["--mode", "poll"],
+            &["--mode", "ask"],
             &[],
-            &["invalid value 'poll' for '--mode", "wal"],
+            &["invalid value 'ask' for '--mode", "wal", "poll"],
+        ),
+        (
+            &["--poll-interval-min", "1s"],
+            &[],
+            &["--poll-interval-min 1s is longer than --poll-interval-max 200ms"],
         ),
         (
             &["--log-level", "loud"],

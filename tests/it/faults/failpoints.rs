@@ -78,8 +78,9 @@ async fn assert_crashed(mut relay: Relay, step: &str) {
     assert!(log.contains(&format!("failpoint {step} panic")), "{log}");
 }
 
-/// Steps that tests elsewhere cross: the taking over of a slot, in `setup::slot`.
-const ELSEWHERE: [&str; 1] = ["taking_over"];
+/// Steps that tests elsewhere cross: the taking over of a slot, in `setup::slot`, and what
+/// only polling has, in `poll::crash` and `poll::cluster`.
+const ELSEWHERE: [&str; 4] = ["taking_over", "renewing", "polling_begun", "adopting"];
 
 #[test]
 fn every_failpoint_is_crossed() {

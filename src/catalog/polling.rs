@@ -1,0 +1,102 @@
+//! What polling stands on.
+
+use tokio_postgres::Client;
+use tokio_postgres::types::Type;
+
+use super::{Checkpoint, Mode, lease};
+use crate::contract::Contract;
+use crate::database::sort;
+use crate::error::{Error, ErrorKind, Result};
+
+/// Checks everything a relay in poll mode stands on, and returns where it is: on the
+/// server's present timeline. `owner` is who asks.
+///
+/// # Errors
+///
+/// `DatabaseAway`: the server is a standby. `SlotInUse`: another relay holds the lease.
+/// `Database`, `Slot`: definite, and the message says what mends it.
+pub async fn check_polling(
+    client: &Client,
+    contract: &Contract,
+    owner: &str,
+) -> Result<Checkpoint> {
+    contract.validate()?;
+    super::check_server(client).await?;
+    super::check_schema_version(client, contract).await?;
+    let checkpoint = super::whole(client, contract, Mode::Poll).await?;
+    let system = super::system(client).await?;
+    checkpoint.check_system(contract, &system)?;
+    check_table(client, contract).await?;
+    lease::check_free(client, contract, owner).await?;
+    Ok(Checkpoint {
+        system,
+        ..checkpoint
+    })
+}
+
+/// Whether the checkpoint says that the row with this `seq`, which was sent, is delivered,
+/// and so all that were sent before it.
+pub async fn is_delivered(client: &Client, contract: &Contract, seq: u64) -> Result<bool> {
+    let sql = contract.sql(
+        "SELECT NOT EXISTS ( \
+             SELECT FROM :\"schema\".outbox AS o, :\"schema\".checkpoint AS c \
+             WHERE o.seq = $2 AND c.name = $1 AND NOT pg_visible_in_snapshot(o.xid, c.snapshot) \
+               AND (c.second_snapshot IS NULL OR c.seq < o.seq OR NOT pg_visible_in_snapshot(o.xid, c.second_snapshot)))",
+    );
+    let parameters = [
+        (&contract.slot as _, Type::TEXT),
+        (&seq.cast_signed() as _, Type::INT8),
+    ];
+    let row = client.query_typed_one(&sql, &parameters).await;
+    let row = row.map_err(|error| sort(format!("read checkpoint \"{}\"", contract.slot), error))?;
+    Ok(row.get(0))
+}
+
+/// Checks that the table has its order, and the index without which each look at it
+/// would be at all of it.
+async fn check_table(client: &Client, contract: &Contract) -> Result<()> {
+    let outbox = contract.table("outbox");
+    check_order(client, contract).await?;
+    let sql = "SELECT EXISTS (SELECT FROM pg_index AS i \
+                              JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0] \
+                              WHERE i.indrelid = $1::text::regclass AND a.attname = 'xid' \
+                                AND i.indisvalid AND i.indpred IS NULL)";
+    let rows = client.query_typed(sql, &[(&outbox, Type::TEXT)]).await;
+    let rows = rows.map_err(|error| sort(format!("look at the indexes of {outbox}"), error))?;
+    match rows.first().is_some_and(|row| row.get(0)) {
+        true => Ok(()),
+        false => Err(Error::new(
+            ErrorKind::Database,
+            format!("{outbox} has no valid index on xid: run `postbox setup --mode poll`"),
+        )),
+    }
+}
+
+/// Refuses a `seq` whose numbers sessions take in blocks: it would not rise with the
+/// commits of writers that wait for each other.
+pub(crate) async fn check_order(client: &Client, contract: &Contract) -> Result<()> {
+    let outbox = contract.table("outbox");
+    let sql = "SELECT seqcache, seqincrement FROM pg_sequence \
+               WHERE seqrelid = pg_get_serial_sequence($1, 'seq')::regclass";
+    let rows = client.query_typed(sql, &[(&outbox, Type::TEXT)]).await;
+    let rows = rows.map_err(|error| sort(format!("look at the sequence of {outbox}"), error))?;
+    let found = rows
+        .first()
+        .map(|row| (row.get::<_, i64>(0), row.get::<_, i64>(1)));
+    match found {
+        Some((1, increment)) if increment > 0 => Ok(()),
+        Some(_) => Err(Error::new(
+            ErrorKind::Database,
+            format!(
+                "numbers of {outbox} do not rise with its rows: \
+                 ALTER TABLE {outbox} ALTER COLUMN seq SET CACHE 1 SET INCREMENT BY 1"
+            ),
+        )),
+        None => Err(Error::new(
+            ErrorKind::Database,
+            format!(
+                "the column seq of {outbox} is not an identity column: polling has no order to go by"
+            ),
+        )),
+    }
+}

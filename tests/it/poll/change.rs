@@ -1,0 +1,88 @@
+//! From a slot to polling, and back.
+
+use std::time::Duration;
+
+use super::{POLL, polling};
+use crate::support::{Fixture, Relay};
+
+/// As many as are delivered within a heartbeat interval of a second.
+const SINCE_FENCE: usize = 20_000;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_mode_of_a_live_table_is_changed_both_ways_and_nothing_is_lost() {
+    let fixture = Fixture::new().await;
+    let writers = fixture.writers(fixture.load());
+    for _ in 0..2 {
+        let relay = Relay::streaming(&fixture, &["--heartbeat-interval", "1s"]).await;
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        relay.drain().await;
+        fixture.setup(&POLL).results();
+        let relay = polling(&fixture, &[]).await;
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        relay.drain().await;
+        fixture.setup(&["--mode", "wal"]).results();
+    }
+    let relay = Relay::streaming(&fixture, &[]).await;
+    writers.stop().await.unwrap();
+    let verdict = fixture.judge(relay).await;
+    assert!(
+        verdict.committed > 500 && verdict.is_clean(2 * SINCE_FENCE),
+        "{verdict}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn from_polling_to_a_slot_nothing_is_repeated() {
+    let fixture = Fixture::polling().await;
+    let writers = fixture.writers(fixture.load());
+    let relay = polling(&fixture, &[]).await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    relay.drain().await;
+    // Not unless it is told.
+    assert!(
+        fixture
+            .setup(&[])
+            .results()
+            .contains("which polls: already there")
+    );
+    fixture.setup(&["--mode", "wal"]).results();
+    let relay = Relay::streaming(&fixture, &[]).await;
+    writers.stop().await.unwrap();
+    let verdict = fixture.judge(relay).await;
+    assert!(verdict.committed > 500 && verdict.is_clean(0), "{verdict}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_of_the_other_mode_says_how_to_change_it() {
+    let fixture = Fixture::new().await;
+    let mut relay = Relay::start(&fixture, &POLL);
+    assert_eq!(relay.exit_code().await, 4);
+    let log = relay.log();
+    assert!(log.contains("was set up with mode wal: start it with `--mode wal`, or change it by `postbox setup --mode poll`"), "{log}");
+    let fixture = Fixture::polling().await;
+    let mut relay = Relay::start(&fixture, &[]);
+    assert_eq!(relay.exit_code().await, 4);
+    let log = relay.log();
+    assert!(log.contains("was set up with mode poll: start it with `--mode poll`, or change it by `postbox setup --mode wal`"), "{log}");
+    fixture.recover(&[]).complaint(4);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_at_work_is_not_changed() {
+    let fixture = Fixture::new().await;
+    let relay = Relay::streaming(&fixture, &[]).await;
+    let setup = fixture.setup(&POLL);
+    assert!(
+        setup.complaint(4).contains("is in use by process"),
+        "{setup:?}"
+    );
+    relay.drain().await;
+    fixture.setup(&POLL).results();
+    let relay = polling(&fixture, &[]).await;
+    let setup = fixture.setup(&["--mode", "wal"]);
+    assert!(
+        setup.complaint(4).contains("is at work: process "),
+        "{setup:?}"
+    );
+    relay.drain().await;
+}

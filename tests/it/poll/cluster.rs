@@ -1,0 +1,213 @@
+//! The server crashes, is promoted, or is another one.
+
+use std::time::{Duration, Instant};
+
+use super::{POLL, polling};
+use crate::promotion::demote;
+use crate::setup::slot::{HOLDING_UP, held_up_event};
+use crate::support::{Fixture, Relay, wait_until};
+
+/// What is seen is not yet on the disk, if its session has not waited for that.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_event_is_out_that_a_crash_of_the_server_takes_back() {
+    let settings = ["synchronous_commit=off", "wal_writer_delay=10s"];
+    let mut fixture = Fixture::with_postgres(&settings).await;
+    fixture.set_up_polling().await;
+    let relay = polling(&fixture, &[]).await;
+    for round in 0..5 {
+        fixture
+            .insert("a", &format!("{{\"round\": {round}}}"))
+            .await;
+        wait_until("it is delivered", async || {
+            fixture.records().await.len() > round
+        })
+        .await;
+        fixture.postgres("stop immediate");
+        fixture.postgres("start");
+        fixture.reconnect().await;
+    }
+    fixture.wait_for_checkpoint().await;
+    relay.drain().await;
+    fixture.enter_in_ledger().await;
+    let verdict = fixture.verdict().await;
+    assert!(verdict.committed == 5 && verdict.is_clean(5), "{verdict}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn another_timeline_is_told_once_and_events_go_on() {
+    let mut fixture = Fixture::with_postgres(&[]).await;
+    fixture.set_up_polling().await;
+    fixture.insert("before", "{}").await;
+    demote(&mut fixture).await;
+    let mut relay = Relay::start(&fixture, &POLL);
+    relay.wait_for_log("waiting for a primary").await;
+    let promote = "SELECT pg_promote()";
+    fixture.client.batch_execute(promote).await.unwrap();
+    relay.wait_for_log("polling").await;
+    let warning = "the server is on another timeline than at the last start stored=1 found=2";
+    let log = relay.log().replace("slot=\"", "");
+    assert!(
+        log.contains("another timeline"),
+        "no \"{warning}\" in {log}"
+    );
+    fixture.insert("after", "{}").await;
+    fixture.wait_for_checkpoint().await;
+    relay.drain().await;
+    assert_eq!(fixture.keys().await, ["after", "before"]);
+    let relay = polling(&fixture, &[]).await;
+    assert!(!relay.log().contains("timeline"), "{}", relay.log());
+    relay.drain().await;
+}
+
+/// What a dump has of an outbox, restored into another cluster: its rows, with the numbers
+/// of transactions of where they come from, and the checkpoint.
+async fn restore(original: &Fixture, restored: &Fixture) {
+    let rows = "SELECT row_to_json(o)::text FROM postbox.outbox AS o ORDER BY seq";
+    for row in original.client.query(rows, &[]).await.unwrap() {
+        let insert = format!(
+            "INSERT INTO postbox.outbox OVERRIDING SYSTEM VALUE \
+             SELECT * FROM json_populate_record(NULL::postbox.outbox, '{}')",
+            row.get::<_, &str>(0)
+        );
+        restored.client.batch_execute(&insert).await.unwrap();
+    }
+    let checkpoint = "SELECT row_to_json(c)::text FROM postbox.checkpoint AS c";
+    let row = original.client.query_one(checkpoint, &[]).await.unwrap();
+    let insert = format!(
+        "DELETE FROM postbox.checkpoint; \
+         INSERT INTO postbox.checkpoint SELECT * FROM json_populate_record(NULL::postbox.checkpoint, '{}'); \
+         UPDATE postbox.checkpoint SET name = '{}'; \
+         SELECT setval(pg_get_serial_sequence('postbox.outbox', 'seq'), 100)",
+        row.get::<_, &str>(0),
+        restored.contract.slot
+    );
+    restored.client.batch_execute(&insert).await.unwrap();
+}
+
+/// In either mode, though the numbers of transactions are far ahead of the new cluster's:
+/// what was published is not, what was not is, and so is what was written since.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_not_published_in_another_cluster_is_in_this_one() {
+    for mode in ["poll", "wal"] {
+        let flags = ["--mode", mode];
+        let original = Fixture::with_postgres(&[]).await;
+        let burn =
+            "DO 'BEGIN FOR n IN 1..5000 LOOP PERFORM pg_current_xact_id(); COMMIT; END LOOP; END'";
+        original.client.batch_execute(burn).await.unwrap();
+        original.setup(&flags).results();
+        let mut relay = Relay::start(&original, &flags);
+        relay.wait_for_log("INFO").await;
+        original.insert("published", "{}").await;
+        original.wait_until_published(&relay, 1).await;
+        relay.drain().await;
+        original.insert("left", "{}").await;
+
+        let restored = Fixture::with_postgres(&[]).await;
+        restored.setup(&["--mode", "poll"]).results();
+        restore(&original, &restored).await;
+        restored.insert("new", "{}").await;
+        let mut relay = Relay::start(&restored, &flags);
+        assert_eq!(relay.exit_code().await, 3, "{}", relay.log());
+        assert!(
+            relay.log().contains("run `postbox setup --adopt`"),
+            "{}",
+            relay.log()
+        );
+        let adopt = [&flags[..], &["--adopt"]].concat();
+        // Or not at all.
+        let crashed = restored.setup_until("adopting", &adopt);
+        assert!(crashed.complaint(-1).contains("failpoint adopting panic"));
+        let report = restored.setup(&adopt);
+        let expected = "rows not published in the other cluster: 2";
+        assert!(report.results().contains(expected), "{report:?}");
+        let mut relay = Relay::start(&restored, &flags);
+        relay.wait_for_log("INFO").await;
+        restored.insert("newest", "{}").await;
+        restored.wait_until_published(&relay, 2).await;
+        relay.drain().await;
+        assert_eq!(restored.keys().await, ["new", "newest"], "{mode}");
+        // Its topic is in its row.
+        assert_eq!(original.keys().await, ["left", "published"], "{mode}");
+        // Nothing more to adopt.
+        restored.setup(&adopt).results();
+    }
+}
+
+impl Fixture {
+    async fn wait_until_published(&self, relay: &Relay, events: usize) {
+        wait_until("events are published", async || {
+            relay.published(&self.topic) >= events
+        })
+        .await;
+    }
+}
+
+/// A commit that waits for a standby is in the WAL, and nobody sees it: a slot may have
+/// given it, and polling has not.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_commit_that_waits_for_a_standby_is_not_lost_when_the_mode_is_changed() {
+    for (from, to) in [("wal", "poll"), ("poll", "wal")] {
+        let fixture = Fixture::with_postgres(&[HOLDING_UP]).await;
+        fixture.setup(&["--mode", from]).results();
+        let flags = |mode| ["--mode", mode, "--route", &fixture.topic];
+        let mut relay = Relay::start(&fixture, &flags(from));
+        relay.wait_for_log("INFO").await;
+        fixture.insert("before", "{}").await;
+        fixture.wait_until_published(&relay, 1).await;
+        let local = "SET synchronous_commit = local";
+        fixture.client.batch_execute(local).await.unwrap();
+        // Which waits for all that run.
+        let index = "CREATE INDEX IF NOT EXISTS outbox_xid_idx ON postbox.outbox (xid)";
+        fixture.client.batch_execute(index).await.unwrap();
+        let held_up = held_up_event(&fixture).await;
+        fixture.insert("after", "{}").await;
+        // A slot gives both.
+        let given = if from == "wal" { 3 } else { 2 };
+        fixture.wait_until_published(&relay, given).await;
+        match from {
+            // It would wait for the standby, too.
+            "wal" => relay.kill(),
+            _ => relay.drain().await,
+        }
+        change_beside(&fixture, from, to);
+        let mut relay = Relay::start(&fixture, &flags(to));
+        relay.wait_for_log("INFO").await;
+        release(&fixture, "").await;
+        held_up.await.unwrap();
+        fixture.insert("last", "{}").await;
+        wait_until("all are there", async || {
+            let mut keys = fixture.keys().await;
+            keys.dedup();
+            keys == ["a", "after", "before", "last"]
+        })
+        .await;
+        relay.kill();
+    }
+}
+
+/// Sets up for another mode. What set-up itself writes waits for no standby; and a slot
+/// waits for all that run, so that for one the commit is let go.
+fn change_beside(fixture: &Fixture, from: &str, to: &str) {
+    let since = Instant::now();
+    std::thread::scope(|scope| {
+        let setup = scope.spawn(|| fixture.setup(&["--mode", to]));
+        tokio::task::block_in_place(|| {
+            while !setup.is_finished() {
+                let all = from == "poll" && since.elapsed() > Duration::from_secs(2);
+                let whose = if all { "" } else { "postbox setup" };
+                tokio::runtime::Handle::current().block_on(release(fixture, whose));
+                std::thread::sleep(Duration::from_millis(100));
+            }
+        });
+        setup.join().unwrap().results();
+    });
+}
+
+/// Lets go commits of sessions with this name that wait for a standby.
+async fn release(fixture: &Fixture, whose: &str) {
+    let sql = format!(
+        "SELECT pg_cancel_backend(pid) FROM pg_stat_activity \
+         WHERE wait_event = 'SyncRep' AND starts_with(application_name, '{whose}')"
+    );
+    fixture.client.batch_execute(&sql).await.unwrap();
+}
