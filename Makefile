@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-matrix campaign trials fuzz bench bench-soak bench-compare bench-micro bench-report lint
+.PHONY: help demo test test-matrix campaign trials fuzz bench bench-soak bench-compare bench-poll bench-micro bench-report lint
 
 VERSIONS ?= 14 15 16 17 18
 
@@ -15,6 +15,7 @@ demo: ## Start throw-away servers, harm them while events flow, and judge the re
 test: ## Run all tests, on real Postgres and Kafka.
 	@dev/bootstrap
 	@test -n "$$DATABASE_URL" -a -n "$$KAFKA_BROKERS" || dev/fetch
+	@dev/fetch pgbouncer || echo "going on without PgBouncer" >&2
 	cargo test --locked
 	cargo test --locked --no-default-features --lib
 
@@ -61,6 +62,9 @@ bench-compare: ## Measure postbox beside Debezium and omni-box: TRIALS, ROWS, ON
 	@dev/bootstrap && dev/fetch connect
 	@dev/fetch omni-box || echo "going on without omni-box" >&2
 	@$(measure) compare --runs $(call runs,compare) $(options)
+
+bench-poll: ## Measure postbox that polls, with few and with many published rows in the table: TRIALS, ROWS.
+	@$(measure) poll --runs $(call runs,poll) $(options)
 
 bench-micro: ## Measure what an event costs in the pure parts of its way.
 	@dev/bootstrap build

@@ -10,12 +10,21 @@ use crate::rig::{self, Rig};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Carrier {
     Postbox(Way),
+    /// postbox over the Unix socket, which polls.
+    Polling(Wake),
     /// postbox over the Unix socket, with these variables and flags.
     Variant(&'static str),
     /// Postgres' own reader of slots, which does nothing with what it reads.
     PgRecvlogical(Way),
     Debezium(Debezium),
     OmniBox,
+}
+
+/// What makes a relay that polls look again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Wake {
+    Interval,
+    Notification,
 }
 
 /// How Postgres is reached.
@@ -57,6 +66,8 @@ impl Carrier {
             Self::Variant(flags) => flags,
             Self::Postbox(Way::Socket) => "postbox, Unix socket",
             Self::Postbox(Way::Tcp) => "postbox, TCP",
+            Self::Polling(Wake::Interval) => "postbox, polling",
+            Self::Polling(Wake::Notification) => "postbox, polling, notified",
             Self::PgRecvlogical(Way::Socket) => "pg_recvlogical, Unix socket",
             Self::PgRecvlogical(Way::Tcp) => "pg_recvlogical, TCP",
             Self::Debezium(Debezium::Default) => "Debezium, default",
@@ -69,7 +80,9 @@ impl Carrier {
 
     pub(crate) fn table(self) -> Table {
         match self {
-            Self::Postbox(_) | Self::Variant(_) | Self::PgRecvlogical(_) => Table::Postbox,
+            Self::Postbox(_) | Self::Polling(_) | Self::Variant(_) | Self::PgRecvlogical(_) => {
+                Table::Postbox
+            }
             Self::Debezium(_) => Table::Debezium,
             Self::OmniBox => Table::OmniBox,
         }
@@ -81,8 +94,12 @@ impl Carrier {
             Self::Postbox(_) | Self::Variant(_) => Some("postbox"),
             Self::PgRecvlogical(_) => Some("reader"),
             Self::Debezium(_) => Some("debezium"),
-            Self::OmniBox => None,
+            Self::Polling(_) | Self::OmniBox => None,
         }
+    }
+
+    fn is_postbox(self) -> bool {
+        matches!(self, Self::Postbox(_) | Self::Polling(_) | Self::Variant(_))
     }
 
     /// Starts it. In `folder` it keeps what it needs when it is started again; `end` is
@@ -92,6 +109,7 @@ impl Carrier {
         let mut command = own_command();
         match self {
             Self::Postbox(way) => relay(&mut command, rig, way),
+            Self::Polling(_) => relay(&mut command, rig, Way::Socket).args(["--mode", "poll"]),
             Self::Variant(words) => {
                 let is_variable = |word: &&str| !word.starts_with('-') && word.contains('=');
                 let words: Vec<&str> = words.split_whitespace().collect();
@@ -198,6 +216,8 @@ impl Table {
             let mut command = Command::new(program);
             command
                 .arg(argument)
+                .env("POSTBOX_MODE", rig.mode)
+                .env("POSTBOX_NOTIFY", (rig.mode == "poll").to_string())
                 .env("POSTBOX_DATABASE_URL", rig.database_url(Way::Socket));
             let output = environment(&mut command, rig).output().unwrap();
             let said = String::from_utf8_lossy(&output.stderr);
@@ -260,9 +280,7 @@ impl Running {
         };
         // A JVM and others end by the signal, or as if they had.
         let told = status.signal() == Some(15) || status.code() == Some(143);
-        if !status.success()
-            && (!told || matches!(self.carrier, Carrier::Postbox(_) | Carrier::Variant(_)))
-        {
+        if !status.success() && (!told || self.carrier.is_postbox()) {
             self.fail(&format!("ended with {status}"));
         }
     }

@@ -17,6 +17,7 @@ mod crash;
 mod drain;
 mod latency;
 mod picture;
+mod poll;
 mod report;
 mod rest;
 mod rig;
@@ -59,6 +60,14 @@ enum Command {
     },
     /// postbox beside Debezium and omni-box.
     Compare(Options),
+    /// postbox that polls.
+    Poll {
+        #[command(flatten)]
+        options: Options,
+        /// Rows that have been published before.
+        #[arg(long, default_value_t = 10_000_000)]
+        published: i64,
+    },
     /// postbox at half of what this machine can write and carry.
     Soak {
         /// The file that the runs are written to.
@@ -117,6 +126,9 @@ fn main() {
                 variants,
             } => relay(&options, &rows_per_transaction, variants).await,
             Command::Compare(options) => compare(&options).await,
+            Command::Poll { options, published } => {
+                poll::run(&options.runs, options.trials, options.rows, published).await;
+            }
             Command::Soak { runs, minutes } => soak(&runs, minutes).await,
             Command::Report { files } => report::print(&files),
         }

@@ -13,7 +13,7 @@ use rdkafka::{Offset, TopicPartitionList};
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, NoTls};
 
-use crate::carrier::{Carrier, Running, Table, Way};
+use crate::carrier::{Carrier, Running, Table, Wake, Way};
 
 pub(crate) const PARTITIONS: i32 = 4;
 
@@ -26,6 +26,8 @@ pub(crate) struct Rig {
     pub(crate) client: Client,
     /// Of postbox' records, if not its default.
     pub(crate) format: Option<&'static str>,
+    /// How postbox is set up to read.
+    pub(crate) mode: &'static str,
     /// Where everything that is started may write.
     pub(crate) scratch: tempfile::TempDir,
     admin: AdminClient<DefaultClientContext>,
@@ -46,17 +48,26 @@ pub(crate) struct Backlog {
     pub(crate) topic: String,
     pub(crate) rows: i64,
     pub(crate) rows_per_transaction: i64,
+    /// How many rows of the table have been published before.
+    published: i64,
     /// Where it ends, as an LSN.
     pub(crate) end: String,
-    /// The slot that keeps it, if it is read from the WAL.
+    /// The slot that keeps it, if it is read from the WAL; the snapshot before it, if it is
+    /// polled.
     base: Option<String>,
 }
 
 impl Backlog {
     pub(crate) fn name(&self) -> String {
-        match self.rows_per_transaction {
-            1 => format!("{} rows, 1 a transaction", self.rows),
-            some => format!("{} rows, {some} a transaction", self.rows),
+        let Self {
+            rows,
+            rows_per_transaction: each,
+            published,
+            ..
+        } = self;
+        match published {
+            0 => format!("{rows} rows, {each} a transaction"),
+            _ => format!("{rows} rows, {each} a transaction, behind {published}"),
         }
     }
 }
@@ -84,6 +95,7 @@ impl Rig {
             scratch: tempfile::tempdir().unwrap(),
             topics: 0,
             format: None,
+            mode: "wal",
             tables: Vec::new(),
             postgres,
             kafka,
@@ -165,6 +177,9 @@ impl Rig {
             self.drop_slot(slot).await;
             self.create_slot(slot).await;
             self.put_back_checkpoint(slot).await;
+        } else if let Carrier::Polling(wake) = carrier {
+            let now = self.snapshot().await;
+            self.poll_from(wake, &now).await;
         } else if carrier == Carrier::OmniBox {
             self.client
                 .batch_execute("TRUNCATE outbox_events")
@@ -180,6 +195,8 @@ impl Rig {
             let copy = "SELECT pg_copy_logical_replication_slot($1::text, $2::text)";
             self.client.execute(copy, &[base, &slot]).await.unwrap();
             self.put_back_checkpoint(slot).await;
+        } else if let (Carrier::Polling(wake), Some(base)) = (carrier, &backlog.base) {
+            self.poll_from(wake, base).await;
         } else {
             self.begin(carrier).await;
             self.write(
@@ -210,15 +227,23 @@ impl Rig {
             topic,
             rows,
             rows_per_transaction,
+            published: 0,
             end: String::new(),
             base: None,
         };
-        if carrier.slot().is_none() {
-            return backlog;
+        match carrier {
+            Carrier::OmniBox => return backlog,
+            Carrier::Polling(_) => {
+                let count = "SELECT count(*) FROM postbox.outbox";
+                backlog.published = self.client.query_one(count, &[]).await.unwrap().get(0);
+                backlog.base = Some(self.snapshot().await);
+            }
+            _ => {
+                let base = format!("base_{}_{rows}_{rows_per_transaction}", table.name());
+                self.create_slot(&base).await;
+                backlog.base = Some(base);
+            }
         }
-        let base = format!("base_{}_{rows}_{rows_per_transaction}", table.name());
-        self.create_slot(&base).await;
-        backlog.base = Some(base);
         let began = Instant::now();
         self.write(table, &backlog.topic, rows, rows_per_transaction)
             .await;
@@ -239,16 +264,43 @@ impl Rig {
         backlog
     }
 
-    async fn write(&self, table: Table, topic: &str, rows: i64, rows_per_transaction: i64) {
+    pub(crate) async fn write(
+        &self,
+        table: Table,
+        topic: &str,
+        rows: i64,
+        rows_per_transaction: i64,
+    ) {
         let load = "CALL bench_load($1, $2, $3, $4)";
         let insert = table.insert();
         let parameters: [&(dyn ToSql + Sync); 4] = [&insert, &topic, &rows, &rows_per_transaction];
         self.client.execute(load, &parameters).await.unwrap();
     }
 
+    async fn snapshot(&self) -> String {
+        let now = "SELECT pg_current_snapshot()::text";
+        self.client.query_one(now, &[]).await.unwrap().get(0)
+    }
+
+    /// Has a relay that polls begin with what this snapshot does not see.
+    async fn poll_from(&self, wake: Wake, snapshot: &str) {
+        let sql = format!(
+            "UPDATE postbox.checkpoint \
+             SET snapshot = '{snapshot}', second_snapshot = NULL, seq = NULL, epoch = epoch + 1, owner = NULL, \
+                 expires_at = NULL; \
+             ALTER TABLE postbox.outbox {} TRIGGER notify_relay",
+            match wake {
+                Wake::Interval => "DISABLE",
+                Wake::Notification => "ENABLE",
+            }
+        );
+        self.client.batch_execute(&sql).await.unwrap();
+    }
+
     /// Ends what a carrier was given of a backlog, and the backlog.
     pub(crate) async fn forget(&self, carrier: Carrier, backlog: &Backlog) {
-        for slot in carrier.slot().into_iter().chain(backlog.base.as_deref()) {
+        let Some(slot) = carrier.slot() else { return };
+        for slot in [Some(slot), backlog.base.as_deref()].into_iter().flatten() {
             self.drop_slot(slot).await;
         }
     }
