@@ -7,7 +7,7 @@
 //!
 //! ```text
 //!  application ── INSERT ──▶ outbox table
-//!                                │ WAL, replication slot
+//!                                │ WAL, replication slot; or the table, polled
 //!                                ▼
 //!        database ──▶ source ──▶ event ──▶ envelope ──▶ publisher ──▶ Kafka
 //!                        │    (pgoutput)                   │ delivery reports
@@ -34,10 +34,11 @@
 //!   [`publisher`] never sees an LSN. Only [`relay`] knows both.
 //! - Progress moves in one line: where [`relay`] confirms what [`ack`] releases.
 //! - Everything that breaks ends the relay's attempt, and the next begins where
-//!   the slot was confirmed. There is no other recovery.
-//! - All data comes from the stream, or, where a slot was lost, from the set of rows
-//!   that two snapshots fix. A row is never read again by its id: it may
-//!   not be visible yet.
+//!   the slot was confirmed, or the checkpoint where the table is polled. There is
+//!   no other recovery.
+//! - All data comes from the stream, or, where a slot was lost or is not to be had,
+//!   from the set of rows that two snapshots fix. A row is never read again by its
+//!   id: it may not be visible yet.
 //! - No payload is ever logged, no password ever printed.
 //!
 //! # Features
