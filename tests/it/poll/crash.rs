@@ -9,7 +9,7 @@ use super::{POLL, polling};
 use crate::support::{Fixture, Relay, SMALL_WINDOW, WINDOW, wait_until};
 
 /// The steps, and at which passage the relay crashes.
-const STEPS: [(&str, u32); 14] = [
+const STEPS: [(&str, u32); 13] = [
     ("checked", 1),
     ("opened", 1),
     ("claiming", 1),
@@ -23,8 +23,11 @@ const STEPS: [(&str, u32); 14] = [
     ("fencing", 5),
     ("fenced", 5),
     ("renewing", 2),
-    ("drained", 1),
 ];
+
+/// What two crashes may repeat. While the lease of the first ends, rows gather: those of
+/// one gap, of which a mark is stored every 1,024, and go out faster than they came.
+const REPEATED_MAX: usize = 2 * (WINDOW + 1_024);
 
 /// How many fixtures are harmed at once: most of their time is waiting.
 const AT_ONCE: usize = 6;
@@ -54,27 +57,19 @@ async fn crash_at(step: &str, passage: u32) {
         let mut command = Relay::command(&fixture, &flags);
         let failpoint = format!("{step}={}*off->panic", passage - 1);
         let mut relay = Relay::spawn(command.env("FAILPOINTS", failpoint));
-        if step == "drained" {
-            relay.wait_for_log("polling").await;
-            wait_until("an event is delivered", async || {
-                relay.published(&fixture.topic) > 0
-            })
-            .await;
-            relay.signal("TERM");
-        }
         assert_eq!(relay.exit_code().await, -1, "{step}: {}", relay.log());
         let log = relay.log();
         assert!(log.contains(&format!("failpoint {step} panic")), "{log}");
     }
     wait_until("more is committed than may be repeated", async || {
-        writers.committed() > 6 * WINDOW as u64
+        writers.committed() > 2 * REPEATED_MAX as u64
     })
     .await;
     writers.stop().await.unwrap();
     let relay = polling(&fixture, &SMALL_WINDOW).await;
     let verdict = fixture.judge_polling(relay).await;
-    println!("{step}: repeated at most {}: {verdict}", 2 * WINDOW);
-    assert!(verdict.is_clean(2 * WINDOW), "{step}: {verdict}");
+    println!("{step}: repeated at most {REPEATED_MAX}: {verdict}");
+    assert!(verdict.is_clean(REPEATED_MAX), "{step}: {verdict}");
 }
 
 /// A change that was cut short has left a slot, which keeps WAL: the next run drops it.
