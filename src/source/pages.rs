@@ -46,11 +46,11 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::pgoutput::{Column, Relation, Value, encode_insert};
 use crate::timestamp::Timestamp;
 
-/// The most rows in a page. Of 64 to 4,096, larger ones are hardly faster.
+/// The most rows in a page: enough that a round trip is paid for by many.
 const PAGE_ROWS: i64 = 512;
 
-/// After as many bytes, as they are stored, no row is added to a page. Postgres
-/// compresses to a ninetieth at best, so that no page takes more than 46 MB.
+/// After as many bytes, as they are stored, no row is added to a page. pglz compresses to
+/// a ninetieth at best, so that a page of such rows takes 46 MB at most.
 const PAGE_BYTES: i64 = 512 * 1024;
 
 /// The oid of the table in its messages. No table has it.
