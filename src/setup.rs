@@ -276,6 +276,7 @@ async fn adopt(
             client,
             contract,
             &checkpoint,
+            false,
             report,
         ))
         .await?;

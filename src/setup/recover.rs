@@ -74,12 +74,15 @@ pub async fn recover(
         report.add_with_note(object(contract), State::AlreadyThere, note);
         return Ok(report);
     }
-    let replication = Box::pin(open_replication(database, client, contract)).await?;
-    let made = create_publication(client, contract).await?;
-    catalog::check_publication(client, contract).await?;
-    report.add(publication(contract), made);
-    let note = remake(client, replication, contract, &checkpoint, skip_missed).await?;
-    report.add_with_note(object(contract), State::Created, Some(note));
+    make_slot(
+        database,
+        client,
+        contract,
+        &checkpoint,
+        skip_missed,
+        &mut report,
+    )
+    .await?;
     Ok(report)
 }
 
@@ -104,7 +107,7 @@ pub(super) async fn take_over_polling(
             false => slot.check_unused(&contract.slot)?,
         }
     }
-    make_slot(database, client, contract, checkpoint, report).await
+    make_slot(database, client, contract, checkpoint, false, report).await
 }
 
 /// Makes a slot, and what it was not there for yet a gap before it.
@@ -113,13 +116,14 @@ pub(super) async fn make_slot(
     client: &mut Client,
     contract: &Contract,
     checkpoint: &Checkpoint,
+    skip_missed: bool,
     report: &mut Report,
 ) -> Result<()> {
     let replication = Box::pin(open_replication(database, client, contract)).await?;
     let made = create_publication(client, contract).await?;
     catalog::check_publication(client, contract).await?;
     report.add(publication(contract), made);
-    let note = remake(client, replication, contract, checkpoint, false).await?;
+    let note = remake(client, replication, contract, checkpoint, skip_missed).await?;
     report.add_with_note(object(contract), State::Created, Some(note));
     Ok(())
 }
