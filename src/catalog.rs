@@ -38,7 +38,7 @@ pub use slot::{SlotState, find_slot, slot_state};
 
 pub(crate) use checkpoint::compare_publication;
 pub(crate) use lease::check_free as check_lease_is_free;
-pub(crate) use polling::check_order;
+pub(crate) use polling::{check_order, has_xid_index};
 pub(crate) use publication::{PUBLICATION, exists as publication_exists};
 pub(crate) use snapshot::{wait_until_ended, wait_until_seen};
 

@@ -55,6 +55,8 @@ pub mod failpoints;
 #[cfg(feature = "relay")]
 pub mod ack;
 #[cfg(feature = "relay")]
+pub mod backlog;
+#[cfg(feature = "relay")]
 pub mod catalog;
 #[cfg(feature = "relay")]
 pub mod contract;

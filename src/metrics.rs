@@ -1,11 +1,15 @@
 //! What the relay counts, in Prometheus' terms. Names are part of the contract.
 
+mod backlog;
+
 use prometheus::core::Collector;
 use prometheus::{
     Encoder as _, Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge,
     IntGaugeVec, Opts, Registry, TextEncoder,
 };
 
+use self::backlog::BacklogMetrics;
+use crate::backlog::Backlog;
 use crate::error::ErrorKind;
 use crate::health::Health;
 
@@ -40,6 +44,7 @@ pub struct Metrics {
     /// How much WAL the server keeps for the slot.
     pub retained_wal_bytes: IntGauge,
     wal_status: IntGaugeVec,
+    backlog: BacklogMetrics,
     seconds_since_progress: Gauge,
     ready: IntGauge,
     /// Times the stream was started again, by the reason.
@@ -126,6 +131,7 @@ impl Default for Metrics {
                     &["status"],
                 ),
             ),
+            backlog: BacklogMetrics::new(&registry),
             seconds_since_progress: register(
                 &registry,
                 Gauge::with_opts(options(
@@ -171,6 +177,7 @@ impl Default for Metrics {
 impl Metrics {
     /// The counters of a topic.
     pub fn topic(&self, name: &str) -> TopicMetrics {
+        self.backlog.know(name);
         TopicMetrics {
             events: self.events.with_label_values(&[name]),
             bytes: self.bytes.with_label_values(&[name]),
@@ -181,6 +188,12 @@ impl Metrics {
     pub fn wal_status(&self, status: &str) {
         self.wal_status.reset();
         self.wal_status.with_label_values(&[status]).set(1);
+    }
+
+    /// What is committed and not delivered, as it was measured now; `None` if that is not
+    /// known.
+    pub fn backlog(&self, backlog: Option<&Backlog>) {
+        self.backlog.set(backlog);
     }
 
     /// Everything in Prometheus' text format.
@@ -241,5 +254,37 @@ mod tests {
         ] {
             assert!(text.contains(line), "{line} in {text}");
         }
+    }
+
+    #[test]
+    fn what_is_not_known_of_the_backlog_is_not_told() {
+        let metrics = Metrics::default();
+        let text = || metrics.text(&Health::default());
+        assert!(!text().contains("pending"), "{}", text());
+        metrics.topic("quiet");
+        let backlog = Backlog {
+            events: 5,
+            oldest: Some(std::time::Duration::from_millis(1500)),
+            topics: [("order".to_owned(), 5)].into(),
+        };
+        metrics.backlog(Some(&backlog));
+        for line in [
+            "\npostbox_pending_events 5\n",
+            "\npostbox_oldest_pending_seconds 1.5\n",
+            "\npostbox_topic_pending_events{topic=\"order\"} 5\n",
+            "\npostbox_topic_pending_events{topic=\"quiet\"} 0\n",
+        ] {
+            assert!(text().contains(line), "{line} in {}", text());
+        }
+        metrics.backlog(Some(&Backlog::default()));
+        for line in [
+            "\npostbox_pending_events 0\n",
+            "\npostbox_oldest_pending_seconds 0\n",
+            "\npostbox_topic_pending_events{topic=\"order\"} 0\n",
+        ] {
+            assert!(text().contains(line), "{line} in {}", text());
+        }
+        metrics.backlog(None);
+        assert!(!text().contains("pending"), "{}", text());
     }
 }

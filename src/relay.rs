@@ -16,6 +16,7 @@ mod attempt;
 mod connect;
 mod control;
 mod gather;
+mod meter;
 mod pace;
 mod partitions;
 mod window;
@@ -26,6 +27,7 @@ use std::time::Duration;
 
 use backon::{BackoffBuilder, ExponentialBuilder};
 use tokio::sync::watch;
+use tokio::task::JoinSet;
 use tracing::{info, warn};
 
 use crate::catalog::Mode;
@@ -38,6 +40,7 @@ use crate::metrics::Metrics;
 use crate::publisher::{BATCH_BYTES, KafkaSettings};
 use crate::source::Place;
 use attempt::Attempt;
+use meter::Cue;
 
 /// What a relay needs to know.
 #[derive(Debug, Clone)]
@@ -78,6 +81,8 @@ pub struct Relay {
     settings: RelaySettings,
     metrics: Arc<Metrics>,
     health: Arc<Health>,
+    /// For those that measure the backlog.
+    cue: Arc<Cue>,
     /// Rows that were in a refused batch: they are sent again alone, so that the
     /// one that is at fault can be told from its neighbours.
     suspects: BTreeSet<Place>,
@@ -101,6 +106,7 @@ impl Relay {
             settings,
             metrics,
             health,
+            cue: Arc::default(),
             suspects: BTreeSet::new(),
             batch_bytes: BATCH_BYTES,
             unstored: None,
@@ -124,6 +130,10 @@ impl Relay {
     pub async fn run(mut self, mut shutdown: watch::Receiver<bool>) -> Result<()> {
         let mut backoff = backoff();
         let mut standing_by = false;
+        // Ends with us.
+        let mut measuring = JoinSet::new();
+        let (settings, metrics) = (self.settings.clone(), self.metrics.clone());
+        measuring.spawn(meter::run(settings, metrics, self.cue.clone()));
         loop {
             self.worked = false;
             let error = match Attempt::run(&mut self, &mut shutdown).await {
@@ -134,6 +144,7 @@ impl Relay {
             if !error.kind().is_transient() {
                 return Err(error);
             }
+            self.cue.stands_by(error.kind() == ErrorKind::SlotInUse);
             let reason = error.kind().label();
             self.metrics.reconnects.with_label_values(&[reason]).inc();
             // An attempt that worked, or found another relay at work, is not part of a series.

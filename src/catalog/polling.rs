@@ -57,19 +57,25 @@ pub async fn is_delivered(client: &Client, contract: &Contract, seq: u64) -> Res
 async fn check_table(client: &Client, contract: &Contract) -> Result<()> {
     let outbox = contract.table("outbox");
     check_order(client, contract).await?;
-    let sql = "SELECT EXISTS (SELECT FROM pg_index AS i \
-                              JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0] \
-                              WHERE i.indrelid = $1::text::regclass AND a.attname = 'xid' \
-                                AND i.indisvalid AND i.indpred IS NULL)";
-    let rows = client.query_typed(sql, &[(&outbox, Type::TEXT)]).await;
-    let rows = rows.map_err(|error| sort(format!("look at the indexes of {outbox}"), error))?;
-    match rows.first().is_some_and(|row| row.get(0)) {
+    match has_xid_index(client, contract).await? {
         true => Ok(()),
         false => Err(Error::new(
             ErrorKind::Database,
             format!("{outbox} has no valid index on xid: run `postbox setup --mode poll`"),
         )),
     }
+}
+
+/// Whether rows are found by their transaction.
+pub(crate) async fn has_xid_index(client: &Client, contract: &Contract) -> Result<bool> {
+    let outbox = contract.table("outbox");
+    let sql = "SELECT EXISTS (SELECT FROM pg_index AS i \
+                              JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0] \
+                              WHERE i.indrelid = $1::text::regclass AND a.attname = 'xid' \
+                                AND i.indisvalid AND i.indpred IS NULL)";
+    let rows = client.query_typed(sql, &[(&outbox, Type::TEXT)]).await;
+    let rows = rows.map_err(|error| sort(format!("look at the indexes of {outbox}"), error))?;
+    Ok(rows.first().is_some_and(|row| row.get(0)))
 }
 
 /// Refuses a `seq` whose numbers sessions take in blocks: it would not rise with the

@@ -74,11 +74,22 @@ impl FromStr for Route {
 impl Route {
     /// Appends the event's topic to `topic`.
     pub(super) fn write(&self, event: &Event<'_>, topic: &mut String) {
+        self.write_of(event.aggregate_type, event.event_type, topic);
+    }
+
+    /// The topic of an event with these fields whose row does not say.
+    pub fn topic_of(&self, aggregate_type: &str, event_type: &str) -> String {
+        let mut topic = String::new();
+        self.write_of(aggregate_type, event_type, &mut topic);
+        topic
+    }
+
+    fn write_of(&self, aggregate_type: &str, event_type: &str, topic: &mut String) {
         for part in &self.0 {
             topic.push_str(match part {
                 Part::Text(text) => text,
-                Part::AggregateType => event.aggregate_type,
-                Part::EventType => event.event_type,
+                Part::AggregateType => aggregate_type,
+                Part::EventType => event_type,
             });
         }
     }

@@ -121,6 +121,7 @@ impl<'r> Attempt<'r> {
             Mode::Poll => info!(relay = settings.contract.slot, database, "polling"),
         }
         health.streaming();
+        relay.cue.stands_by(false);
         Self {
             control: Control::start(
                 connected.session,
@@ -129,6 +130,7 @@ impl<'r> Attempt<'r> {
                 relay.nonce.clone(),
                 metrics.clone(),
                 health.clone(),
+                relay.cue.clone(),
             ),
             source: connected.source,
             encoder: Encoder::new(settings.format, settings.route.clone()),

@@ -28,6 +28,7 @@ use tokio_postgres::types::{PgLsn, Type};
 use tracing::debug;
 
 use super::RelaySettings;
+use super::meter::Cue;
 use crate::catalog::{self, Checkpoint, LEASE, Mode};
 use crate::contract::Contract;
 use crate::database::{self, Session};
@@ -65,6 +66,7 @@ struct Shared {
     nonce: String,
     metrics: Arc<Metrics>,
     health: Arc<Health>,
+    cue: Arc<Cue>,
     traffic: AtomicBool,
     fence: Mutex<Option<String>>,
     confirmed: AtomicU64,
@@ -87,6 +89,7 @@ impl Control {
         nonce: String,
         metrics: Arc<Metrics>,
         health: Arc<Health>,
+        cue: Arc<Cue>,
     ) -> Self {
         let intervals = Intervals {
             beat: match checkpoint.mode {
@@ -102,6 +105,7 @@ impl Control {
             nonce,
             metrics,
             health,
+            cue,
             traffic: AtomicBool::new(true),
             fence: Mutex::new(None),
             confirmed: AtomicU64::new(0),
@@ -387,6 +391,7 @@ impl Shared {
                 checkpoint
                     .store_fence(client, contract, lsn, &snapshot)
                     .await?;
+                self.cue.fenced();
             }
         }
         // A store at the end of an attempt may overtake the one of the interval.

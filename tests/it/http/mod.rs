@@ -1,5 +1,6 @@
 //! `/metrics`, `/healthz` and `/readyz`, as probes and scrapers see them.
 
+mod backlog;
 mod scrape;
 mod stalls;
 
@@ -26,6 +27,9 @@ const METRICS: &[(&str, &str)] = &[
     ("postbox_slot_lag_bytes", "gauge"),
     ("postbox_retained_wal_bytes", "gauge"),
     ("postbox_slot_wal_status", "gauge"),
+    ("postbox_pending_events", "gauge"),
+    ("postbox_oldest_pending_seconds", "gauge"),
+    ("postbox_topic_pending_events", "gauge"),
     ("postbox_seconds_since_progress", "gauge"),
     ("postbox_ready", "gauge"),
     ("postbox_reconnects_total", "counter"),
@@ -49,6 +53,12 @@ async fn metrics_are_prometheus_text_and_tell_what_was_sent() {
     let end = end as f64;
     wait_until("everything is confirmed", async || {
         relay.metric("postbox_confirmed_lsn") >= end
+    })
+    .await;
+    wait_until("the backlog is known", async || {
+        let (_, text) = relay.get("/metrics");
+        text.contains("postbox_topic_pending_events")
+            && text.contains("\npostbox_pending_events 0\n")
     })
     .await;
 
