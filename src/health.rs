@@ -6,6 +6,9 @@
 //! oldest event that waits must change: red is what was not heard of, or has not
 //! moved, for [`SILENCE_MAX`], whoever hangs, the relay itself included. An error
 //! that is reported is red at once, and is the better reason.
+//!
+//! One thing is red while events flow: a slot that nobody reads any more, as it keeps WAL
+//! until the disk is full, and only a person ends that.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -39,6 +42,8 @@ struct State {
     /// For how long the stream has kept back what the server has written.
     overdue: Option<Duration>,
     brokers: Link,
+    /// What the database keeps for nobody.
+    left_behind: Option<String>,
     /// When Postgres and Kafka last said anything, or were first asked.
     heard: [Instant; 2],
     /// What the oldest event that is not confirmed waits for.
@@ -56,6 +61,7 @@ impl Default for Health {
             stream: Err("postgres: not connected yet".to_owned()),
             overdue: None,
             brokers: Err("not connected yet".to_owned()),
+            left_behind: None,
             heard: [now; 2],
             waiting: None,
             moved: now,
@@ -69,6 +75,7 @@ impl Health {
         self.with(|state| {
             state.stream = Ok(());
             state.overdue = None;
+            state.left_behind = None;
             // Nobody asked in between.
             state.heard = [Instant::now(); 2];
             state.waiting = None;
@@ -90,6 +97,12 @@ impl Health {
     /// transaction is as silent as one whose connection is dead.
     pub fn overdue(&self, silence: Option<Duration>) {
         self.with(|state| state.overdue = silence);
+    }
+
+    /// Something fills the database's disk, though events flow; it says what ends that. `None` if
+    /// nothing does.
+    pub fn left_behind(&self, what: Option<String>) {
+        self.with(|state| state.left_behind = what);
     }
 
     /// A server gave a sign of life.
@@ -156,6 +169,9 @@ impl Health {
                 complaints.push(format!(
                     "postgres: the server has written WAL, and its stream has said nothing for {seconds} s"
                 ));
+            }
+            if let (Ok(()), Some(what)) = (&state.stream, &state.left_behind) {
+                complaints.push(format!("postgres: {what}"));
             }
             if let Err(reason) = &state.brokers {
                 complaints.push(format!("kafka: {reason}"));
@@ -251,6 +267,15 @@ mod tests {
         health.stopped(&Error::new(ErrorKind::DatabaseAway, "gone"));
         assert_eq!(health.complaints(), ["postgres: gone"]);
         health.streaming();
+        assert!(health.complaints().is_empty());
+    }
+
+    #[test]
+    fn what_fills_the_disk_is_complained_of_while_events_flow() {
+        let health = streaming();
+        health.left_behind(Some("slot \"a\" is left".to_owned()));
+        assert_eq!(health.complaints(), ["postgres: slot \"a\" is left"]);
+        health.left_behind(None);
         assert!(health.complaints().is_empty());
     }
 

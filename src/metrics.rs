@@ -10,6 +10,7 @@ use prometheus::{
 
 use self::backlog::BacklogMetrics;
 use crate::backlog::Backlog;
+use crate::catalog::SlotState;
 use crate::error::ErrorKind;
 use crate::health::Health;
 
@@ -39,10 +40,8 @@ pub struct Metrics {
     pub received_lsn: IntGauge,
     /// The newest position confirmed to Postgres, in bytes of WAL.
     pub confirmed_lsn: IntGauge,
-    /// How far the slot is behind the server's WAL.
-    pub slot_lag_bytes: IntGauge,
-    /// How much WAL the server keeps for the slot.
-    pub retained_wal_bytes: IntGauge,
+    slot_lag_bytes: IntGauge,
+    retained_wal_bytes: IntGauge,
     wal_status: IntGaugeVec,
     backlog: BacklogMetrics,
     seconds_since_progress: Gauge,
@@ -184,10 +183,20 @@ impl Metrics {
         }
     }
 
-    /// The slot's `wal_status`, as Postgres names it.
-    pub fn wal_status(&self, status: &str) {
+    /// What Postgres says of the slot, if there is one.
+    pub fn slot(&self, slot: Option<&SlotState>) {
+        let bytes = |of: fn(&SlotState) -> i64| slot.map_or(0, of);
+        self.slot_lag_bytes.set(bytes(SlotState::lag_bytes));
+        self.retained_wal_bytes
+            .set(bytes(SlotState::retained_bytes));
+        self.wal_status(slot.and_then(|slot| slot.wal_status.as_deref()));
+    }
+
+    fn wal_status(&self, status: Option<&str>) {
         self.wal_status.reset();
-        self.wal_status.with_label_values(&[status]).set(1);
+        if let Some(status) = status {
+            self.wal_status.with_label_values(&[status]).set(1);
+        }
     }
 
     /// What is committed and not delivered, as it was measured now; `None` if that is not
@@ -245,7 +254,7 @@ mod tests {
     fn the_text_names_what_was_counted() {
         let metrics = Metrics::default();
         metrics.topic("order").events.inc_by(3);
-        metrics.wal_status("reserved");
+        metrics.wal_status(Some("reserved"));
         let text = metrics.text(&Health::default());
         for line in [
             "postbox_events_published_total{topic=\"order\"} 3",

@@ -275,6 +275,12 @@ impl Checkpoint {
         }
     }
 
+    /// Whether the slot of a relay that polls by now may still be there: as long as the
+    /// checkpoint names a publication.
+    pub(crate) fn has_left_slot(&self) -> bool {
+        self.mode == Mode::Poll && !self.publication.is_empty()
+    }
+
     /// Refuses to read in another way than the checkpoint was made for.
     pub(crate) fn check_mode(&self, contract: &Contract, wanted: Mode) -> Result<()> {
         if self.mode == wanted {

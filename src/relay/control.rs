@@ -25,11 +25,11 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_postgres::types::{PgLsn, Type};
-use tracing::debug;
+use tracing::{debug, warn};
 
 use super::RelaySettings;
 use super::meter::Cue;
-use crate::catalog::{self, Checkpoint, LEASE, Mode};
+use crate::catalog::{self, Checkpoint, LEASE, Mode, SlotState};
 use crate::contract::Contract;
 use crate::database::{self, Session};
 use crate::error::{Error, ErrorKind, Result};
@@ -75,6 +75,8 @@ struct Shared {
     marks_reached: AtomicU64,
     marks_stored: AtomicU64,
     is_ending: AtomicBool,
+    /// Whether it was said that there is a slot that nobody reads.
+    has_warned: AtomicBool,
     /// The end of the WAL, as of the last look and of the one before it.
     wal_end: AtomicU64,
     wal_end_before: AtomicU64,
@@ -113,6 +115,7 @@ impl Control {
             marks_reached: AtomicU64::new(0),
             marks_stored: AtomicU64::new(0),
             is_ending: AtomicBool::new(false),
+            has_warned: AtomicBool::new(false),
             wal_end: AtomicU64::new(0),
             wal_end_before: AtomicU64::new(0),
         });
@@ -259,6 +262,11 @@ async fn run(
     intervals: Intervals,
 ) -> Error {
     let is_wal = shared.checkpoint.mode == Mode::Wal;
+    let has_left_slot = shared.checkpoint.has_left_slot();
+    if !is_wal && !has_left_slot {
+        // It may have been dropped since it was last looked at.
+        shared.metrics.slot(None);
+    }
     let answer_max = match shared.checkpoint.mode {
         Mode::Wal => SILENCE_MAX,
         Mode::Poll => RENEWAL_MAX,
@@ -275,7 +283,9 @@ async fn run(
         let result = tokio::select! {
             error = shared.session.ended() => return error,
             _ = beat.tick() => timeout(answer_max, shared.beat()).await,
-            _ = slot.tick(), if is_wal => timeout(answer_max, shared.look_at_slot()).await,
+            _ = slot.tick(), if is_wal || has_left_slot => {
+                timeout(answer_max, shared.look_at_slot()).await
+            }
             _ = store.tick(), if is_wal => {
                 if shared.is_stored() { continue }
                 timeout(answer_max, shared.store_position()).await
@@ -343,16 +353,36 @@ impl Shared {
     }
 
     async fn look_at_slot(&self) -> Result<()> {
-        let state = catalog::slot_state(&self.session.client, &self.contract.slot).await?;
-        self.metrics.slot_lag_bytes.set(state.lag_bytes());
-        self.metrics.retained_wal_bytes.set(state.retained_bytes());
+        let (client, slot) = (&self.session.client, &self.contract.slot);
+        if self.checkpoint.mode == Mode::Poll {
+            let left = catalog::find_slot(client, slot).await?;
+            self.tell_of_left_slot(left.as_ref());
+            return Ok(());
+        }
+        let state = catalog::slot_state(client, slot).await?;
+        self.metrics.slot(Some(&state));
         let before = self.wal_end.swap(state.wal_end.into(), Ordering::Relaxed);
         self.wal_end_before.store(before, Ordering::Relaxed);
-        if let Some(status) = &state.wal_status {
-            self.metrics.wal_status(status);
-        }
         self.is_ending.store(state.is_ending, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// A change to polling that was cut short has left a slot, until set-up drops it.
+    fn tell_of_left_slot(&self, left: Option<&SlotState>) {
+        self.metrics.slot(left);
+        let complaint = left.map(|_| {
+            format!(
+                "replication slot \"{}\" is left from before this relay polled, and keeps WAL until the disk is \
+                 full: run `postbox setup --mode poll`, which drops it",
+                self.contract.slot
+            )
+        });
+        if let Some(complaint) = &complaint
+            && !self.has_warned.swap(true, Ordering::Relaxed)
+        {
+            warn!("{complaint}");
+        }
+        self.health.left_behind(complaint);
     }
 
     fn is_stored(&self) -> bool {

@@ -30,10 +30,10 @@ pub(super) async fn check(
     checkpoint.check_system(contract, &catalog::system(client).await?)?;
     make_index(client, contract, report).await?;
     report.add(relay(contract), State::AlreadyThere);
-    if checkpoint.publication.is_empty() {
-        return Ok(());
+    match checkpoint.has_left_slot() {
+        true => drop_slot(client, contract, report).await,
+        false => Ok(()),
     }
-    drop_slot(client, contract, report).await
 }
 
 /// Makes the checkpoint, where there is none.

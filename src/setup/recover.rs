@@ -102,9 +102,9 @@ pub(super) async fn take_over_polling(
     }
     if let Some(slot) = catalog::find_slot(client, &contract.slot).await? {
         // That of a change to polling that was cut short is ours.
-        match checkpoint.publication.is_empty() {
-            true => return Err(is_in_the_way(contract, &slot)),
-            false => slot.check_unused(&contract.slot)?,
+        match checkpoint.has_left_slot() {
+            true => slot.check_unused(&contract.slot)?,
+            false => return Err(is_in_the_way(contract, &slot)),
         }
     }
     make_slot(database, client, contract, checkpoint, false, report).await

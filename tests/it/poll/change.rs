@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::{POLL, polling};
-use crate::support::{Fixture, Relay};
+use crate::support::{Fixture, Relay, wait_until};
 
 /// As many as are delivered within a heartbeat interval of a second.
 const SINCE_FENCE: usize = 20_000;
@@ -84,5 +84,46 @@ async fn a_relay_at_work_is_not_changed() {
         setup.complaint(4).contains("is at work: process "),
         "{setup:?}"
     );
+    relay.drain().await;
+}
+
+/// Events flow, and the slot keeps WAL: readiness says how to end that, and is green once
+/// it has.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slot_that_a_change_has_left_is_complained_of_until_it_is_dropped() {
+    let fixture = Fixture::new().await;
+    fixture.setup_until("polling_begun", &POLL).complaint(-1);
+    let mut relay = polling(&fixture, &[]).await;
+    let complaint = format!(
+        "postgres: replication slot \"{}\" is left from before this relay polled",
+        fixture.contract.slot
+    );
+    wait_until("readiness complains", async || {
+        let (status, body) = relay.get("/readyz");
+        status == 503
+            && body.starts_with(&complaint)
+            && body.contains("run `postbox setup --mode poll`")
+    })
+    .await;
+    relay.wait_for_log("WARN replication slot ").await;
+    fixture.insert("a", "{}").await;
+    fixture.wait_for_checkpoint().await;
+    wait_until("the WAL that it keeps is told", async || {
+        relay.metric("postbox_retained_wal_bytes") > 0.0
+    })
+    .await;
+    // Beside the relay.
+    assert!(fixture.setup(&POLL).results().contains("dropped"));
+    wait_until("readiness is green", async || relay.get("/readyz").0 == 200).await;
+    assert_eq!(relay.metric("postbox_retained_wal_bytes"), 0.0);
+    fixture.insert("b", "{}").await;
+    fixture.wait_for_checkpoint().await;
+    assert_eq!(relay.log().matches("is left from before").count(), 1);
+    relay.drain().await;
+    assert_eq!(fixture.keys().await, ["a", "b"]);
+
+    let relay = polling(&fixture, &[]).await;
+    wait_until("readiness is green", async || relay.get("/readyz").0 == 200).await;
+    assert!(!relay.log().contains("is left"), "{}", relay.log());
     relay.drain().await;
 }
