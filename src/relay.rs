@@ -93,6 +93,8 @@ pub struct Relay {
     unstored: Option<Place>,
     /// What this relay's fences are known by.
     nonce: String,
+    /// How it was last said that events are read, where that is as it was set up.
+    told: Option<Mode>,
     /// Whether the last attempt delivered anything, or held for a while.
     worked: bool,
     /// Whether the last attempt ended as this process seemed to have been frozen.
@@ -111,6 +113,7 @@ impl Relay {
             batch_bytes: BATCH_BYTES,
             unstored: None,
             nonce: uuid::Uuid::new_v4().to_string(),
+            told: None,
             worked: false,
             was_frozen: false,
         }

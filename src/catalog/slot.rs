@@ -82,6 +82,33 @@ pub async fn find_slot(client: &Client, slot: &str) -> Result<Option<SlotState>>
     }))
 }
 
+/// Whether this role may replicate: superusers, the attribute, or a role that lends it.
+pub(crate) const MAY_REPLICATE: &str = "SELECT coalesce(bool_or(r.rolsuper OR r.rolreplication OR EXISTS ( \
+         SELECT FROM pg_roles AS lent WHERE lent.rolname = 'rds_replication' AND pg_has_role(r.oid, lent.oid, 'MEMBER') \
+     )), false) FROM pg_roles AS r WHERE r.rolname = $1::text::name";
+
+/// Why no slot is to be had, as far as the server tells. Of a pooler in between it knows
+/// nothing.
+pub(crate) async fn what_prevents_a_slot(client: &Client) -> Result<Option<String>> {
+    let sql = format!(
+        "SELECT CASE \
+             WHEN wal_level <> 'logical' THEN format('wal_level is \"%s\" and must be \"logical\"', wal_level) \
+             WHEN NOT ({MAY_REPLICATE}) THEN format('role \"%s\" may not replicate', $1) \
+             WHEN current_setting('max_wal_senders') = '0' THEN 'max_wal_senders is 0' \
+             WHEN (SELECT count(*) FROM pg_replication_slots) >= slots THEN format('no replication slot is free, max_replication_slots is %s', slots) \
+         END \
+         FROM (SELECT current_setting('wal_level') AS wal_level, \
+                      current_setting('max_replication_slots')::bigint AS slots) AS s"
+    );
+    let doing = "look for what prevents a replication slot";
+    let role = client
+        .query_typed_one("SELECT session_user::text", &[])
+        .await;
+    let role: String = role.map_err(|error| sort(doing, error))?.get(0);
+    let row = client.query_typed_one(&sql, &[(&role, Type::TEXT)]).await;
+    Ok(row.map_err(|error| sort(doing, error))?.get(0))
+}
+
 impl SlotState {
     /// Bytes of WAL that the server keeps for it.
     pub fn retained_bytes(&self) -> i64 {

@@ -37,7 +37,7 @@ pub(super) const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
 pub(super) async fn connect(relay: &mut Relay) -> Result<Connected> {
     let mode = match relay.settings.mode {
         Some(mode) => mode,
-        None => mode_of_checkpoint(&relay.settings).await?,
+        None => mode_of_checkpoint(relay).await?,
     };
     match mode {
         Mode::Wal => connect_to_slot(relay).await,
@@ -45,16 +45,41 @@ pub(super) async fn connect(relay: &mut Relay) -> Result<Connected> {
     }
 }
 
-/// How the relay was set up to read.
-async fn mode_of_checkpoint(settings: &RelaySettings) -> Result<Mode> {
+/// How the relay was set up to read. Says so when it is not what was said last.
+async fn mode_of_checkpoint(relay: &mut Relay) -> Result<Mode> {
+    let settings = &relay.settings;
     let name = format!("postbox {}", settings.contract.slot);
     let session = settings.database.connect_pooled(&name).await?;
-    let stored = catalog::stored(&session.client, &settings.contract);
-    match within(SILENCE_MAX, "read what was set up", stored).await? {
-        Stored::At(checkpoint) => Ok(checkpoint.mode),
+    let client = &session.client;
+    let stored = catalog::stored(client, &settings.contract);
+    let mode = match within(SILENCE_MAX, "read what was set up", stored).await? {
+        Stored::At(checkpoint) => checkpoint.mode,
         // Whoever goes on says what is missing.
-        _ => Ok(Mode::Wal),
+        _ => return Ok(Mode::Wal),
+    };
+    if relay.told.replace(mode) != Some(mode) {
+        let prevented = catalog::what_prevents_a_slot(client);
+        let prevented = within(SILENCE_MAX, "read what was set up", prevented).await?;
+        tell_mode(mode, prevented);
     }
+    Ok(mode)
+}
+
+fn tell_mode(mode: Mode, prevented: Option<String>) {
+    let (what, note) = match (mode, prevented) {
+        (Mode::Wal, _) => ("a replication slot", String::new()),
+        (Mode::Poll, Some(why)) => {
+            let note = format!("; a replication slot is not to be had: {why}");
+            ("the table", note)
+        }
+        (Mode::Poll, None) => {
+            let note = "; a replication slot is to be had by now, unless a pooler is in between: \
+                        `postbox setup --mode wal` changes to one";
+            ("the table", note.to_owned())
+        }
+    };
+    let mode = mode.name();
+    info!(mode, "--mode auto: {what} is read, as it was set up{note}");
 }
 
 async fn connect_to_slot(relay: &mut Relay) -> Result<Connected> {

@@ -6,7 +6,7 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::types::Type;
 
 use super::{Report, SetupOptions, State};
-use crate::catalog::Mode;
+use crate::catalog::{MAY_REPLICATE, Mode};
 use crate::contract::Contract;
 use crate::database::sort;
 use crate::error::{Error, ErrorKind, Result};
@@ -109,11 +109,6 @@ async fn grant(
         format!("{doing}: this role may not give them; run as the owner:\n{sql}"),
     ))
 }
-
-/// Superusers, the attribute, or a role that lends it.
-const MAY_REPLICATE: &str = "SELECT coalesce(bool_or(r.rolsuper OR r.rolreplication OR EXISTS ( \
-         SELECT FROM pg_roles AS lent WHERE lent.rolname = 'rds_replication' AND pg_has_role(r.oid, lent.oid, 'MEMBER') \
-     )), false) FROM pg_roles AS r WHERE r.rolname = $1::text::name";
 
 async fn lend_replication(client: &Client, role: &str) -> Result<State> {
     let statement = replication_statement(client, role).await?;

@@ -1,7 +1,7 @@
 //! Setting polling up.
 
 use super::{POLL, polling};
-use crate::support::{Fixture, Relay, run_script};
+use crate::support::{Fixture, Relay, run_script, wait_until};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn says_what_it_makes_and_finds() {
@@ -148,4 +148,59 @@ async fn what_polling_stands_on_is_checked() {
         fixture.setup(&POLL).results();
     }
     polling(&fixture, &[]).await.drain().await;
+}
+
+/// It reads as it was set up, and says once why not otherwise.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_that_may_choose_says_how_it_reads_and_why() {
+    const AUTO: [&str; 2] = ["--mode", "auto"];
+    let says = async |fixture: &mut Fixture, flags: &[&str], expected: &str| {
+        let mut relay = Relay::start(fixture, &[&AUTO, flags].concat());
+        relay.wait_for_log(expected).await;
+        fixture.insert("a", "{}").await;
+        wait_until("it is delivered", async || {
+            relay.published(&fixture.topic) > 0
+        })
+        .await;
+        if fixture.postgres.is_some() {
+            fixture.restart_postgres().await;
+            wait_until("it reads again", async || relay.get("/readyz").0 == 200).await;
+        }
+        assert_eq!(
+            relay.log().matches("--mode auto").count(),
+            1,
+            "{}",
+            relay.log()
+        );
+        relay.drain().await;
+    };
+    let polls = "--mode auto: the table is read, as it was set up; a replication slot is ";
+
+    let mut fixture = Fixture::with_postgres(&["wal_level=replica"]).await;
+    let why = "not to be had: wal_level is \"replica\" and must be \"logical\"";
+    let setup = fixture.setup(&AUTO);
+    let chosen = format!("mode poll: chosen (a replication slot is {why}");
+    assert!(setup.results().contains(&chosen), "{setup:?}");
+    says(&mut fixture, &[], &format!("{polls}{why}")).await;
+
+    let mut fixture = Fixture::empty().await;
+    let (role, url) = fixture.role("relay").await;
+    fixture
+        .setup(&[&POLL[..], &["--grant-to", &role]].concat())
+        .results();
+    let why = format!("not to be had: role \"{role}\" may not replicate");
+    says(
+        &mut fixture,
+        &["--database-url", &url],
+        &format!("{polls}{why}"),
+    )
+    .await;
+    says(&mut fixture, &[], &format!("{polls}to be had by now")).await;
+    fixture.setup(&["--mode", "wal"]).results();
+    says(
+        &mut fixture,
+        &[],
+        "--mode auto: a replication slot is read, as it was set up",
+    )
+    .await;
 }
