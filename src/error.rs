@@ -170,6 +170,12 @@ impl Error {
     }
 }
 
+/// The result of a task, also of one that was ended or has panicked.
+#[cfg(feature = "relay")]
+pub(crate) fn joined<T>(task: Result<Result<T>, tokio::task::JoinError>) -> Result<T> {
+    task.map_err(|error| Error::new(ErrorKind::Unexpected, "a task ended").caused_by(error))?
+}
+
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.message)

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::task::{JoinError, JoinSet};
+use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
 use tokio_postgres::types::PgLsn;
 use tracing::info;
@@ -17,7 +17,7 @@ use super::window::{Stop, Window};
 use super::{BACKOFF_MAX, Relay};
 use crate::catalog::Mode;
 use crate::envelope::Encoder;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, joined};
 use crate::health::{SILENCE_MAX, Server};
 use crate::publisher::Topic;
 use crate::source::{Item, Mark, Row, Source};
@@ -552,10 +552,6 @@ fn poison(
 ) -> Error {
     let message = format!("{} cannot go out", source.name_of(row));
     Error::new(ErrorKind::Event, message).caused_by(why)
-}
-
-fn joined<T>(task: Result<Result<T>, JoinError>) -> Result<T> {
-    task.map_err(|error| Error::new(ErrorKind::Unexpected, "a task ended").caused_by(error))?
 }
 
 async fn sleep_until(deadline: Option<Instant>) {

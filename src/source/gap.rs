@@ -17,7 +17,7 @@ use tokio_postgres::types::PgLsn;
 use super::pages::{Page, Pages};
 use super::{Item, Mark, Position, Row};
 use crate::catalog::Gap;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Result, joined};
 
 /// Rows between two marks: what a kill repeats beside what is in flight.
 const MARK_ROWS: usize = 1024;
@@ -84,8 +84,7 @@ impl GapReader {
                 let fence = Mark::Fence(self.gap.until.clone());
                 return Ok(Some(self.position(fence)));
             };
-            let ended = |error| Error::new(ErrorKind::Unexpected, "a task ended").caused_by(error);
-            self.take(page.map_err(ended)??);
+            self.take(joined(page)?);
         }
         Ok(self.rows.pop_front().map(|row| {
             self.unmarked += 1;

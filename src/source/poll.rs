@@ -41,7 +41,7 @@ use super::pages::{Answer, Pages};
 use super::{Item, Mark, Position, Row};
 use crate::catalog::{Checkpoint, Gap, System};
 use crate::database::{Database, Session, sort};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Result, joined};
 use crate::event::Event;
 
 /// How the table is asked.
@@ -159,8 +159,7 @@ impl Poller {
             let Some(answer) = self.asking.join_next().await else {
                 continue;
             };
-            let ended = |error| Error::new(ErrorKind::Unexpected, "a task ended").caused_by(error);
-            if let Some(fence) = self.answered(answer.map_err(ended)??) {
+            if let Some(fence) = self.answered(joined(answer)?) {
                 return Ok(fence);
             }
         }
