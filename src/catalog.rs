@@ -187,17 +187,18 @@ pub async fn check_wal_level(client: &Client) -> Result<()> {
     Ok(())
 }
 
+/// The timeline, in SQL. Not from pg_control_checkpoint(): after a promotion that names the
+/// old one until the next checkpoint. A WAL file's name begins with the present one.
+pub(crate) const TIMELINE: &str =
+    "('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::integer";
+
 /// Which cluster the session is on.
 ///
 /// Every role may call these functions, unless someone took the right away.
 pub async fn system(client: &Client) -> Result<System> {
-    // Not pg_control_checkpoint(): after a promotion it names the old timeline
-    // until the next checkpoint. A WAL file's name begins with the present one.
-    let sql = "SELECT system_identifier::text, \
-               ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::integer \
-               FROM pg_control_system()";
+    let sql = format!("SELECT system_identifier::text, {TIMELINE} FROM pg_control_system()");
     let row = client
-        .query_typed_one(sql, &[])
+        .query_typed_one(&sql, &[])
         .await
         .map_err(|error| sort("read the system identifier", error))?;
     Ok(System {

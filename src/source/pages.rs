@@ -40,7 +40,7 @@ use tokio_postgres::types::{PgLsn, ToSql, Type};
 
 use super::messages::Outbox;
 use super::{FORMATS, Place, Row};
-use crate::catalog::{self, System};
+use crate::catalog::{self, System, TIMELINE};
 use crate::database::{Session, query_after, sort};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pgoutput::{Column, Relation, Value, encode_insert};
@@ -126,7 +126,7 @@ impl Pages {
         let parameters = set.parameters(&i64::MIN, &PAGE_ROWS, &PAGE_BYTES);
         let (begun, now, rows, ended) = tokio::join!(
             client.batch_execute(&BEGIN_BY_XID),
-            client.query_typed(NOW, &[]),
+            client.query_typed(&NOW, &[]),
             client.query_typed(&self.statements.by_xid, &parameters),
             client.batch_execute("COMMIT"),
         );
@@ -183,7 +183,7 @@ impl Pages {
         let sql = &self.statements.by_seq;
         let (rows, timeline) = tokio::join!(
             query_after(&BEGIN_BY_SEQ, client, sql, &parameters),
-            client.query_typed(TIMELINE, &[]),
+            client.query_typed(&TIMELINE_NOW, &[]),
         );
         let rows = rows.map_err(|error| self.failed(error))?;
         let timeline = timeline.map_err(|error| self.failed(error))?;
@@ -192,13 +192,15 @@ impl Pages {
     }
 }
 
-/// The snapshot of now, and whether all is flushed that was committed by then.
-const NOW: &str = "SELECT pg_current_snapshot()::text, pg_current_wal_flush_lsn() >= pg_current_wal_insert_lsn(), \
-                   ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::integer";
+/// The snapshot of now, whether all is flushed that was committed by then, and the timeline.
+static NOW: LazyLock<String> = LazyLock::new(|| {
+    format!(
+        "SELECT pg_current_snapshot()::text, \
+                pg_current_wal_flush_lsn() >= pg_current_wal_insert_lsn(), {TIMELINE}"
+    )
+});
 
-/// The name of a WAL file begins with the timeline.
-const TIMELINE: &str =
-    "SELECT ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::integer";
+static TIMELINE_NOW: LazyLock<String> = LazyLock::new(|| format!("SELECT {TIMELINE}"));
 
 /// A commit, of something in the WAL, waits until all before it is flushed. For a standby
 /// that is synchronous it need not wait.
