@@ -14,6 +14,16 @@ pub(crate) async fn demote(fixture: &mut Fixture) {
     fixture.reconnect().await;
 }
 
+/// The log says once that the server has gone from its first timeline to the second.
+pub(crate) fn assert_told_of_timeline(log: &str) {
+    let warning = "the server is on another timeline than at the last start";
+    let warned: Vec<_> = log.lines().filter(|line| line.contains(warning)).collect();
+    let [warned] = warned[..] else {
+        panic!("{log}");
+    };
+    assert!(warned.contains("stored=1 found=2"), "{warned}");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn another_timeline_is_told_once_and_events_go_on() {
     let mut fixture = Fixture::with_postgres(&[]).await;
@@ -25,13 +35,7 @@ async fn another_timeline_is_told_once_and_events_go_on() {
     let promote = "SELECT pg_promote()";
     fixture.client.batch_execute(promote).await.unwrap();
     relay.wait_for_log("streaming").await;
-    let warning = "the server is on another timeline than at the last start";
-    let log = relay.log();
-    let warned: Vec<_> = log.lines().filter(|line| line.contains(warning)).collect();
-    let [warned] = warned[..] else {
-        panic!("{log}");
-    };
-    assert!(warned.contains("stored=1 found=2"), "{warned}");
+    assert_told_of_timeline(&relay.log());
     fixture.insert("after", "{}").await;
     fixture.wait_for_confirmation().await;
     relay.drain().await;

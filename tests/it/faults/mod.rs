@@ -8,7 +8,7 @@ mod partition;
 mod postgres;
 mod publication;
 mod relay;
-mod restore;
+pub(crate) mod restore;
 mod slot;
 
 use std::collections::HashSet;

@@ -110,7 +110,7 @@ async fn a_stop_after_a_fail_over_waits_for_what_is_left() {
 }
 
 /// Copies the files of the test's Postgres, while it is stopped.
-async fn back_up(fixture: &mut Fixture) -> String {
+pub(crate) async fn back_up(fixture: &mut Fixture) -> String {
     let data = data_directory(fixture);
     let backup = format!("{data}.backup");
     fixture.postgres("stop fast");
@@ -121,7 +121,7 @@ async fn back_up(fixture: &mut Fixture) -> String {
 }
 
 /// Recovers the stopped Postgres from that copy, onto another timeline.
-async fn restore(fixture: &mut Fixture, backup: &str) {
+pub(crate) async fn restore(fixture: &mut Fixture, backup: &str) {
     let data = data_directory(fixture);
     run(&["rm", "-rf", &data]);
     run(&["mv", backup, &data]);

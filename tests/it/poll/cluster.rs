@@ -3,7 +3,8 @@
 use std::time::{Duration, Instant};
 
 use super::{POLL, polling};
-use crate::promotion::demote;
+use crate::faults::restore::{back_up, restore as restore_backup};
+use crate::promotion::{assert_told_of_timeline, demote};
 use crate::setup::slot::{HOLDING_UP, held_up_event};
 use crate::support::{Fixture, Relay, wait_until};
 
@@ -44,12 +45,7 @@ async fn another_timeline_is_told_once_and_events_go_on() {
     let promote = "SELECT pg_promote()";
     fixture.client.batch_execute(promote).await.unwrap();
     relay.wait_for_log("polling").await;
-    let warning = "the server is on another timeline than at the last start stored=1 found=2";
-    let log = relay.log().replace("slot=\"", "");
-    assert!(
-        log.contains("another timeline"),
-        "no \"{warning}\" in {log}"
-    );
+    assert_told_of_timeline(&relay.log());
     fixture.insert("after", "{}").await;
     fixture.wait_for_checkpoint().await;
     relay.drain().await;
@@ -57,6 +53,57 @@ async fn another_timeline_is_told_once_and_events_go_on() {
     let relay = polling(&fixture, &[]).await;
     assert!(!relay.log().contains("timeline"), "{}", relay.log());
     relay.drain().await;
+}
+
+/// The same cluster on another timeline, without what was committed since the backup: the
+/// numbers of those rows, and of their transactions, are given to others.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn polling_goes_on_from_where_a_restored_backup_is() {
+    for is_alive in [true, false] {
+        let mut fixture = Fixture::with_postgres(&[]).await;
+        fixture.set_up_polling().await;
+        let relay = polling(&fixture, &[]).await;
+        fixture.insert("before", "{}").await;
+        fixture.wait_for_checkpoint().await;
+        relay.drain().await;
+        fixture.insert("waits", "{}").await;
+        let backup = back_up(&mut fixture).await;
+
+        let mut relay = polling(&fixture, &[]).await;
+        for _ in 0..20 {
+            fixture.insert("lost", "{}").await;
+        }
+        fixture.wait_for_checkpoint().await;
+        if !is_alive {
+            relay.drain().await;
+            fixture.postgres("stop immediate");
+            restore_backup(&mut fixture, &backup).await;
+            relay = polling(&fixture, &[]).await;
+        } else {
+            fixture.postgres("stop immediate");
+            relay.wait_for_log("trying again").await;
+            restore_backup(&mut fixture, &backup).await;
+            wait_until("it polls again", async || {
+                relay.log().matches("INFO polling").count() == 2
+            })
+            .await;
+        }
+        assert_told_of_timeline(&relay.log());
+        for _ in 0..5 {
+            fixture.insert("new", "{}").await;
+        }
+        fixture.wait_for_checkpoint().await;
+        relay.drain().await;
+        let mut expected = vec!["before"];
+        expected.extend(["lost"; 20]);
+        expected.extend(["new"; 5]);
+        // As the backup does not know that it was delivered.
+        expected.extend(["waits"; 2]);
+        assert_eq!(fixture.keys().await, expected, "{is_alive}");
+        let relay = polling(&fixture, &[]).await;
+        assert!(!relay.log().contains("timeline"), "{}", relay.log());
+        relay.drain().await;
+    }
 }
 
 /// What a dump has of an outbox, restored into another cluster: its rows, with the numbers
