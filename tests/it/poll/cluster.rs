@@ -212,14 +212,23 @@ async fn a_commit_that_waits_for_a_standby_is_not_lost_when_the_mode_is_changed(
         let given = if from == "wal" { 3 } else { 2 };
         fixture.wait_until_published(&relay, given).await;
         match from {
-            // It would wait for the standby, too.
-            "wal" => relay.kill(),
+            // What it stores waits for the standby, too, and keeps the checkpoint locked.
+            "wal" => {
+                wait_until("the relay is held up, too", async || {
+                    let waiting =
+                        "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'";
+                    let row = fixture.client.query_one(waiting, &[]).await.unwrap();
+                    row.get::<_, i64>(0) == 2
+                })
+                .await;
+                relay.kill();
+            }
             _ => relay.drain().await,
         }
         change_beside(&fixture, from, to);
         let mut relay = Relay::start(&fixture, &flags(to));
         relay.wait_for_log("INFO").await;
-        release(&fixture, "").await;
+        release(&fixture, true).await;
         held_up.await.unwrap();
         fixture.insert("last", "{}").await;
         wait_until("all are there", async || {
@@ -232,7 +241,7 @@ async fn a_commit_that_waits_for_a_standby_is_not_lost_when_the_mode_is_changed(
     }
 }
 
-/// Sets up for another mode. What set-up itself writes waits for no standby; and a slot
+/// Sets up for another mode. What set-up and the relay write waits for no standby; and a slot
 /// waits for all that run, so that for one the commit is let go.
 fn change_beside(fixture: &Fixture, from: &str, to: &str) {
     let since = Instant::now();
@@ -241,8 +250,7 @@ fn change_beside(fixture: &Fixture, from: &str, to: &str) {
         tokio::task::block_in_place(|| {
             while !setup.is_finished() {
                 let all = from == "poll" && since.elapsed() > Duration::from_secs(2);
-                let whose = if all { "" } else { "postbox setup" };
-                tokio::runtime::Handle::current().block_on(release(fixture, whose));
+                tokio::runtime::Handle::current().block_on(release(fixture, all));
                 std::thread::sleep(Duration::from_millis(100));
             }
         });
@@ -250,11 +258,11 @@ fn change_beside(fixture: &Fixture, from: &str, to: &str) {
     });
 }
 
-/// Lets go commits of sessions with this name that wait for a standby.
-async fn release(fixture: &Fixture, whose: &str) {
+/// Lets go commits that wait for a standby: all, or those that are not the test's.
+async fn release(fixture: &Fixture, all: bool) {
     let sql = format!(
         "SELECT pg_cancel_backend(pid) FROM pg_stat_activity \
-         WHERE wait_event = 'SyncRep' AND starts_with(application_name, '{whose}')"
+         WHERE wait_event = 'SyncRep' AND (application_name <> 'postbox test' OR {all})"
     );
     fixture.client.batch_execute(&sql).await.unwrap();
 }
