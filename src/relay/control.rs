@@ -174,8 +174,12 @@ impl Control {
     /// Everything before this mark is delivered: store it. `has_events` says whether
     /// anything lies between it and the one before.
     pub(super) fn reached(&self, mark: Reached, has_events: bool) {
+        let ends_gap = matches!(mark.0, Mark::Fence(_))
+            && matches!(&*self.mark.borrow(), Some((_, (Mark::Seq(_), _))));
+        // Until its end is stored, a gap seems to be amid.
+        let counts = u64::from(has_events || ends_gap);
         let marks = &self.shared.marks_reached;
-        let number = marks.fetch_add(has_events.into(), Ordering::Relaxed) + u64::from(has_events);
+        let number = marks.fetch_add(counts, Ordering::Relaxed) + counts;
         self.mark.send_replace(Some((number, mark)));
     }
 

@@ -52,6 +52,24 @@ async fn from_polling_to_a_slot_nothing_is_repeated() {
     assert!(verdict.committed > 500 && verdict.is_clean(0), "{verdict}");
 }
 
+/// However soon after a delivery: that all of a gap is delivered is stored, too, and not only
+/// each of its rows.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_that_has_stopped_may_be_changed() {
+    let fixture = Fixture::polling().await;
+    // Of what is there at its start, a relay stores the first row by itself.
+    fixture.insert("a", "{}").await;
+    let relay = polling(&fixture, &["--status-interval", "4s"]).await;
+    wait_until("it is delivered", async || {
+        relay.published(&fixture.topic) == 1
+    })
+    .await;
+    relay.drain().await;
+    let setup = fixture.setup(&["--mode", "wal"]);
+    let none = "rows committed since the last checkpoint: 0";
+    assert!(setup.results().contains(none), "{setup:?}");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_relay_of_the_other_mode_says_how_to_change_it() {
     let fixture = Fixture::new().await;
