@@ -101,6 +101,32 @@ COMMENT ON COLUMN :"schema".checkpoint.owner IS 'polling: the process that holds
 COMMENT ON COLUMN :"schema".checkpoint.epoch IS 'rises with each owner, and each write names its own';
 COMMENT ON COLUMN :"schema".checkpoint.expires_at IS 'polling: end of the lease, by this server''s clock';
 
+-- Each mark is written to all slices of a relay: pages with room keep that off the index.
+CREATE TABLE :"schema".slice (
+    name text NOT NULL,
+    slice integer NOT NULL,
+    snapshot pg_snapshot NOT NULL,
+    second_snapshot pg_snapshot,
+    seq bigint,
+    owner text,
+    epoch bigint NOT NULL DEFAULT 0,
+    expires_at timestamptz,
+    wanted_by text,
+    updated_at timestamptz NOT NULL DEFAULT now(),
+    CONSTRAINT slice_pkey PRIMARY KEY (name, slice),
+    CONSTRAINT slice_is_of_a_relay FOREIGN KEY (name) REFERENCES :"schema".checkpoint (name) ON DELETE CASCADE,
+    CONSTRAINT slice_is_one_of_64 CHECK (slice BETWEEN 0 AND 63)
+) WITH (fillfactor = 10);
+COMMENT ON TABLE :"schema".slice IS
+    'polling with --shards: where each slice of the record keys is, and who has it. Where a relay has rows here, they count and not its checkpoint';
+COMMENT ON COLUMN :"schema".slice.snapshot IS 'every row of the slice that it sees is delivered or given up';
+COMMENT ON COLUMN :"schema".slice.second_snapshot IS 'end of the window being read';
+COMMENT ON COLUMN :"schema".slice.seq IS 'how far that window has been delivered';
+COMMENT ON COLUMN :"schema".slice.owner IS 'the process that holds the lease';
+COMMENT ON COLUMN :"schema".slice.epoch IS 'rises with each owner, and each write names its own';
+COMMENT ON COLUMN :"schema".slice.expires_at IS 'end of the lease, by this server''s clock';
+COMMENT ON COLUMN :"schema".slice.wanted_by IS 'the process for which the owner is to give the slice up';
+
 -- A taken key is found by ON CONFLICT, which waits for a transaction that has
 -- inserted the key and not ended yet. In READ COMMITTED the second writer then
 -- inserts nothing, or its own row if the first rolled back. In REPEATABLE READ

@@ -18,6 +18,7 @@ mod identity;
 mod lease;
 mod polling;
 mod publication;
+mod slices;
 mod slot;
 mod snapshot;
 
@@ -34,6 +35,10 @@ pub use checkpoint::{Checkpoint, Gap, Mode, Stored, claim, stored};
 pub use lease::{LEASE, claim_lease};
 pub use polling::{check_polling, is_delivered};
 pub use publication::{check_publication, publication_identity};
+pub use slices::{
+    Held, Look, SLICES, Slice, Slices, Standing, check_undivided, claim_slices, divide, leave,
+    look, want_slices,
+};
 pub use slot::{SlotState, find_slot, slot_state};
 
 pub(crate) use checkpoint::compare_publication;
@@ -41,6 +46,7 @@ pub(crate) use lease::check_free as check_lease_is_free;
 pub(crate) use polling::{check_order, has_xid_index};
 pub(crate) use publication::{PUBLICATION, exists as publication_exists};
 pub(crate) use slot::{MAY_REPLICATE, what_prevents_a_slot};
+pub(crate) use slices::{FREE_MAX, KEY_COLUMNS, slice_of};
 pub(crate) use snapshot::{wait_until_ended, wait_until_seen};
 
 /// The oldest Postgres whose pgoutput sends logical messages.

@@ -42,6 +42,8 @@ pub struct Metrics {
     pub confirmed_lsn: IntGauge,
     slot_lag_bytes: IntGauge,
     retained_wal_bytes: IntGauge,
+    /// Slices that are served, of a relay that is divided.
+    pub slices: IntGauge,
     wal_status: IntGaugeVec,
     backlog: BacklogMetrics,
     seconds_since_progress: Gauge,
@@ -119,6 +121,11 @@ impl Default for Metrics {
                 &registry,
                 "retained_wal_bytes",
                 "bytes of WAL that the server keeps for the slot",
+            ),
+            slices: gauge(
+                &registry,
+                "slices",
+                "slices that are served; zero if the relay is not divided",
             ),
             wal_status: register(
                 &registry,

@@ -15,10 +15,12 @@
 mod attempt;
 mod connect;
 mod control;
+mod division;
 mod gather;
 mod meter;
 mod pace;
 mod partitions;
+mod share;
 mod window;
 
 use std::collections::BTreeSet;
@@ -39,7 +41,8 @@ use crate::health::Health;
 use crate::metrics::Metrics;
 use crate::publisher::{BATCH_BYTES, KafkaSettings};
 use crate::source::Place;
-use attempt::Attempt;
+use attempt::{Attempt, Ended};
+use division::Division;
 use meter::Cue;
 
 /// What a relay needs to know.
@@ -72,6 +75,9 @@ pub struct RelaySettings {
     pub poll_interval_min: Duration,
     /// How long to wait at most.
     pub poll_interval_max: Duration,
+    /// With polling, among how many relays at most the table is divided; if it is not said,
+    /// it is not.
+    pub shards: Option<u8>,
     /// How long a stop may take to drain what is in flight.
     pub shutdown_timeout: Duration,
 }
@@ -140,7 +146,9 @@ impl Relay {
         loop {
             self.worked = false;
             let error = match Attempt::run(&mut self, &mut shutdown).await {
-                Ok(()) => return self.end(),
+                Ok(Ended::Stopped) => return self.end(),
+                // The next serves other slices.
+                Ok(Ended::Divided) => continue,
                 Err(error) => error,
             };
             self.health.stopped(&error);
@@ -168,7 +176,10 @@ impl Relay {
                 info!("standing by: {}", error.chain());
             }
             tokio::select! {
-                _ = shutdown.wait_for(|stop| *stop) => return self.end(),
+                _ = shutdown.wait_for(|stop| *stop) => {
+                    self.leave().await;
+                    return self.end();
+                }
                 () = tokio::time::sleep(pause) => {}
             }
         }
@@ -177,6 +188,20 @@ impl Relay {
     /// As whom it holds a lease.
     fn owner(&self) -> String {
         format!("process {}, {}", std::process::id(), self.nonce)
+    }
+
+    /// How it shares its table with others, if it does.
+    fn division(&self) -> Option<Division> {
+        let relays_max = self.settings.shards?;
+        let contract = &self.settings.contract;
+        Some(Division::new(contract, &self.owner(), relays_max))
+    }
+
+    /// Gives up what is leased to it between two attempts.
+    async fn leave(&self) {
+        if let Some(division) = self.division() {
+            division.leave(&self.settings.database).await;
+        }
     }
 
     /// A stop that was asked for.

@@ -13,6 +13,7 @@
 
 mod adopt;
 mod grants;
+mod merge;
 mod migrations;
 mod polling;
 mod print;
@@ -294,7 +295,12 @@ async fn set_up_slot(
 ) -> Result<()> {
     match stored {
         Stored::At(checkpoint) if checkpoint.mode == Mode::Poll => {
+            checkpoint.check_system(contract, &catalog::system(client).await?)?;
             migrations::apply(client, contract, report).await?;
+            merge::merge(client, contract, report).await?;
+            let Stored::At(checkpoint) = catalog::stored(client, contract).await? else {
+                return Err(slot::taken_over(contract));
+            };
             let note = recover::take_over_polling(database, client, contract, &checkpoint, report);
             Box::pin(note).await
         }

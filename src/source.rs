@@ -4,6 +4,7 @@
 //! everything before it is delivered*. What a position is made of, and how it is
 //! told to Postgres, stays inside; the relay only brings it back.
 
+mod catch_up;
 mod columns;
 mod gap;
 mod messages;
@@ -19,7 +20,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use tokio_postgres::types::PgLsn;
 
-use crate::catalog::Gap;
+use crate::catalog::{Gap, Standing};
 use crate::error::Result;
 use crate::event::Event;
 use crate::timestamp::Timestamp;
@@ -91,6 +92,8 @@ pub enum Mark {
     Fence(String),
     /// Rows read from the table, up to the `seq` of this gap.
     Seq(Gap),
+    /// The same, or a fence, of some slices each.
+    Standings(Vec<Standing>),
 }
 
 impl Source {

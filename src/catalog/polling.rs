@@ -35,13 +35,17 @@ pub async fn check_polling(
 }
 
 /// Whether the checkpoint says that the row with this `seq`, which was sent, is delivered,
-/// and so all that were sent before it.
+/// and so all that were sent before it. If the relay is divided, whether each of its slices
+/// is past it.
 pub async fn is_delivered(client: &Client, contract: &Contract, seq: u64) -> Result<bool> {
     let sql = contract.sql(
-        "SELECT NOT EXISTS ( \
-             SELECT FROM :\"schema\".outbox AS o, :\"schema\".checkpoint AS c \
-             WHERE o.seq = $2 AND c.name = $1 AND NOT pg_visible_in_snapshot(o.xid, c.snapshot) \
-               AND (c.second_snapshot IS NULL OR c.seq < o.seq OR NOT pg_visible_in_snapshot(o.xid, c.second_snapshot)))",
+        "WITH slice AS (SELECT snapshot, second_snapshot, seq FROM :\"schema\".slice WHERE name = $1), \
+         place AS (TABLE slice UNION ALL SELECT snapshot, second_snapshot, seq FROM :\"schema\".checkpoint \
+                   WHERE name = $1 AND NOT EXISTS (TABLE slice)) \
+         SELECT NOT EXISTS ( \
+             SELECT FROM :\"schema\".outbox AS o, place AS p \
+             WHERE o.seq = $2 AND NOT pg_visible_in_snapshot(o.xid, p.snapshot) \
+               AND (p.second_snapshot IS NULL OR p.seq < o.seq OR NOT pg_visible_in_snapshot(o.xid, p.second_snapshot)))",
     );
     let parameters = [
         (&contract.slot as _, Type::TEXT),

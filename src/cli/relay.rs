@@ -168,6 +168,16 @@ struct TuningArguments {
     )]
     poll_interval_max: Duration,
 
+    /// With --mode poll, up to how many relays share the table, each with a part of the record keys; 1
+    /// to 64. They divide them by themselves, and one more stands by. Without it one is at work.
+    #[arg(
+        long,
+        env = "POSTBOX_SHARDS",
+        value_parser = value_parser!(u8).range(1..=64),
+        value_name = "RELAYS"
+    )]
+    shards: Option<u8>,
+
     /// How long a stop may take to drain; 0ms to 1h. If it is not enough, the exit code is 9 and events
     /// repeat.
     #[arg(
@@ -225,6 +235,7 @@ impl FromStr for Http {
 impl RelayCommand {
     pub(super) fn run(&self) -> anyhow::Result<()> {
         self.tuning.check()?;
+        self.check_shards()?;
         let settings = RelaySettings {
             mode: self.mode.into(),
             contract: self.contract.resolve()?,
@@ -239,9 +250,22 @@ impl RelayCommand {
             wal_sender_timeout: self.tuning.wal_sender_timeout,
             poll_interval_min: self.tuning.poll_interval_min,
             poll_interval_max: self.tuning.poll_interval_max,
+            shards: self.tuning.shards,
             shutdown_timeout: self.tuning.shutdown_timeout,
         };
         runtime()?.block_on(self.supervise(settings))
+    }
+
+    fn check_shards(&self) -> postbox::Result<()> {
+        match (self.tuning.shards, self.mode) {
+            (Some(shards), ModeArgument::Wal) => {
+                let message = format!(
+                    "--shards {shards} fights --mode wal: a slot has one reader; use --mode poll"
+                );
+                Err(Error::new(ErrorKind::Settings, message))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Serves http and waits for signals, while the relay has a thread and a

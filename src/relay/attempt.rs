@@ -1,21 +1,24 @@
 //! One attempt: from opening the slot until something breaks or the relay is
 //! told to stop.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
 use tokio_postgres::types::PgLsn;
-use tracing::info;
+use tracing::{debug, info};
 
 use super::connect::{Connected, PROBE_TIMEOUT, connect};
 use super::control::{Control, walsender_is_ending};
+use super::division::{DRAIN_MAX, Watch, served};
 use super::gather::Gather;
 use super::partitions::OPEN_MAX;
 use super::window::{Stop, Window};
 use super::{BACKOFF_MAX, Relay};
 use crate::catalog::Mode;
+use crate::database::within;
 use crate::envelope::Encoder;
 use crate::error::{Error, ErrorKind, Result, joined};
 use crate::health::{SILENCE_MAX, Server};
@@ -45,6 +48,19 @@ pub(super) struct Attempt<'r> {
     /// Ended by [`check_awake`](Self::check_awake).
     was_frozen: bool,
     stopping: bool,
+    /// Watches the slices of a divided relay.
+    watch: Option<Watch>,
+    /// It is to end as it should serve other slices, unless it has not drained by then.
+    dividing: Option<Instant>,
+}
+
+/// How an attempt ends that nothing has gone wrong with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Ended {
+    /// The relay was told to stop.
+    Stopped,
+    /// The relay is to serve other slices.
+    Divided,
 }
 
 /// Rows taken in one go before anything else is looked at.
@@ -79,20 +95,29 @@ impl<'r> Attempt<'r> {
     pub(super) async fn run(
         relay: &'r mut Relay,
         shutdown: &mut watch::Receiver<bool>,
-    ) -> Result<()> {
+    ) -> Result<Ended> {
         let connected = tokio::select! {
-            _ = shutdown.wait_for(|stop| *stop) => return Ok(()),
-            connected = connect(relay) => connected?,
+            _ = shutdown.wait_for(|stop| *stop) => None,
+            connected = connect(relay) => Some(connected?),
+        };
+        let Some(connected) = connected else {
+            relay.leave().await;
+            return Ok(Ended::Stopped);
         };
         let mut attempt = Attempt::new(relay, connected);
-        let result = attempt.carry(shutdown).await;
+        let mut result = attempt.carry(shutdown).await;
         if let Err(error) = &result {
             // Before leave is taken, which takes a while.
             attempt.relay.health.stopped(error);
             attempt.take_leave(error.kind()).await;
         }
         attempt.update_gauges();
-        attempt.control.release().await;
+        match result {
+            Ok(Ended::Divided) => {
+                result = attempt.control.hand_over().await.map(|()| Ended::Divided);
+            }
+            _ => attempt.control.release().await,
+        }
         let unstored = match result {
             Err(_) if !attempt.is_stored() => attempt.relay.unstored.max(attempt.window.last_sent),
             _ => None,
@@ -106,6 +131,7 @@ impl<'r> Attempt<'r> {
         relay.suspects = attempt.window.close();
         relay.metrics.in_flight_events.set(0);
         relay.metrics.in_flight_bytes.set(0);
+        relay.metrics.slices.set(0);
         if refused && relay.suspects.len() > 1 {
             relay.batch_bytes = (relay.batch_bytes / 2).max(BATCH_BYTES_MIN);
         }
@@ -116,17 +142,28 @@ impl<'r> Attempt<'r> {
         let (metrics, health) = (relay.metrics.clone(), relay.health.clone());
         let settings = &relay.settings;
         let database = settings.database.display();
-        match connected.checkpoint.mode {
-            Mode::Wal => info!(slot = settings.contract.slot, database, "streaming"),
-            Mode::Poll => info!(relay = settings.contract.slot, database, "polling"),
+        let session = Arc::new(connected.session);
+        let mut watch = None;
+        match (connected.checkpoint.mode, &connected.held) {
+            (Mode::Wal, _) => info!(slot = settings.contract.slot, database, "streaming"),
+            (Mode::Poll, None) => info!(relay = settings.contract.slot, database, "polling"),
+            (Mode::Poll, Some(held)) => {
+                let served = served(held);
+                info!(relay = settings.contract.slot, database, "{served}");
+                metrics.slices.set(held.slices.count() as i64);
+                let start = |division| Watch::start(division, Arc::clone(&session), held.clone());
+                watch = relay.division().map(start);
+            }
         }
         health.streaming();
         relay.cue.stands_by(false);
         Self {
+            watch,
+            dividing: None,
             control: Control::start(
-                connected.session,
+                session,
                 settings,
-                connected.checkpoint,
+                (connected.checkpoint, connected.held),
                 relay.nonce.clone(),
                 metrics.clone(),
                 health.clone(),
@@ -153,7 +190,7 @@ impl<'r> Attempt<'r> {
         }
     }
 
-    async fn carry(&mut self, shutdown: &mut watch::Receiver<bool>) -> Result<()> {
+    async fn carry(&mut self, shutdown: &mut watch::Receiver<bool>) -> Result<Ended> {
         let mut tick = tokio::time::interval(TICK);
         let mut deadline = None;
         let mut gather = Gather::start();
@@ -162,8 +199,8 @@ impl<'r> Attempt<'r> {
         loop {
             self.look_at_clock();
             self.settle()?;
-            if self.stopping && self.is_drained() {
-                return self.finish(deadline).await;
+            if self.is_ending() && self.is_drained() {
+                return self.end(deadline).await;
             }
             self.check_awake(std::mem::replace(&mut awake_at, Instant::now()))?;
             self.release_held()?;
@@ -172,7 +209,7 @@ impl<'r> Attempt<'r> {
             if read > 0 {
                 gathered += read;
             } else {
-                self.window.push(self.held.is_some() || self.stopping);
+                self.window.push(self.held.is_some() || self.is_ending());
                 let gathered = std::mem::take(&mut gathered);
                 let may_gather = may_read && matches!(self.source, Source::Wal(_));
                 if may_gather && let Some(pause) = gather.pause(gathered, self.window.is_many()) {
@@ -194,6 +231,10 @@ impl<'r> Attempt<'r> {
                     }
                     deadline = Some(Instant::now() + self.relay.settings.shutdown_timeout);
                 }
+                () = Watch::changed(&mut self.watch), if !self.stopping => {
+                    self.dividing = Some(Instant::now() + DRAIN_MAX);
+                }
+                () = sleep_until(self.dividing), if !self.stopping => self.go_on(),
                 error = self.control.failed() => return Err(error),
                 () = sleep_until(deadline) => return Err(self.not_drained()),
                 _ = tick.tick() => self.look_after()?,
@@ -215,6 +256,34 @@ impl<'r> Attempt<'r> {
                     self.take(item?)?;
                 }
             }
+        }
+    }
+
+    /// Whether nothing more is to be read than must be for an orderly end.
+    fn is_ending(&self) -> bool {
+        self.stopping || self.dividing.is_some()
+    }
+
+    /// Everything is delivered that was read.
+    async fn end(&mut self, deadline: Option<Instant>) -> Result<Ended> {
+        if self.stopping {
+            self.finish(deadline).await?;
+            return Ok(Ended::Stopped);
+        }
+        within(
+            PARTING_MAX,
+            "store where the slices stand",
+            self.finish(None),
+        )
+        .await?;
+        Ok(Ended::Divided)
+    }
+
+    /// It cannot drain for now: others have to wait for the slices they want.
+    fn go_on(&mut self) {
+        self.dividing = None;
+        if let Some(watch) = &mut self.watch {
+            watch.again_after(DRAIN_MAX);
         }
     }
 
@@ -269,7 +338,7 @@ impl<'r> Attempt<'r> {
                 .has_room(settings.in_flight_max, settings.in_flight_bytes_max)
             // A stop reads on to the end of the transaction, as only that can be
             // confirmed, and of what was sent before.
-            && (!self.stopping
+            && (!self.is_ending()
                 || self.source.is_amid()
                 || !self.has_caught_up()
                 || self.awaits_fence())
@@ -520,7 +589,8 @@ impl<'r> Attempt<'r> {
         }
         match self.source {
             Source::Wal(_) => info!(lsn = %confirmed, "drained and confirmed"),
-            Source::Poll(_) => info!("drained and stored"),
+            Source::Poll(_) if self.stopping => info!("drained and stored"),
+            Source::Poll(_) => debug!("drained and stored"),
         }
         Ok(())
     }

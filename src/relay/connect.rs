@@ -12,10 +12,10 @@ use tokio_postgres::Client;
 use tracing::info;
 
 use super::{Relay, RelaySettings};
-use crate::catalog::{self, Checkpoint, LEASE, Mode, Stored};
+use crate::catalog::{self, Checkpoint, Held, LEASE, Mode, Stored};
 use crate::contract::Contract;
 use crate::database::{Session, sort, within};
-use crate::error::{ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::health::SILENCE_MAX;
 use crate::publisher::Publisher;
 use crate::source::poll::{PollSettings, Poller};
@@ -27,6 +27,8 @@ pub(super) struct Connected {
     pub(super) session: Session,
     /// As this relay claimed it.
     pub(super) checkpoint: Checkpoint,
+    /// What it serves of a divided relay.
+    pub(super) held: Option<Held>,
     pub(super) publisher: Publisher,
     pub(super) source: Source,
 }
@@ -40,9 +42,17 @@ pub(super) async fn connect(relay: &mut Relay) -> Result<Connected> {
         None => mode_of_checkpoint(relay).await?,
     };
     match mode {
+        Mode::Wal if relay.settings.shards.is_some() => Err(cannot_be_divided()),
         Mode::Wal => connect_to_slot(relay).await,
         Mode::Poll => connect_to_table(relay).await,
     }
+}
+
+/// A slot has one reader.
+fn cannot_be_divided() -> Error {
+    let message = "--shards fights mode wal, as it was set up: a slot has one reader; leave --shards out, or run \
+                   `postbox setup --mode poll`";
+    Error::new(ErrorKind::Settings, message)
 }
 
 /// How the relay was set up to read. Says so when it is not what was said last.
@@ -106,6 +116,7 @@ async fn connect_to_slot(relay: &mut Relay) -> Result<Connected> {
     Ok(Connected {
         session,
         checkpoint,
+        held: None,
         publisher,
         source: Source::Wal(stream),
     })
@@ -118,8 +129,17 @@ async fn connect_to_table(relay: &mut Relay) -> Result<Connected> {
     let name = format!("postbox {} control", settings.contract.slot);
     let session = settings.database.connect_pooled(&name).await?;
     let (client, contract) = (&session.client, &settings.contract);
+    let division = relay.division();
     let checked = async {
-        let checked = catalog::check_polling(client, contract, &owner).await;
+        let mut checked = catalog::check_polling(client, contract, &owner).await;
+        if checked.is_ok()
+            && let Err(error) = match &division {
+                Some(division) => division.check(client).await,
+                None => catalog::check_undivided(client, contract).await,
+            }
+        {
+            checked = Err(error);
+        }
         // Another may have been at work.
         let place = relay.unstored;
         let delivered = match place {
@@ -146,12 +166,24 @@ async fn connect_to_table(relay: &mut Relay) -> Result<Connected> {
     };
     let mut poller = Poller::open(&settings.database, poll).await?;
     failpoint!("opened");
-    let claimed = catalog::claim_lease(client, contract, &checked, &owner);
-    let checkpoint = within(LEASE, "take the lease", claimed).await?;
-    poller.begin(&checkpoint);
+    let (checkpoint, held) = match division {
+        Some(division) => {
+            let (held, standings) = division.take_part(client, &checked).await?;
+            let begun = poller.begin_at(standings);
+            within(LEASE, "begin where the slices are", begun).await?;
+            (checked, Some(held))
+        }
+        None => {
+            let claimed = catalog::claim_lease(client, contract, &checked, &owner);
+            let checkpoint = within(LEASE, "take the lease", claimed).await?;
+            poller.begin(&checkpoint);
+            (checkpoint, None)
+        }
+    };
     Ok(Connected {
         session,
         checkpoint,
+        held,
         publisher,
         source: Source::Poll(poller),
     })

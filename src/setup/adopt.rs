@@ -7,6 +7,9 @@
 //! are, and have numbers that are still to come here, get one that every snapshot sees.
 //! Writers wait meanwhile.
 //!
+//! Of a relay that was divided, each slice tells which of its rows are published; then the
+//! slices are done with.
+//!
 //! Rows that were written since the dump was restored have this cluster's numbers, which
 //! the other's snapshot may well see. A row with a number from then on counts as not
 //! published: rather some are sent twice.
@@ -17,7 +20,7 @@ use tokio_postgres::types::Type;
 
 use super::slot::taken_over;
 use super::{Report, State};
-use crate::catalog::{Checkpoint, Gap, Mode, System};
+use crate::catalog::{Checkpoint, Gap, KEY_COLUMNS, Mode, System, slice_of};
 use crate::contract::Contract;
 use crate::database::sort;
 use crate::error::{Error, ErrorKind, Result};
@@ -99,19 +102,29 @@ async fn restamp(
         until: checkpoint.snapshot.clone(),
         seq: 0,
     });
-    let sql = contract.sql(
-        "WITH published AS MATERIALIZED ( \
-             SELECT seq, (pg_visible_in_snapshot(xid, $1::text::pg_snapshot) \
-                          OR (pg_visible_in_snapshot(xid, $2::text::pg_snapshot) AND seq <= $3)) \
-                         AND NOT (xid >= $6::text::xid8 AND xid <= $4::text::xid8) AS is_so \
-             FROM :\"schema\".outbox), \
+    let slice = slice_of(&KEY_COLUMNS.map(|column| format!("o.{column}")));
+    let sql = contract.sql(&format!(
+        "WITH slice AS ( \
+             SELECT slice, snapshot AS since, coalesce(second_snapshot, snapshot) AS until, coalesce(seq, 0) AS seq \
+             FROM :\"schema\".slice WHERE name = :'slot'), \
+         place AS ( \
+             TABLE slice \
+             UNION ALL \
+             SELECT n, $1::text::pg_snapshot, $2::text::pg_snapshot, $3 FROM generate_series(0, 63) AS n \
+             WHERE NOT EXISTS (TABLE slice)), \
+         published AS MATERIALIZED ( \
+             SELECT o.seq, (pg_visible_in_snapshot(o.xid, p.since) \
+                            OR (pg_visible_in_snapshot(o.xid, p.until) AND o.seq <= p.seq)) \
+                           AND NOT (o.xid >= $6::text::xid8 AND o.xid <= $4::text::xid8) AS is_so \
+             FROM :\"schema\".outbox AS o JOIN place AS p ON p.slice = {slice}), \
          restamped AS ( \
              UPDATE :\"schema\".outbox AS o \
              SET xid = CASE WHEN p.is_so THEN '3'::xid8 ELSE $4::text::xid8 END \
              FROM published AS p \
-             WHERE p.seq = o.seq AND (NOT p.is_so OR o.xid >= pg_snapshot_xmin($5::text::pg_snapshot))) \
-         SELECT count(*) FROM published WHERE NOT is_so",
-    );
+             WHERE p.seq = o.seq AND (NOT p.is_so OR o.xid >= pg_snapshot_xmin($5::text::pg_snapshot))), \
+         merged AS (DELETE FROM :\"schema\".slice WHERE name = :'slot') \
+         SELECT count(*) FROM published WHERE NOT is_so"
+    ));
     let parameters = [
         (&gap.since as _, Type::TEXT),
         (&gap.until as _, Type::TEXT),

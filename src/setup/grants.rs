@@ -22,6 +22,9 @@ const RELAY_HAS: &str = "SELECT has_database_privilege($1::text::name, current_d
      AND has_schema_privilege($1::text::name, :'schema', 'USAGE') \
      AND has_table_privilege($1::text::name, quote_ident(:'schema') || '.checkpoint', 'SELECT') \
      AND has_table_privilege($1::text::name, quote_ident(:'schema') || '.checkpoint', 'UPDATE') \
+     AND has_table_privilege($1::text::name, quote_ident(:'schema') || '.slice', 'SELECT') \
+     AND has_table_privilege($1::text::name, quote_ident(:'schema') || '.slice', 'INSERT') \
+     AND has_table_privilege($1::text::name, quote_ident(:'schema') || '.slice', 'UPDATE') \
      AND has_table_privilege($1::text::name, quote_ident(:'schema') || '.migration', 'SELECT') \
      AND has_table_privilege($1::text::name, quote_ident(:'schema') || '.outbox', 'SELECT') \
      AND has_function_privilege($1::text::name, quote_ident(:'schema') || '.publication_identity(name)', 'EXECUTE')";

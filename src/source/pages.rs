@@ -38,9 +38,10 @@ use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::{PgLsn, ToSql, Type};
 
+use super::catch_up::UNREAD;
 use super::messages::Outbox;
 use super::{FORMATS, Place, Row};
-use crate::catalog::{self, System, TIMELINE};
+use crate::catalog::{self, KEY_COLUMNS, Slices, System, TIMELINE};
 use crate::database::{Session, query_after, sort};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pgoutput::{Column, Relation, Value, encode_insert};
@@ -61,12 +62,16 @@ const RELATION: u32 = 0;
 pub(super) struct Pages {
     session: Arc<Session>,
     statements: Arc<Statements>,
+    /// What the statements are made of.
+    table: Arc<(Outbox, Vec<SourceColumn>)>,
     timeline: i32,
     doing: &'static str,
 }
 
 struct Statements {
     by_xid: String,
+    /// The same, of what an earlier snapshot than that of now sees.
+    by_xid_until: String,
     by_seq: String,
 }
 
@@ -99,23 +104,47 @@ impl Pages {
         system.check_same(&found, doing)?;
         let columns = columns(&session.client, outbox).await;
         let columns = columns.map_err(|error| sort(doing, error))?;
-        let pages = Self {
-            statements: Arc::new(Statements::new(outbox, &columns)),
-            session: Arc::new(session),
-            timeline: system.timeline,
-            doing,
-        };
+        let described = columns.iter().map(|column| column.described.clone());
         let relation = Relation {
             id: RELATION,
             schema: outbox.schema.clone(),
             name: outbox.table.clone(),
-            columns: columns.into_iter().map(|column| column.described).collect(),
+            columns: described.collect(),
+        };
+        let pages = Self {
+            statements: Arc::new(Statements::new(outbox, &columns, Slices::ALL)),
+            table: Arc::new((outbox.clone(), columns)),
+            session: Arc::new(session),
+            timeline: system.timeline,
+            doing,
         };
         Ok((pages, relation))
     }
 
     pub(super) fn session(&self) -> &Session {
         &self.session
+    }
+
+    /// The same, of these slices alone.
+    pub(super) fn of(&self, slices: Slices) -> Self {
+        let (outbox, columns) = &*self.table;
+        Self {
+            statements: Arc::new(Statements::new(outbox, columns, slices)),
+            ..self.clone()
+        }
+    }
+
+    /// The snapshot of now. All that it sees is on the server's disk.
+    pub(super) async fn now(&self) -> Result<String> {
+        let now = self.session.client.query_typed(&NOW, &[]).await;
+        let now = now.map_err(|error| self.failed(error))?;
+        self.check_timeline(&now, 2)?;
+        let now = now.first().map(|row| (row.get(0), row.get(1)));
+        let (now, is_flushed): (String, bool) = now.unwrap_or_default();
+        if !is_flushed {
+            self.flush().await?;
+        }
+        Ok(now)
     }
 
     /// The first page of what is committed by now and `since` does not see. It is on the
@@ -180,9 +209,12 @@ impl Pages {
         let set = Unseen::by(since)?;
         let mut parameters = set.parameters(&seq, &PAGE_ROWS, &PAGE_BYTES).to_vec();
         parameters.push((&until, Type::TEXT));
-        let sql = &self.statements.by_seq;
+        let (begin, sql) = match seq {
+            UNREAD => (&BEGIN_BY_XID, &self.statements.by_xid_until),
+            _ => (&BEGIN_BY_SEQ, &self.statements.by_seq),
+        };
         let (rows, timeline) = tokio::join!(
-            query_after(&BEGIN_BY_SEQ, client, sql, &parameters),
+            query_after(begin, client, sql, &parameters),
             client.query_typed(&TIMELINE_NOW, &[]),
         );
         let rows = rows.map_err(|error| self.failed(error))?;
@@ -273,27 +305,42 @@ async fn columns(
 }
 
 impl Statements {
-    fn new(outbox: &Outbox, columns: &[SourceColumn]) -> Self {
+    fn new(outbox: &Outbox, columns: &[SourceColumn], slices: Slices) -> Self {
         let table = outbox.quoted();
+        // Where rows are counted: a page is as many of these slices.
+        let of_slices = slices
+            .condition(&key_columns(columns))
+            .map_or(String::new(), |condition| format!(" AND {condition}"));
         // OFFSET 0 keeps the planner from mixing the two levels. A transaction that still
         // runs may have many rows, of which none is seen.
-        let by_xid = format!(
-            "SELECT r.* FROM (SELECT * FROM {table} WHERE xid >= $1::text::xid8 \
-                                 OR xid = ANY (ARRAY( \
-                                     SELECT x FROM unnest($2::text::xid8[]) AS x \
-                                     WHERE pg_visible_in_snapshot(x, pg_current_snapshot()))) OFFSET 0) AS r \
-             WHERE r.seq > $3 ORDER BY r.seq"
-        );
+        let by_xid = |until: &str| {
+            format!(
+                "SELECT r.* FROM (SELECT * FROM {table} WHERE xid >= $1::text::xid8 \
+                                     OR xid = ANY (ARRAY( \
+                                         SELECT x FROM unnest($2::text::xid8[]) AS x \
+                                         WHERE pg_visible_in_snapshot(x, pg_current_snapshot()))) OFFSET 0) AS r \
+                 WHERE r.seq > $3{until}{of_slices} ORDER BY r.seq"
+            )
+        };
         let by_seq = format!(
             "SELECT r.* FROM (SELECT * FROM {table} WHERE seq > $3 ORDER BY seq OFFSET 0) AS r \
              WHERE (r.xid >= $1::text::xid8 OR r.xid = ANY ((SELECT $2::text::xid8[])::xid8[])) \
-               AND pg_visible_in_snapshot(r.xid, $6::text::pg_snapshot) ORDER BY r.seq"
+               AND pg_visible_in_snapshot(r.xid, $6::text::pg_snapshot){of_slices} ORDER BY r.seq"
         );
+        let until = " AND pg_visible_in_snapshot(r.xid, $6::text::pg_snapshot)";
         Self {
-            by_xid: page_of(&by_xid, columns),
+            by_xid: page_of(&by_xid(""), columns),
+            by_xid_until: page_of(&by_xid(until), columns),
             by_seq: page_of(&by_seq, columns),
         }
     }
+}
+
+/// Those columns that a record's key is made of, of the row `r`.
+fn key_columns(columns: &[SourceColumn]) -> Vec<String> {
+    let is_there = |name: &&str| columns.iter().any(|column| column.described.name == **name);
+    let names = KEY_COLUMNS.into_iter().filter(is_there);
+    names.map(|name| format!("r.{name}")).collect()
 }
 
 /// As many of the rows as make a page, as text, each with how many there were.

@@ -34,12 +34,13 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 use tokio_postgres::types::{PgLsn, Type};
 
+use super::catch_up::{CatchUp, Step};
 use super::columns::Unreadable;
 use super::gap::GapReader;
 use super::messages::{Messages, Outbox};
 use super::pages::{Answer, Pages};
 use super::{Item, Mark, Position, Row};
-use crate::catalog::{Checkpoint, Gap, System};
+use crate::catalog::{Checkpoint, Gap, Slices, Standing, System};
 use crate::database::{Database, Session, sort};
 use crate::error::{Result, joined};
 use crate::event::Event;
@@ -69,6 +70,8 @@ pub struct Poller {
     /// Everything that this snapshot sees was given.
     since: String,
     gap: Option<GapReader>,
+    /// What comes before the first question, beside that gap.
+    catch_up: CatchUp,
     /// A question, and its answer.
     asking: JoinSet<Result<Answer>>,
     asked_at: Instant,
@@ -110,6 +113,7 @@ impl Poller {
             since: String::new(),
             messages,
             gap: None,
+            catch_up: CatchUp::default(),
             asking: JoinSet::new(),
             asked_at: now,
             moved_at: now,
@@ -125,11 +129,51 @@ impl Poller {
 
     /// Begins where the checkpoint is.
     pub fn begin(&mut self, checkpoint: &Checkpoint) {
-        checkpoint.snapshot.clone_into(&mut self.since);
-        self.gap = checkpoint.gap.clone().map(|gap| {
-            let reader = GapReader::begin(self.pages.clone(), gap, None, PgLsn::from(0));
-            reader.mark_first_row()
+        self.set_out(Standing {
+            slices: Slices::ALL,
+            snapshot: checkpoint.snapshot.clone(),
+            gap: checkpoint.gap.clone(),
         });
+    }
+
+    /// Begins where these slices are, and gives no others.
+    ///
+    /// # Errors
+    /// If the table cannot be read.
+    pub async fn begin_at(&mut self, mut standings: Vec<Standing>) -> Result<()> {
+        let slices = standings.iter().map(|standing| standing.slices);
+        self.pages = self.pages.of(slices.fold(Slices::default(), Slices::with));
+        match standings.pop() {
+            Some(only) if standings.is_empty() => self.set_out(only),
+            last => {
+                standings.extend(last);
+                self.since = self.pages.now().await?;
+                self.catch_up = CatchUp::new(standings, &self.since);
+                self.gap = self.next_gap();
+            }
+        }
+        Ok(())
+    }
+
+    /// Begins at one place.
+    fn set_out(&mut self, standing: Standing) {
+        self.since = match &standing.gap {
+            Some(gap) => gap.until.clone(),
+            None => standing.snapshot.clone(),
+        };
+        self.catch_up = CatchUp::new(vec![standing], &self.since);
+        self.gap = self.next_gap();
+    }
+
+    /// What is to be read before the next question.
+    fn next_gap(&mut self) -> Option<GapReader> {
+        let Step { slices, gap } = self.catch_up.next()?;
+        let pages = match self.catch_up.is_apart() {
+            true => self.pages.of(slices),
+            false => self.pages.clone(),
+        };
+        let reader = GapReader::begin(pages, gap, None, PgLsn::from(0));
+        Some(reader.mark_first_row())
     }
 
     /// The next row or position. Cancel-safe.
@@ -140,12 +184,13 @@ impl Poller {
         loop {
             if let Some(gap) = &mut self.gap {
                 if let Some(item) = gap.next().await? {
-                    return Ok(item);
+                    return Ok(self.of_all_slices(item));
                 }
                 gap.until().clone_into(&mut self.since);
                 self.moved_at = Instant::now();
-                self.gap = None;
+                self.gap = self.next_gap();
                 self.has_caught_up = self.has_asked;
+                continue;
             }
             if self.asking.is_empty() {
                 self.pause().await;
@@ -173,6 +218,16 @@ impl Poller {
         match pin!(self.next()).poll(&mut Context::from_waker(Waker::noop())) {
             Poll::Ready(item) => item.map(Some),
             Poll::Pending => Ok(None),
+        }
+    }
+
+    fn of_all_slices(&self, item: Item) -> Item {
+        match item {
+            Item::Position(Position { lsn, mark }) => Item::Position(Position {
+                lsn,
+                mark: mark.map(|mark| self.catch_up.mark(mark)),
+            }),
+            row => row,
         }
     }
 
@@ -244,12 +299,14 @@ impl Poller {
     /// What may be stored once all rows that were given are delivered, if that is not
     /// the last position.
     pub fn mark(&self) -> Option<Mark> {
-        self.gap.as_ref().and_then(GapReader::mark)
+        let mark = self.gap.as_ref().and_then(GapReader::mark);
+        mark.map(|mark| self.catch_up.mark(mark))
     }
 
     /// The same, but for the last of these rows.
     pub fn mark_before_last(&self) -> Option<Mark> {
-        self.gap.as_ref().and_then(GapReader::mark_before_last)
+        let mark = self.gap.as_ref().and_then(GapReader::mark_before_last);
+        mark.map(|mark| self.catch_up.mark(mark))
     }
 
     /// Whether the rows given so far end shortly before the end of a gap, which is a

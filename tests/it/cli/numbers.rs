@@ -48,6 +48,7 @@ fn a_number_is_refused_beyond_its_limit_and_the_help_states_that() {
             ["-1s", "3600001ms"],
             "0ms to 1h",
         ),
+        ("relay", "--shards", ["1", "64"], ["0", "65"], "1 to 64"),
         (
             "demo",
             "--duration",
@@ -85,9 +86,13 @@ fn a_number_is_refused_beyond_its_limit_and_the_help_states_that() {
         for value in good {
             // Read, and then refused for another reason.
             let broken = ["--database-url", "mysql://db/app"];
-            let mut command =
+            let mut postbox =
                 postbox(&[&[command, "--brokers", "x", flag, value], &broken[..]].concat());
-            let output = run(command.env("POSTBOX_WAL_SENDER_TIMEOUT", "1m"));
+            postbox.env("POSTBOX_WAL_SENDER_TIMEOUT", "1m");
+            if flag == "--shards" {
+                postbox.env("POSTBOX_MODE", "poll");
+            }
+            let output = run(&mut postbox);
             let complaint = output.complaint(2);
             assert!(
                 complaint.contains("postgresql://"),

@@ -79,8 +79,25 @@ async fn assert_crashed(mut relay: Relay, step: &str) {
 }
 
 /// Steps that tests elsewhere cross: the taking over of a slot, in `setup::slot`, and what
-/// only polling has, in `poll::crash` and `poll::cluster`.
-const ELSEWHERE: [&str; 4] = ["taking_over", "renewing", "polling_begun", "adopting"];
+/// only polling has, in `poll::crash`, `poll::cluster` and `poll::shards`.
+const ELSEWHERE: [&str; 16] = [
+    "taking_over",
+    "renewing",
+    "polling_begun",
+    "adopting",
+    "dividing",
+    "divided",
+    "claiming_slices",
+    "slices_claimed",
+    "wanting",
+    "wanted",
+    "storing_slices",
+    "slices_stored",
+    "renewing_slices",
+    "handing_over",
+    "handed_over",
+    "merging",
+];
 
 #[test]
 fn every_failpoint_is_crossed() {

@@ -108,7 +108,7 @@ async fn polling_goes_on_from_where_a_restored_backup_is() {
 
 /// What a dump has of an outbox, restored into another cluster: its rows, with the numbers
 /// of transactions of where they come from, and the checkpoint.
-async fn restore(original: &Fixture, restored: &Fixture) {
+pub(super) async fn restore(original: &Fixture, restored: &Fixture) {
     let rows = "SELECT row_to_json(o)::text FROM postbox.outbox AS o ORDER BY seq";
     for row in original.client.query(rows, &[]).await.unwrap() {
         let insert = format!(
@@ -124,11 +124,20 @@ async fn restore(original: &Fixture, restored: &Fixture) {
         "DELETE FROM postbox.checkpoint; \
          INSERT INTO postbox.checkpoint SELECT * FROM json_populate_record(NULL::postbox.checkpoint, '{}'); \
          UPDATE postbox.checkpoint SET name = '{}'; \
-         SELECT setval(pg_get_serial_sequence('postbox.outbox', 'seq'), 100)",
+         SELECT setval(pg_get_serial_sequence('postbox.outbox', 'seq'), 1000)",
         row.get::<_, &str>(0),
         restored.contract.slot
     );
     restored.client.batch_execute(&insert).await.unwrap();
+    let slices = "SELECT (to_jsonb(s) || jsonb_build_object('name', $1::text))::text FROM postbox.slice AS s";
+    let name = &restored.contract.slot;
+    for row in original.client.query(slices, &[name]).await.unwrap() {
+        let insert = format!(
+            "INSERT INTO postbox.slice SELECT * FROM json_populate_record(NULL::postbox.slice, '{}')",
+            row.get::<_, &str>(0)
+        );
+        restored.client.batch_execute(&insert).await.unwrap();
+    }
 }
 
 /// In either mode, though the numbers of transactions are far ahead of the new cluster's:

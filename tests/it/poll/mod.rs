@@ -7,6 +7,7 @@ mod lease;
 mod order;
 mod pooler;
 mod setup;
+mod shards;
 
 use std::time::Duration;
 
