@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-matrix campaign trials fuzz bench bench-soak bench-compare bench-poll bench-micro bench-report lint
+.PHONY: help demo test test-matrix campaign trials fuzz bench bench-soak bench-compare bench-poll bench-claim bench-micro bench-report lint
 
 VERSIONS ?= 14 15 16 17 18
 
@@ -65,6 +65,10 @@ bench-compare: ## Measure postbox beside Debezium and omni-box: TRIALS, ROWS, ON
 
 bench-poll: ## Measure postbox that polls, with few and with many published rows in the table: TRIALS, ROWS.
 	@$(measure) poll --runs $(call runs,poll) $(options)
+
+bench-claim: ## Measure postbox beside omni-box, on omni-box's table: TRIALS, ROWS.
+	@dev/bootstrap && dev/fetch omni-box
+	@$(measure) claim --runs $(call runs,claim) $(options)
 
 bench-micro: ## Measure what an event costs in the pure parts of its way.
 	@dev/bootstrap build

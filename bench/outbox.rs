@@ -3,7 +3,9 @@
 use bytes::Bytes;
 use pgwire_replication::Lsn;
 use pgwire_replication::client::ReplicationEvent;
+use postbox::contract::Contract;
 use postbox::source::{Messages, Outbox};
+use postbox::table::Table;
 
 /// The columns of `sql/0001_outbox.sql`, with the oids of their types.
 const COLUMNS: [(&str, u32); 18] = [
@@ -65,8 +67,7 @@ fn value(column: &str, number: u32) -> Option<String> {
 /// Messages of a stream in which the table was described.
 pub(crate) fn messages() -> Messages {
     let mut messages = Messages::new(Outbox {
-        schema: "postbox".to_owned(),
-        table: "outbox".to_owned(),
+        table: Table::of(&Contract::default()),
         publication: "postbox".to_owned(),
         nonce: "nonce".to_owned(),
     });

@@ -93,6 +93,20 @@ impl<E, P> AckQueue<E, P> {
         sequence
     }
 
+    /// Takes the event back that was added last: it was not sent after all.
+    ///
+    /// # Panics
+    /// If the last entry is not an event in flight.
+    pub fn withdraw(&mut self) -> E {
+        let Some(Entry::InFlight { event, bytes }) = self.entries.pop_back() else {
+            panic!("the last entry is not an event in flight");
+        };
+        self.in_flight.remove(bytes);
+        self.held.remove(bytes);
+        self.behind -= 1;
+        event
+    }
+
     /// Adds a position: safe to confirm once every event before it is delivered.
     ///
     /// Of neighbouring positions only the last is kept, so a server that pings a
@@ -214,6 +228,19 @@ mod tests {
         queue.delivered(first);
         assert_eq!(queue.confirmable(), Some((10, 2)));
         assert_eq!(queue.confirmable(), None);
+    }
+
+    #[test]
+    fn an_event_that_was_withdrawn_was_never_there() {
+        let mut queue = AckQueue::default();
+        let first = queue.push_event("a", 1);
+        queue.push_event("b", 7);
+        assert_eq!(queue.withdraw(), "b");
+        queue.push_position(10);
+        queue.delivered(first);
+        assert_eq!(queue.confirmable(), Some((10, 1)));
+        assert_eq!(queue.held(), Weight::default());
+        assert_eq!(queue.in_flight(), Weight::default());
     }
 
     #[test]

@@ -45,8 +45,8 @@ pub(crate) use checkpoint::compare_publication;
 pub(crate) use lease::check_free as check_lease_is_free;
 pub(crate) use polling::{check_order, has_xid_index};
 pub(crate) use publication::{PUBLICATION, exists as publication_exists};
-pub(crate) use slot::{MAY_REPLICATE, what_prevents_a_slot};
 pub(crate) use slices::{FREE_MAX, KEY_COLUMNS, slice_of};
+pub(crate) use slot::{MAY_REPLICATE, what_prevents_a_slot};
 pub(crate) use snapshot::{wait_until_ended, wait_until_seen};
 
 /// The oldest Postgres whose pgoutput sends logical messages.

@@ -33,7 +33,7 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Command {
     Setup(setup::SetupCommand),
-    Relay(relay::RelayCommand),
+    Relay(Box<relay::RelayCommand>),
     Recover(recover::RecoverCommand),
     #[cfg(feature = "demo")]
     Demo(demo::DemoCommand),

@@ -3,9 +3,9 @@
 //! | part | content |
 //! |---|---|
 //! | topic | the row's `topic`, else the route, by default the aggregate type |
-//! | key | the row's `partition_key`, else its `aggregate_id`, in UTF-8 |
+//! | key | the row's `partition_key`, else its `aggregate_id`, in UTF-8; none where the table has no keys |
 //! | timestamp | the row's `created_at`, in milliseconds |
-//! | headers | `id`, `event_type`, then those that are set of `schema_version`, `trace_id`, `correlation_id`, `causation_id`, `traceparent`, then the row's own in their order; ours win over the row's |
+//! | headers | by [`HeaderStyle`] |
 //! | value | by [`Format`]; a NULL payload is a null value (a tombstone) in each |
 //!
 //! A payload is copied, never parsed and printed again: spaces, the order of its
@@ -14,7 +14,7 @@
 mod headers;
 mod route;
 
-pub use headers::Header;
+pub use headers::{Header, HeaderStyle};
 pub use route::{Route, RouteError};
 
 use std::borrow::Cow;
@@ -80,8 +80,8 @@ pub enum Refused {
 pub struct Record<'a> {
     /// Where it goes: a legal topic name.
     pub topic: &'a str,
-    /// What is kept in order.
-    pub key: &'a str,
+    /// What is kept in order, if anything.
+    pub key: Option<&'a str>,
     /// The body; `None` is a tombstone.
     pub value: Option<&'a [u8]>,
     /// In the order in which they go out.
@@ -94,7 +94,7 @@ impl Record<'_> {
     /// The bytes of its key, value and headers, which bound what is in flight.
     pub fn size(&self) -> usize {
         let headers = self.headers.iter().map(Header::size).sum::<usize>();
-        self.key.len() + self.value.map_or(0, <[u8]>::len) + headers
+        self.key.map_or(0, str::len) + self.value.map_or(0, <[u8]>::len) + headers
     }
 }
 
@@ -103,6 +103,8 @@ impl Record<'_> {
 pub struct Encoder {
     format: Format,
     route: Route,
+    headers: HeaderStyle,
+    is_keyed: bool,
     topic: String,
     value: Vec<u8>,
 }
@@ -113,9 +115,23 @@ impl Encoder {
         Self {
             format,
             route,
+            headers: HeaderStyle::default(),
+            is_keyed: true,
             topic: String::new(),
             value: Vec::new(),
         }
+    }
+
+    /// The same, with other headers.
+    #[must_use]
+    pub fn with_headers(self, headers: HeaderStyle) -> Self {
+        Self { headers, ..self }
+    }
+
+    /// The same, whose records have a key or have none.
+    #[must_use]
+    pub fn keyed(self, is_keyed: bool) -> Self {
+        Self { is_keyed, ..self }
     }
 
     /// The record of an event.
@@ -131,14 +147,14 @@ impl Encoder {
         if !route::is_topic_name(&self.topic) {
             return Err(Refused::Topic(self.topic.clone()));
         }
-        let headers = headers::of(event)?;
+        let headers = headers::of(event, self.headers)?;
         let value = match event.payload {
             None => None,
             Some(payload) => Some(self.write_value(event, payload)?),
         };
         Ok(Record {
             topic: &self.topic,
-            key: event.key(),
+            key: self.is_keyed.then(|| event.key()),
             value: match value {
                 None => None,
                 Some(Value::Written) => Some(&self.value),
@@ -355,12 +371,18 @@ mod tests {
     #[test]
     fn the_key_is_the_aggregate_unless_the_row_says_otherwise() {
         let mut encoder = Encoder::new(Format::Raw, Route::default());
-        assert_eq!(encoder.encode(&event()).unwrap().key, "42");
+        assert_eq!(encoder.encode(&event()).unwrap().key, Some("42"));
         let event = Event {
             partition_key: Some("customer-7"),
             ..event()
         };
-        assert_eq!(encoder.encode(&event).unwrap().key, "customer-7");
+        assert_eq!(encoder.encode(&event).unwrap().key, Some("customer-7"));
+    }
+
+    #[test]
+    fn records_of_a_table_without_keys_have_none() {
+        let mut encoder = Encoder::new(Format::Raw, Route::default()).keyed(false);
+        assert_eq!(encoder.encode(&event()).unwrap().key, None);
     }
 
     #[test]

@@ -93,6 +93,8 @@ pub mod setup;
 #[cfg(feature = "relay")]
 pub mod source;
 #[cfg(feature = "relay")]
+pub mod table;
+#[cfg(feature = "relay")]
 pub mod timestamp;
 
 pub use error::{Error, ErrorKind, Result};

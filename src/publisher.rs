@@ -46,6 +46,7 @@ pub use topics::Topic;
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
@@ -63,6 +64,8 @@ pub struct Publisher {
     producer: Producer,
     topics: HashMap<String, Known>,
     batch_bytes: usize,
+    /// How many records without a key have come.
+    unkeyed: AtomicU32,
 }
 
 /// A topic that was resolved.
@@ -104,6 +107,7 @@ impl Publisher {
             producer,
             topics: HashMap::new(),
             batch_bytes,
+            unkeyed: AtomicU32::new(0),
         })
     }
 
@@ -113,7 +117,13 @@ impl Publisher {
         let known = self.topics.get(record.topic)?;
         Some(Destination {
             topic: known.number,
-            partition: partitioner::partition(record.key.as_bytes(), known.partitions),
+            partition: match record.key {
+                Some(key) => partitioner::partition(key.as_bytes(), known.partitions),
+                None => {
+                    let number = self.unkeyed.fetch_add(1, Ordering::Relaxed);
+                    partitioner::partition_of_unkeyed(number, known.partitions)
+                }
+            },
         })
     }
 
@@ -216,10 +226,10 @@ impl Publisher {
         }
         let sequence = usize::try_from(sequence).expect("fewer events than addresses");
         let mut message = BaseRecord::with_opaque_to(record.topic, sequence)
-            .key(record.key)
             .partition(partition)
             .timestamp(timestamp(record.timestamp_millis))
             .headers(headers);
+        message.key = record.key;
         message.payload = record.value;
         let Err((error, _)) = self.producer.client().send(message) else {
             return Ok(());

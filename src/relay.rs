@@ -35,12 +35,13 @@ use tracing::{info, warn};
 use crate::catalog::Mode;
 use crate::contract::Contract;
 use crate::database::Database;
-use crate::envelope::{Format, Route};
+use crate::envelope::{Format, HeaderStyle, Route};
 use crate::error::{Error, ErrorKind, Result};
 use crate::health::Health;
 use crate::metrics::Metrics;
 use crate::publisher::{BATCH_BYTES, KafkaSettings};
 use crate::source::Place;
+use crate::table::Table;
 use attempt::{Attempt, Ended};
 use division::Division;
 use meter::Cue;
@@ -54,12 +55,21 @@ pub struct RelaySettings {
     pub contract: Contract,
     /// How events are read; if it is not said, as it was set up.
     pub mode: Option<Mode>,
+    /// The table that they are read from. With polling, one whose rows say whether they are
+    /// published is claimed from, and nothing needs to be set up.
+    pub table: Table,
+    /// With claims, after how long others take a claim for dead.
+    pub claim_timeout: Duration,
+    /// With claims, how often a row is tried whose table does not say.
+    pub attempts_max: u32,
     /// The brokers.
     pub kafka: KafkaSettings,
     /// What a value looks like.
     pub format: Format,
     /// Where an event goes whose row does not say.
     pub route: Route,
+    /// Which headers a record has.
+    pub headers: HeaderStyle,
     /// How many events may be sent and not yet acknowledged, or held behind one that is
     /// not: what a crash may repeat.
     pub in_flight_max: usize,
@@ -103,6 +113,8 @@ pub struct Relay {
     told: Option<Mode>,
     /// Whether the last attempt delivered anything, or held for a while.
     worked: bool,
+    /// Whether what the last attempt held, a lease or claims, was given back.
+    is_released: bool,
     /// Whether the last attempt ended as this process seemed to have been frozen.
     was_frozen: bool,
 }
@@ -121,6 +133,7 @@ impl Relay {
             nonce: uuid::Uuid::new_v4().to_string(),
             told: None,
             worked: false,
+            is_released: true,
             was_frozen: false,
         }
     }

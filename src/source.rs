@@ -5,6 +5,7 @@
 //! told to Postgres, stays inside; the relay only brings it back.
 
 mod catch_up;
+pub mod claim;
 mod columns;
 mod gap;
 mod messages;
@@ -24,6 +25,7 @@ use crate::catalog::{Gap, Standing};
 use crate::error::Result;
 use crate::event::Event;
 use crate::timestamp::Timestamp;
+use claim::Claimer;
 use poll::Poller;
 use wal::Stream;
 
@@ -33,6 +35,8 @@ pub enum Source {
     Wal(Stream),
     /// The table.
     Poll(Poller),
+    /// A table of others, whose rows say whether they are published.
+    Claim(Claimer),
 }
 
 /// How values are written, whatever a role or a database has set: rows are read as
@@ -94,6 +98,8 @@ pub enum Mark {
     Seq(Gap),
     /// The same, or a fence, of some slices each.
     Standings(Vec<Standing>),
+    /// So many rows were claimed and given.
+    Claims(u64),
 }
 
 impl Source {
@@ -106,6 +112,7 @@ impl Source {
         match self {
             Self::Wal(stream) => stream.next().await,
             Self::Poll(poller) => poller.next().await,
+            Self::Claim(claimer) => claimer.next().await,
         }
     }
 
@@ -117,6 +124,7 @@ impl Source {
         match self {
             Self::Wal(stream) => stream.try_next(),
             Self::Poll(poller) => poller.try_next(),
+            Self::Claim(claimer) => claimer.try_next(),
         }
     }
 
@@ -128,6 +136,7 @@ impl Source {
         match self {
             Self::Wal(stream) => stream.event(row),
             Self::Poll(poller) => poller.event(row),
+            Self::Claim(claimer) => claimer.event(row),
         }
     }
 
@@ -137,6 +146,7 @@ impl Source {
         match self {
             Self::Wal(stream) => stream.name_of(row),
             Self::Poll(poller) => poller.name_of(row),
+            Self::Claim(claimer) => claimer.name_of(row),
         }
     }
 
@@ -146,6 +156,7 @@ impl Source {
         match self {
             Self::Wal(stream) => stream.in_transaction(),
             Self::Poll(poller) => poller.is_ending(),
+            Self::Claim(_) => false,
         }
     }
 
@@ -155,6 +166,7 @@ impl Source {
         match self {
             Self::Wal(stream) => stream.mark(),
             Self::Poll(poller) => poller.mark(),
+            Self::Claim(claimer) => claimer.mark(),
         }
     }
 
@@ -163,6 +175,7 @@ impl Source {
         match self {
             Self::Wal(stream) => stream.mark_before_last(),
             Self::Poll(poller) => poller.mark_before_last(),
+            Self::Claim(claimer) => claimer.mark_before_last(),
         }
     }
 
@@ -173,6 +186,7 @@ impl Source {
             Self::Wal(stream) => last >= Some(place) || stream.received() > place.commit_lsn,
             // One gap may have a larger `seq` than the next.
             Self::Poll(poller) => poller.has_caught_up(),
+            Self::Claim(claimer) => claimer.has_caught_up(),
         }
     }
 
@@ -180,7 +194,7 @@ impl Source {
     pub fn confirm(&mut self, lsn: PgLsn) {
         match self {
             Self::Wal(stream) => stream.confirm(lsn),
-            Self::Poll(_) => {}
+            Self::Poll(_) | Self::Claim(_) => {}
         }
     }
 
@@ -188,7 +202,7 @@ impl Source {
     pub fn received(&self) -> PgLsn {
         match self {
             Self::Wal(stream) => stream.received(),
-            Self::Poll(_) => PgLsn::from(0),
+            Self::Poll(_) | Self::Claim(_) => PgLsn::from(0),
         }
     }
 
@@ -196,7 +210,7 @@ impl Source {
     pub fn confirmed(&self) -> PgLsn {
         match self {
             Self::Wal(stream) => stream.confirmed(),
-            Self::Poll(_) => PgLsn::from(0),
+            Self::Poll(_) | Self::Claim(_) => PgLsn::from(0),
         }
     }
 
@@ -217,7 +231,7 @@ impl Source {
             Self::Wal(stream) => stream.check_alive(reading),
             // Its session has the system's keepalives, and a second one is asked all the
             // time.
-            Self::Poll(_) => Ok(()),
+            Self::Poll(_) | Self::Claim(_) => Ok(()),
         }
     }
 
@@ -225,14 +239,14 @@ impl Source {
     pub fn silence(&self) -> Duration {
         match self {
             Self::Wal(stream) => stream.silence(),
-            Self::Poll(_) => Duration::ZERO,
+            Self::Poll(_) | Self::Claim(_) => Duration::ZERO,
         }
     }
 
     /// Whether an answer of the server is outstanding.
     pub fn is_asking(&self) -> bool {
         match self {
-            Self::Wal(_) => false,
+            Self::Wal(_) | Self::Claim(_) => false,
             Self::Poll(poller) => poller.is_asking(),
         }
     }
@@ -242,6 +256,25 @@ impl Source {
     pub async fn confirmation_sent(&self) {
         if let Self::Wal(stream) = self {
             stream.confirmation_sent().await;
+        }
+    }
+
+    /// The row that was given last cannot go out: says whether the source sees to it, by
+    /// putting it off. Else it is the relay's end.
+    pub fn refuse_last(&mut self, why: impl FnOnce() -> String) -> bool {
+        match self {
+            Self::Wal(_) | Self::Poll(_) => false,
+            Self::Claim(claimer) => {
+                claimer.refuse_last(why());
+                true
+            }
+        }
+    }
+
+    /// Takes no more rows that would have to be given back.
+    pub async fn stop(&mut self) {
+        if let Self::Claim(claimer) = self {
+            claimer.stop().await;
         }
     }
 

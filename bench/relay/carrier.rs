@@ -18,6 +18,8 @@ pub(crate) enum Carrier {
     PgRecvlogical(Way),
     Debezium(Debezium),
     OmniBox,
+    /// postbox over the Unix socket, which claims rows of omni-box's table.
+    Claiming,
 }
 
 /// What makes a relay that polls look again.
@@ -75,6 +77,7 @@ impl Carrier {
             Self::Debezium(Debezium::TunedPlus) => "Debezium, tuned plus",
             Self::Debezium(Debezium::LowLatency) => "Debezium, low latency",
             Self::OmniBox => "omni-box",
+            Self::Claiming => "postbox, claiming",
         }
     }
 
@@ -84,7 +87,7 @@ impl Carrier {
                 Table::Postbox
             }
             Self::Debezium(_) => Table::Debezium,
-            Self::OmniBox => Table::OmniBox,
+            Self::OmniBox | Self::Claiming => Table::OmniBox,
         }
     }
 
@@ -94,12 +97,15 @@ impl Carrier {
             Self::Postbox(_) | Self::Variant(_) => Some("postbox"),
             Self::PgRecvlogical(_) => Some("reader"),
             Self::Debezium(_) => Some("debezium"),
-            Self::Polling(_) | Self::OmniBox => None,
+            Self::Polling(_) | Self::OmniBox | Self::Claiming => None,
         }
     }
 
     fn is_postbox(self) -> bool {
-        matches!(self, Self::Postbox(_) | Self::Polling(_) | Self::Variant(_))
+        matches!(
+            self,
+            Self::Postbox(_) | Self::Polling(_) | Self::Claiming | Self::Variant(_)
+        )
     }
 
     /// Starts it. In `folder` it keeps what it needs when it is started again; `end` is
@@ -136,6 +142,9 @@ impl Carrier {
                 command.arg(compare.join("debezium")).arg(settings)
             }
             Self::OmniBox => command.arg(compare.join("omni-box")).arg("relay"),
+            Self::Claiming => relay(&mut command, rig, Way::Socket)
+                .args(["--mode", "poll", "--table-preset", "omni-box"])
+                .args(["--format", "raw"]),
         };
         let log = folder.join("log");
         let file = std::fs::File::options()

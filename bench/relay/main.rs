@@ -12,6 +12,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod carrier;
+mod claim;
 mod cost;
 mod crash;
 mod drain;
@@ -68,6 +69,8 @@ enum Command {
         #[arg(long, default_value_t = 10_000_000)]
         published: i64,
     },
+    /// postbox beside omni-box, on omni-box's table.
+    Claim(Options),
     /// postbox at half of what this machine can write and carry.
     Soak {
         /// The file that the runs are written to.
@@ -128,6 +131,9 @@ fn main() {
             Command::Compare(options) => compare(&options).await,
             Command::Poll { options, published } => {
                 poll::run(&options.runs, options.trials, options.rows, published).await;
+            }
+            Command::Claim(options) => {
+                claim::run(&options.runs, options.trials, options.rows).await;
             }
             Command::Soak { runs, minutes } => soak(&runs, minutes).await,
             Command::Report { files } => report::print(&files),

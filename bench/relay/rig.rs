@@ -180,7 +180,7 @@ impl Rig {
         } else if let Carrier::Polling(wake) = carrier {
             let now = self.snapshot().await;
             self.poll_from(wake, &now).await;
-        } else if carrier == Carrier::OmniBox {
+        } else if carrier.table() == Table::OmniBox {
             self.client
                 .batch_execute("TRUNCATE outbox_events")
                 .await
@@ -232,7 +232,7 @@ impl Rig {
             base: None,
         };
         match carrier {
-            Carrier::OmniBox => return backlog,
+            Carrier::OmniBox | Carrier::Claiming => return backlog,
             Carrier::Polling(_) => {
                 let count = "SELECT count(*) FROM postbox.outbox";
                 backlog.published = self.client.query_one(count, &[]).await.unwrap().get(0);

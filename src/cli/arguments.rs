@@ -7,6 +7,7 @@ use postbox::catalog::Mode;
 use postbox::contract::Contract;
 use postbox::database::Database;
 use postbox::publisher::KafkaSettings;
+use postbox::table::{Preset, Table};
 use postbox::{Error, ErrorKind};
 
 #[derive(Debug, Args)]
@@ -72,6 +73,57 @@ pub(super) struct ContractArguments {
 impl ContractArguments {
     pub(super) fn resolve(&self) -> postbox::Result<Contract> {
         Contract::new(&self.schema, &self.slot, &self.publication)
+    }
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Tables of others")]
+pub(super) struct TableArguments {
+    /// Whose table is read: postbox, omni-box (outbox_events), spakky (spakky_event_outbox) or debezium
+    /// (outbox).
+    ///
+    /// Records are then what its own relay would send: format, topic and headers that are not said are
+    /// its own. With --mode poll, rows of omni-box's and spakky's tables are claimed, sent and completed
+    /// as their own workers do, beside them if need be; nothing has to be set up for that.
+    #[arg(
+        long,
+        env = "POSTBOX_TABLE_PRESET",
+        default_value = "postbox",
+        value_name = "PRESET"
+    )]
+    table_preset: Preset,
+
+    /// Another name of that table: NAME or SCHEMA.NAME. Its schema is public, unless it is named.
+    #[arg(long, env = "POSTBOX_TABLE", value_name = "TABLE")]
+    table: Option<String>,
+
+    /// Another name of one of its columns, such as payload=body. Repeatable; in the variable they are
+    /// parted by commas.
+    #[arg(
+        long = "column",
+        env = "POSTBOX_COLUMN",
+        value_delimiter = ',',
+        value_parser = named_column,
+        value_name = "FIELD=COLUMN"
+    )]
+    columns: Vec<(String, String)>,
+}
+
+impl TableArguments {
+    pub(super) fn resolve(&self, contract: &Contract) -> postbox::Result<Table> {
+        Table::new(
+            self.table_preset,
+            contract,
+            self.table.as_deref(),
+            &self.columns,
+        )
+    }
+}
+
+fn named_column(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((field, column)) => Ok((field.to_owned(), column.to_owned())),
+        None => Err("a column is FIELD=COLUMN, such as payload=body".to_owned()),
     }
 }
 

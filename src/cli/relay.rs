@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::{Args, value_parser};
-use postbox::envelope::{Format, Route};
+use postbox::envelope::{Format, HeaderStyle, Route};
 use postbox::health::Health;
 use postbox::http::{self, Endpoints};
 use postbox::metrics::Metrics;
@@ -18,7 +18,9 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{oneshot, watch};
 use tracing::{info, warn};
 
-use super::arguments::{ContractArguments, DatabaseArguments, KafkaArguments, ModeArgument};
+use super::arguments::{
+    ContractArguments, DatabaseArguments, KafkaArguments, ModeArgument, TableArguments,
+};
 use super::quantity::{in_words, size, time};
 
 /// Carries committed events to Kafka until it is told to stop.
@@ -40,6 +42,12 @@ pub(super) struct RelayCommand {
 
     #[command(flatten)]
     contract: ContractArguments,
+
+    #[command(flatten)]
+    table: TableArguments,
+
+    #[command(flatten)]
+    claims: ClaimArguments,
 
     #[command(flatten)]
     kafka: KafkaArguments,
@@ -67,24 +75,47 @@ pub(super) struct RelayCommand {
 #[command(next_help_heading = "Records")]
 struct RecordArguments {
     /// What a record's value is: envelope (a JSON object around the payload), raw (the payload), or
-    /// versioned ({"schema_version","payload"}).
-    #[arg(
-        long,
-        env = "POSTBOX_FORMAT",
-        default_value = "envelope",
-        value_name = "FORMAT"
-    )]
-    format: Format,
+    /// versioned ({"schema_version","payload"}). Without it, that of the preset: raw for spakky and
+    /// debezium, else envelope.
+    #[arg(long, env = "POSTBOX_FORMAT", value_name = "FORMAT")]
+    format: Option<Format>,
 
     /// The topic of an event whose row names none; {aggregate_type} and {event_type} stand for the
-    /// event's. A topic's name is 1 to 249 of a-z, A-Z, 0-9, ".", "_" and "-".
+    /// event's. A topic's name is 1 to 249 of a-z, A-Z, 0-9, ".", "_" and "-". Without it,
+    /// {aggregate_type}; for debezium outbox.event.{aggregate_type}.
+    #[arg(long, env = "POSTBOX_ROUTE", value_name = "TEMPLATE")]
+    route: Option<Route>,
+
+    /// Which headers a record has beside the row's own: postbox (id, event_type, …), omni-box (event_id,
+    /// event_type, …), debezium (id, and none of the row's) or none. Without it, those of the preset;
+    /// for spakky none.
+    #[arg(long, env = "POSTBOX_HEADERS", value_name = "WHOSE")]
+    headers: Option<HeaderStyle>,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Claims")]
+struct ClaimArguments {
+    /// After how long the workers of a table's own library take a claim for dead that is not renewed: as
+    /// they are set; 15s to 1h. Claims of this relay end 10s after it, at most.
     #[arg(
         long,
-        env = "POSTBOX_ROUTE",
-        default_value = "{aggregate_type}",
-        value_name = "TEMPLATE"
+        env = "POSTBOX_CLAIM_TIMEOUT",
+        default_value = "300s",
+        value_parser = time(Duration::from_secs(15)..=Duration::from_secs(3600)),
+        value_name = "TIME"
     )]
-    route: Route,
+    claim_timeout: Duration,
+
+    /// How often an event that cannot go out is tried, where its table does not say; 1 to 1000.
+    #[arg(
+        long,
+        env = "POSTBOX_MAX_ATTEMPTS",
+        default_value = "5",
+        value_parser = value_parser!(u32).range(1..=1000),
+        value_name = "NUMBER"
+    )]
+    max_attempts: u32,
 }
 
 #[derive(Debug, Args)]
@@ -236,13 +267,20 @@ impl RelayCommand {
     pub(super) fn run(&self) -> anyhow::Result<()> {
         self.tuning.check()?;
         self.check_shards()?;
+        let contract = self.contract.resolve()?;
+        let table = self.table.resolve(&contract)?;
+        let preset = table.preset;
         let settings = RelaySettings {
             mode: self.mode.into(),
-            contract: self.contract.resolve()?,
+            contract,
+            table,
+            claim_timeout: self.claims.claim_timeout,
+            attempts_max: self.claims.max_attempts,
             kafka: self.kafka.resolve()?,
             database: self.database.resolve()?,
-            format: self.records.format,
-            route: self.records.route.clone(),
+            format: self.records.format.unwrap_or(preset.format()),
+            route: (self.records.route.clone()).unwrap_or_else(|| preset.route()),
+            headers: self.records.headers.unwrap_or(preset.headers()),
             in_flight_max: self.tuning.in_flight_max as usize,
             in_flight_bytes_max: self.tuning.in_flight_bytes_max as usize,
             status_interval: self.tuning.status_interval,

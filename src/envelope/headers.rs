@@ -1,7 +1,8 @@
-//! A record's headers: ours, then the row's own.
+//! A record's headers: what consumers of each kind look for, and the row's own.
 
 use std::borrow::Cow;
 use std::fmt;
+use std::str::FromStr;
 
 use serde::Deserializer as _;
 use serde::de::{MapAccess, Visitor};
@@ -25,36 +26,102 @@ impl Header<'_> {
     }
 }
 
+/// Which headers a record has. The event's own values win over headers of the same
+/// name in its row.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub enum HeaderStyle {
+    /// `id`, `event_type`, then those that are set of `schema_version`, `trace_id`,
+    /// `correlation_id`, `causation_id`, `traceparent`; then the row's own, in their
+    /// order.
+    #[default]
+    Postbox,
+    /// As omni-box's publisher: the row's own, then `event_id`, `event_type` and those
+    /// that are set of `schema_version`, `trace_id`, `correlation_id`, `causation_id`. A
+    /// header of the row that has one of these names keeps its place.
+    OmniBox,
+    /// As Debezium's outbox router: `id` alone.
+    Debezium,
+    /// The row's own alone.
+    None,
+}
+
+impl FromStr for HeaderStyle {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        match name {
+            "postbox" => Ok(Self::Postbox),
+            "omni-box" => Ok(Self::OmniBox),
+            "debezium" => Ok(Self::Debezium),
+            "none" => Ok(Self::None),
+            _ => Err(format!(
+                "unknown headers \"{name}\": use postbox, omni-box, debezium or none"
+            )),
+        }
+    }
+}
+
 /// The headers of an event's record.
-pub(super) fn of<'a>(event: &Event<'a>) -> Result<Vec<Header<'a>>, Refused> {
-    let ours = [
-        ("id", Some(event.id)),
+pub(super) fn of<'a>(event: &Event<'a>, style: HeaderStyle) -> Result<Vec<Header<'a>>, Refused> {
+    let id = match style {
+        HeaderStyle::OmniBox => "event_id",
+        _ => "id",
+    };
+    let traceparent = match style {
+        HeaderStyle::OmniBox => None,
+        _ => event.traceparent,
+    };
+    let all = [
+        (id, Some(event.id)),
         ("event_type", Some(event.event_type)),
         ("schema_version", event.schema_version),
         ("trace_id", event.trace_id),
         ("correlation_id", event.correlation_id),
         ("causation_id", event.causation_id),
-        ("traceparent", event.traceparent),
+        ("traceparent", traceparent),
     ];
-    let mut headers: Vec<_> = ours
-        .into_iter()
-        .filter_map(|(name, value)| {
-            Some(Header {
-                name: name.into(),
-                value: Some(value?.into()),
-            })
+    let ours: &[_] = match style {
+        HeaderStyle::Postbox | HeaderStyle::OmniBox => &all,
+        HeaderStyle::Debezium => &all[..1],
+        HeaderStyle::None => &[],
+    };
+    let ours = ours.iter().filter_map(|(name, value)| {
+        Some(Header {
+            name: (*name).into(),
+            value: Some((*value)?.into()),
         })
-        .collect();
-    if let Some(object) = event.headers {
-        let own = own(object).map_err(Refused::Headers)?;
-        let ours = headers.len();
-        for header in own {
-            if headers[..ours].iter().all(|our| our.name != header.name) {
-                headers.push(header);
+    });
+    let own = match event.headers {
+        Some(object) if style != HeaderStyle::Debezium => own(object).map_err(Refused::Headers)?,
+        _ => Vec::new(),
+    };
+    Ok(match style {
+        HeaderStyle::OmniBox => set(own, ours),
+        _ => {
+            let mut headers: Vec<_> = ours.collect();
+            let count = headers.len();
+            for header in own {
+                if headers[..count].iter().all(|our| our.name != header.name) {
+                    headers.push(header);
+                }
             }
+            headers
+        }
+    })
+}
+
+/// Adds headers, each in the place of the one that has its name, if there is one.
+fn set<'a>(
+    mut headers: Vec<Header<'a>>,
+    more: impl Iterator<Item = Header<'a>>,
+) -> Vec<Header<'a>> {
+    for header in more {
+        match headers.iter_mut().find(|known| known.name == header.name) {
+            Some(known) => *known = header,
+            None => headers.push(header),
         }
     }
-    Ok(headers)
+    headers
 }
 
 /// The members of a JSON object, in their order: a string's text, null as null,

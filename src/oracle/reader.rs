@@ -138,7 +138,12 @@ fn partitions(consumer: &BaseConsumer, topic: &str) -> Result<Vec<i32>> {
 fn seen(message: &BorrowedMessage<'_>) -> Result<Seen> {
     let headers = message.headers();
     let id = headers
-        .and_then(|headers| headers.iter().find(|header| header.key == "id")?.value)
+        .and_then(|headers| {
+            let mut headers = headers.iter();
+            headers
+                .find(|header| ["id", "event_id"].contains(&header.key))?
+                .value
+        })
         .and_then(|value| Uuid::parse_str(std::str::from_utf8(value).ok()?).ok());
     let Some(id) = id else {
         let (partition, offset) = (message.partition(), message.offset());

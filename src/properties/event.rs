@@ -74,7 +74,7 @@ pub(super) fn check(event: &Event<'_>) {
 fn check_record(event: &Event<'_>, format: Format, record: &Record<'_>) {
     assert_eq!(record.topic, event.topic.unwrap_or(event.aggregate_type));
     assert!(is_topic_name(record.topic));
-    assert_eq!(record.key, event.key());
+    assert_eq!(record.key, Some(event.key()));
     check_headers(event, record);
     let payload = event.payload.map(bytes_of);
     let (Some(payload), Some(value)) = (payload.as_deref(), record.value) else {

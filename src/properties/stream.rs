@@ -5,7 +5,9 @@ use pgwire_replication::Lsn;
 use pgwire_replication::client::ReplicationEvent;
 
 use super::event::check;
+use crate::contract::Contract;
 use crate::source::{Item, Messages, Outbox, Place};
+use crate::table::Table;
 
 /// Follows messages, each behind its length in two bytes, until one is refused:
 /// pgoutput's own, and `k` for a keepalive with its position. Rows are numbered
@@ -13,8 +15,7 @@ use crate::source::{Item, Messages, Outbox, Place};
 /// an event passes [`check`].
 pub fn stream(bytes: &[u8]) {
     let mut messages = Messages::new(Outbox {
-        schema: "postbox".to_owned(),
-        table: "outbox".to_owned(),
+        table: Table::of(&Contract::default()),
         publication: "postbox".to_owned(),
         nonce: "nonce".to_owned(),
     });

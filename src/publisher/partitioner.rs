@@ -9,6 +9,15 @@ pub(super) fn partition(key: &[u8], partitions: u32) -> i32 {
     i32::try_from(positive % partitions).expect("fewer partitions than 2^31")
 }
 
+/// How many records without a key go to one partition before the next has its turn.
+const UNKEYED_RUN: u32 = 256;
+
+/// The partition of a record without a key, the `number`th: in turn, but so many at a time
+/// that batches fill.
+pub(super) fn partition_of_unkeyed(number: u32, partitions: u32) -> i32 {
+    i32::try_from(number / UNKEYED_RUN % partitions).expect("fewer partitions than 2^31")
+}
+
 /// Source: `org.apache.kafka.common.utils.Utils`, `murmur2`: A. Appleby's
 /// MurmurHash2 with a seed of Kafka's own.
 fn murmur2(bytes: &[u8]) -> u32 {

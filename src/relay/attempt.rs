@@ -1,6 +1,7 @@
 //! One attempt: from opening the slot until something breaks or the relay is
 //! told to stop.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,16 +9,15 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
 use tokio_postgres::types::PgLsn;
-use tracing::{debug, info};
+use tracing::{debug, error, info};
 
 use super::connect::{Connected, PROBE_TIMEOUT, connect};
-use super::control::{Control, walsender_is_ending};
+use super::control::{Control, Hold, walsender_is_ending};
 use super::division::{DRAIN_MAX, Watch, served};
 use super::gather::Gather;
 use super::partitions::OPEN_MAX;
 use super::window::{Stop, Window};
 use super::{BACKOFF_MAX, Relay};
-use crate::catalog::Mode;
 use crate::database::within;
 use crate::envelope::Encoder;
 use crate::error::{Error, ErrorKind, Result, joined};
@@ -37,6 +37,10 @@ pub(super) struct Attempt<'r> {
     /// The topic of the held row, before records for it may pass.
     resolved_topic: Option<Topic>,
     resolving: JoinSet<Result<Topic>>,
+    resolving_name: Option<String>,
+    /// Topics that were refused, since when and why: not asked about for each row that is
+    /// put off.
+    refused_topics: HashMap<String, (Instant, String)>,
     probing: JoinSet<Result<()>>,
     /// Writes a last fence, when the relay is told to stop.
     fencing: JoinSet<Option<String>>,
@@ -47,6 +51,8 @@ pub(super) struct Attempt<'r> {
     began: Instant,
     /// Ended by [`check_awake`](Self::check_awake).
     was_frozen: bool,
+    /// Ended by an event that was put off.
+    has_put_off: bool,
     stopping: bool,
     /// Watches the slices of a divided relay.
     watch: Option<Watch>,
@@ -75,6 +81,9 @@ const FROZEN_MIN: Duration = Duration::from_secs(2);
 
 /// After how long without a delivery the brokers are asked for a sign of life.
 const PROBE_INTERVAL: Duration = Duration::from_secs(4);
+
+/// How long a topic that was refused is not asked about again.
+const REFUSED_TOPIC_MAX: Duration = Duration::from_secs(10);
 
 /// How small a refused batch makes the next ones.
 const BATCH_BYTES_MIN: usize = 16_384;
@@ -112,12 +121,14 @@ impl<'r> Attempt<'r> {
             attempt.take_leave(error.kind()).await;
         }
         attempt.update_gauges();
-        match result {
+        attempt.source.stop().await;
+        let is_released = match result {
             Ok(Ended::Divided) => {
                 result = attempt.control.hand_over().await.map(|()| Ended::Divided);
+                true
             }
             _ => attempt.control.release().await,
-        }
+        };
         let unstored = match result {
             Err(_) if !attempt.is_stored() => attempt.relay.unstored.max(attempt.window.last_sent),
             _ => None,
@@ -125,7 +136,10 @@ impl<'r> Attempt<'r> {
         let relay = attempt.relay;
         relay.unstored = unstored;
         relay.was_frozen = attempt.was_frozen;
-        relay.worked = attempt.window.has_delivered || attempt.began.elapsed() > BACKOFF_MAX;
+        relay.is_released = is_released;
+        relay.worked = attempt.window.has_delivered
+            || attempt.has_put_off
+            || attempt.began.elapsed() > BACKOFF_MAX;
         attempt.source.close().await;
         let refused = attempt.window.has_refused;
         relay.suspects = attempt.window.close();
@@ -144,16 +158,20 @@ impl<'r> Attempt<'r> {
         let database = settings.database.display();
         let session = Arc::new(connected.session);
         let mut watch = None;
-        match (connected.checkpoint.mode, &connected.held) {
-            (Mode::Wal, _) => info!(slot = settings.contract.slot, database, "streaming"),
-            (Mode::Poll, None) => info!(relay = settings.contract.slot, database, "polling"),
-            (Mode::Poll, Some(held)) => {
+        match (&connected.source, &connected.hold) {
+            (Source::Wal(_), _) => info!(slot = settings.contract.slot, database, "streaming"),
+            (Source::Poll(_), Hold::Slices(_, held)) => {
                 let served = served(held);
                 info!(relay = settings.contract.slot, database, "{served}");
                 metrics.slices.set(held.slices.count() as i64);
                 let start = |division| Watch::start(division, Arc::clone(&session), held.clone());
                 watch = relay.division().map(start);
             }
+            (Source::Poll(_), _) => info!(relay = settings.contract.slot, database, "polling"),
+            (Source::Claim(_), _) => info!(
+                table = settings.table.quoted(),
+                database, "polling, by claims"
+            ),
         }
         health.streaming();
         relay.cue.stands_by(false);
@@ -163,14 +181,16 @@ impl<'r> Attempt<'r> {
             control: Control::start(
                 session,
                 settings,
-                (connected.checkpoint, connected.held),
+                connected.hold,
                 relay.nonce.clone(),
                 metrics.clone(),
                 health.clone(),
                 relay.cue.clone(),
             ),
             source: connected.source,
-            encoder: Encoder::new(settings.format, settings.route.clone()),
+            encoder: Encoder::new(settings.format, settings.route.clone())
+                .with_headers(settings.headers)
+                .keyed(settings.table.is_keyed()),
             window: Window::new(
                 connected.publisher,
                 std::mem::take(&mut relay.suspects),
@@ -180,11 +200,14 @@ impl<'r> Attempt<'r> {
             held: None,
             resolved_topic: None,
             resolving: JoinSet::new(),
+            resolving_name: None,
+            refused_topics: HashMap::new(),
             probing: JoinSet::new(),
             fencing: JoinSet::new(),
             last_fence: None,
             began: Instant::now(),
             was_frozen: false,
+            has_put_off: false,
             stopping: false,
             relay,
         }
@@ -360,11 +383,12 @@ impl<'r> Attempt<'r> {
     /// before. That it was told is not enough: a connection that breaks takes with it what
     /// was written and not yet read.
     fn is_stored(&self) -> bool {
-        !self.window.has_work()
-            && !self.source.is_amid()
-            && self.source.mark().is_none()
-            && self.control.is_stored()
-            && self.has_caught_up()
+        let is_delivered = match self.has_put_off {
+            // It was the last.
+            true => self.window.is_settled(),
+            false => !self.window.has_work() && self.source.mark().is_none(),
+        };
+        is_delivered && !self.source.is_amid() && self.control.is_stored() && self.has_caught_up()
     }
 
     fn take(&mut self, item: Item) -> Result<()> {
@@ -385,13 +409,26 @@ impl<'r> Attempt<'r> {
     fn offer(&mut self, row: Row) -> Result<()> {
         let event = match self.source.event(&row) {
             Ok(event) => event,
-            Err(why) => return Err(poison(&self.source, &row, why)),
+            Err(why) => {
+                let error = poison(&self.source, &row, why);
+                return self.refuse(error);
+            }
         };
         let record = match self.encoder.encode(&event) {
             Ok(record) => record,
-            Err(why) => return Err(poison(&self.source, &row, why)),
+            Err(why) => {
+                let error = poison(&self.source, &row, why);
+                return self.refuse(error);
+            }
         };
         let Some(destination) = self.window.publisher.destination(&record) else {
+            if let Some((since, why)) = self.refused_topics.get(record.topic)
+                && since.elapsed() < REFUSED_TOPIC_MAX
+            {
+                let error = poison(&self.source, &row, why.as_str());
+                return self.refuse(error);
+            }
+            self.resolving_name = Some(record.topic.to_owned());
             self.resolving
                 .spawn(self.window.publisher.resolve(record.topic));
             self.held = Some(row);
@@ -402,8 +439,24 @@ impl<'r> Attempt<'r> {
             return Ok(());
         }
         self.control.had_traffic();
-        let sent = self.window.send(&row, &record, destination);
-        sent.map_err(|stop| self.stopped(stop))
+        match self.window.send(&row, &record, destination) {
+            Ok(()) => Ok(()),
+            Err(Stop::Row(row, why)) => {
+                let error = poison(&self.source, &row, why);
+                self.refuse(error)
+            }
+            Err(Stop::Attempt(error)) => Err(error),
+        }
+    }
+
+    /// The row that was read last can never go out as it is: the source puts it off, if it
+    /// can, and the relay goes on.
+    fn refuse(&mut self, error: Error) -> Result<()> {
+        if !self.source.refuse_last(|| error.chain()) {
+            return Err(error);
+        }
+        error!("put off, as its table says: {}", error.chain());
+        Ok(())
     }
 
     /// Sends the held row if what it waits for has come.
@@ -432,7 +485,12 @@ impl<'r> Attempt<'r> {
                 Ok(())
             }
             (Err(error), Some(row)) if error.kind() == ErrorKind::Event => {
-                Err(poison(&self.source, row, error))
+                let name = self.resolving_name.take().unwrap_or_default();
+                let why = (Instant::now(), error.chain());
+                self.refused_topics.insert(name, why);
+                let error = poison(&self.source, row, error);
+                self.held = None;
+                self.refuse(error)
             }
             (Err(error), _) => Err(error),
         }
@@ -524,7 +582,7 @@ impl<'r> Attempt<'r> {
     /// read on may be dropped next. But a server that stops is not held up.
     async fn take_leave(&mut self, kind: ErrorKind) {
         use ErrorKind::{BrokerAway, DatabaseAway, Event, Publication};
-        if matches!(kind, DatabaseAway | Event | Publication) {
+        if matches!(kind, DatabaseAway | Event | Publication) || self.has_put_off {
             let settled = async {
                 while !self.window.is_settled() {
                     self.window.publisher.reported().await;
@@ -591,6 +649,7 @@ impl<'r> Attempt<'r> {
             Source::Wal(_) => info!(lsn = %confirmed, "drained and confirmed"),
             Source::Poll(_) if self.stopping => info!("drained and stored"),
             Source::Poll(_) => debug!("drained and stored"),
+            Source::Claim(_) => info!("drained and completed"),
         }
         Ok(())
     }
@@ -606,9 +665,17 @@ impl<'r> Attempt<'r> {
         Error::new(ErrorKind::NotDrained, message)
     }
 
-    fn stopped(&self, stop: Stop) -> Error {
+    fn stopped(&mut self, stop: Stop) -> Error {
         match stop {
-            Stop::Row(row, why) => poison(&self.source, &row, why),
+            Stop::Row(row, why) => {
+                let error = poison(&self.source, &row, why);
+                if let Err(error) = self.refuse(error) {
+                    return error;
+                }
+                self.has_put_off = true;
+                let message = "a producer that has refused an event sends no more";
+                Error::new(ErrorKind::BrokerAway, message)
+            }
             Stop::Attempt(error) => error,
         }
     }

@@ -6,18 +6,21 @@
 //! then may it read what the checkpoint says is missing.
 
 use std::pin::pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio_postgres::Client;
 use tracing::info;
 
+use super::control::Hold;
 use super::{Relay, RelaySettings};
-use crate::catalog::{self, Checkpoint, Held, LEASE, Mode, Stored};
+use crate::catalog::{self, Checkpoint, LEASE, Mode, Stored};
 use crate::contract::Contract;
 use crate::database::{Session, sort, within};
 use crate::error::{Error, ErrorKind, Result};
 use crate::health::SILENCE_MAX;
 use crate::publisher::Publisher;
+use crate::source::claim::{ClaimSettings, Claimer};
 use crate::source::poll::{PollSettings, Poller};
 use crate::source::wal::{Stream, WalSettings};
 use crate::source::{Outbox, Place, Source};
@@ -25,10 +28,7 @@ use crate::source::{Outbox, Place, Source};
 /// What an attempt is made of.
 pub(super) struct Connected {
     pub(super) session: Session,
-    /// As this relay claimed it.
-    pub(super) checkpoint: Checkpoint,
-    /// What it serves of a divided relay.
-    pub(super) held: Option<Held>,
+    pub(super) hold: Hold,
     pub(super) publisher: Publisher,
     pub(super) source: Source,
 }
@@ -41,10 +41,13 @@ pub(super) async fn connect(relay: &mut Relay) -> Result<Connected> {
         Some(mode) => mode,
         None => mode_of_checkpoint(relay).await?,
     };
-    match mode {
-        Mode::Wal if relay.settings.shards.is_some() => Err(cannot_be_divided()),
-        Mode::Wal => connect_to_slot(relay).await,
-        Mode::Poll => connect_to_table(relay).await,
+    let is_divided = relay.settings.shards.is_some();
+    let tracking = relay.settings.table.preset.tracking();
+    match (mode, tracking) {
+        (Mode::Wal, _) if is_divided => Err(cannot_be_divided()),
+        (Mode::Wal, _) => connect_to_slot(relay).await,
+        (Mode::Poll, None) => connect_to_table(relay).await,
+        (Mode::Poll, Some(_)) => connect_to_claims(relay).await,
     }
 }
 
@@ -115,8 +118,7 @@ async fn connect_to_slot(relay: &mut Relay) -> Result<Connected> {
     }
     Ok(Connected {
         session,
-        checkpoint,
-        held: None,
+        hold: Hold::Slot(checkpoint),
         publisher,
         source: Source::Wal(stream),
     })
@@ -182,19 +184,58 @@ async fn connect_to_table(relay: &mut Relay) -> Result<Connected> {
     };
     Ok(Connected {
         session,
-        checkpoint,
-        held,
+        hold: match held {
+            Some(held) => Hold::Slices(checkpoint, held),
+            None => Hold::Lease(checkpoint),
+        },
         publisher,
         source: Source::Poll(poller),
     })
 }
 
+/// Nothing of ours is needed in the database: each row says whose it is.
+async fn connect_to_claims(relay: &Relay) -> Result<Connected> {
+    let settings = &relay.settings;
+    let name = format!("postbox {} control", settings.contract.slot);
+    let session = settings.database.connect_pooled(&name).await?;
+    let checked = catalog::check_server(&session.client);
+    within(SILENCE_MAX, "look at the server", checked).await?;
+    failpoint!("checked");
+    let publisher = reach_brokers(relay).await?;
+    let claims = ClaimSettings {
+        table: settings.table.clone(),
+        timeout: settings.claim_timeout,
+        attempts_max: settings.attempts_max,
+    };
+    // What an attempt before this one has claimed, and could not give back, is another's.
+    let worker = format!(
+        "postbox/{}/{}",
+        settings.contract.slot.replace('_', "-"),
+        uuid::Uuid::new_v4()
+    );
+    let intervals = (settings.poll_interval_min, settings.poll_interval_max);
+    let opened = Claimer::open(
+        &settings.database,
+        outbox(relay),
+        &claims,
+        &worker,
+        intervals,
+    );
+    let claimer = within(SILENCE_MAX, "look at the table", opened).await?;
+    failpoint!("opened");
+    Ok(Connected {
+        session,
+        hold: Hold::Claims(Arc::clone(claimer.claims())),
+        publisher,
+        source: Source::Claim(claimer),
+    })
+}
+
 fn outbox(relay: &Relay) -> Outbox {
-    let contract = &relay.settings.contract;
+    let settings = &relay.settings;
     Outbox {
-        schema: contract.schema.clone(),
-        table: "outbox".to_owned(),
-        publication: contract.publication.clone(),
+        table: settings.table.clone(),
+        publication: settings.contract.publication.clone(),
         nonce: relay.nonce.clone(),
     }
 }

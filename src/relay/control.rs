@@ -13,6 +13,9 @@
 //!
 //! The confirmed position is stored too, as the server may forget it in a crash.
 //!
+//! A relay that claims rows has no checkpoint: what it has delivered it completes, row by
+//! row, and the beat renews its claims.
+//!
 //! A relay that polls has a lease instead of a slot. Each write renews it, and where
 //! there is nothing to write, the beat does. No write is waited for longer than until
 //! the lease may be over: then the attempt is.
@@ -30,12 +33,13 @@ use tracing::{debug, warn};
 use super::RelaySettings;
 use super::division::standings;
 use super::meter::Cue;
-use crate::catalog::{self, Checkpoint, Held, LEASE, Mode, SlotState};
+use crate::catalog::{self, Checkpoint, Held, LEASE, SlotState};
 use crate::contract::Contract;
 use crate::database::{self, Session};
 use crate::error::{Error, ErrorKind, Result};
 use crate::health::{Health, SILENCE_MAX, Server};
 use crate::metrics::Metrics;
+use crate::source::claim::{self, Claims};
 use crate::source::{HEARTBEAT_PREFIX, Mark};
 
 /// How often a lease is renewed.
@@ -57,6 +61,47 @@ const SLOT_INTERVAL: Duration = Duration::from_secs(5);
 /// Postgres repeats, and one small write.
 const STORE_INTERVAL: Duration = Duration::from_secs(1);
 
+/// What makes this relay the one that sends.
+#[derive(Clone)]
+pub(super) enum Hold {
+    /// The slot of this checkpoint.
+    Slot(Checkpoint),
+    /// The lease of this checkpoint.
+    Lease(Checkpoint),
+    /// Those of slices, which stand in its place where it is divided.
+    Slices(Checkpoint, Held),
+    /// Its claims.
+    Claims(Arc<Claims>),
+}
+
+impl Hold {
+    /// How long the server may take for what keeps it.
+    fn answer_max(&self) -> Duration {
+        match self {
+            Self::Slot(_) => SILENCE_MAX,
+            Self::Lease(_) | Self::Slices(..) => RENEWAL_MAX,
+            Self::Claims(_) => claim::RENEWAL_MAX,
+        }
+    }
+
+    fn checkpoint(&self) -> Option<&Checkpoint> {
+        match self {
+            Self::Slot(checkpoint) | Self::Lease(checkpoint) | Self::Slices(checkpoint, _) => {
+                Some(checkpoint)
+            }
+            Self::Claims(_) => None,
+        }
+    }
+
+    fn beat_interval(&self, heartbeat: Duration) -> Duration {
+        match self {
+            Self::Slot(_) => heartbeat,
+            Self::Lease(_) | Self::Slices(..) => RENEW_INTERVAL,
+            Self::Claims(_) => claim::RENEW_INTERVAL,
+        }
+    }
+}
+
 pub(super) struct Control {
     shared: Arc<Shared>,
     task: JoinSet<Error>,
@@ -69,9 +114,7 @@ pub(super) type Reached = (Mark, PgLsn);
 struct Shared {
     session: Arc<Session>,
     contract: Contract,
-    checkpoint: Checkpoint,
-    /// The slices of a divided relay: they have the leases, and where they stand.
-    held: Option<Held>,
+    hold: Hold,
     nonce: String,
     metrics: Arc<Metrics>,
     health: Arc<Health>,
@@ -96,24 +139,20 @@ impl Control {
     pub(super) fn start(
         session: Arc<Session>,
         settings: &RelaySettings,
-        (checkpoint, held): (Checkpoint, Option<Held>),
+        hold: Hold,
         nonce: String,
         metrics: Arc<Metrics>,
         health: Arc<Health>,
         cue: Arc<Cue>,
     ) -> Self {
         let intervals = Intervals {
-            beat: match checkpoint.mode {
-                Mode::Wal => settings.heartbeat_interval,
-                Mode::Poll => RENEW_INTERVAL,
-            },
+            beat: hold.beat_interval(settings.heartbeat_interval),
             mark: settings.status_interval,
         };
         let shared = Arc::new(Shared {
             session,
             contract: settings.contract.clone(),
-            checkpoint,
-            held,
+            hold,
             nonce,
             metrics,
             health,
@@ -140,7 +179,7 @@ impl Control {
     pub(super) fn last_fence(&self) -> impl Future<Output = Result<Option<String>>> + 'static {
         let shared = Arc::clone(&self.shared);
         async move {
-            if shared.checkpoint.mode == Mode::Wal {
+            if let Hold::Slot(_) = shared.hold {
                 shared.write_fence().await?;
             }
             Ok(shared.newest_fence())
@@ -219,7 +258,7 @@ impl Control {
     /// confirmed this position.
     pub(super) async fn flush(&self, lsn: PgLsn) -> Result<()> {
         self.store().await?;
-        if self.shared.checkpoint.mode == Mode::Poll {
+        if !matches!(self.shared.hold, Hold::Slot(_)) {
             return Ok(());
         }
         loop {
@@ -235,22 +274,26 @@ impl Control {
         }
     }
 
-    /// Lets another relay take over at once, where that is ours to say.
-    pub(super) async fn release(&mut self) {
+    /// Lets another relay take over at once, where that is ours to say. Whether that is
+    /// done.
+    pub(super) async fn release(&mut self) -> bool {
         let shared = &self.shared;
-        if shared.checkpoint.mode == Mode::Poll {
-            // No renewal may come behind it.
-            self.task.shutdown().await;
-            let (client, contract) = (&shared.session.client, &shared.contract);
-            let released = async {
-                match &shared.held {
-                    Some(held) => held.release(client, contract).await,
-                    None => shared.checkpoint.release(client, contract).await,
-                }
-            };
-            // If it cannot be said, the lease ends by itself.
-            let _ = timeout(RELEASE_MAX, released).await;
+        let client = &shared.session.client;
+        if let Hold::Slot(_) = shared.hold {
+            return true;
         }
+        // No renewal may come behind it.
+        self.task.shutdown().await;
+        let released = async {
+            match &shared.hold {
+                Hold::Slot(_) => Ok(()),
+                Hold::Lease(checkpoint) => checkpoint.release(client, &shared.contract).await,
+                Hold::Slices(_, held) => held.release(client, &shared.contract).await,
+                Hold::Claims(claims) => claims.release(client).await,
+            }
+        };
+        // If it cannot be said, it ends by itself.
+        matches!(timeout(RELEASE_MAX, released).await, Ok(Ok(())))
     }
 
     /// Gives slices that others want to them, once everything is stored. The rest stays
@@ -259,7 +302,7 @@ impl Control {
         // A renewal behind it would miss them.
         self.task.shutdown().await;
         let shared = &self.shared;
-        let Some(held) = &shared.held else {
+        let Hold::Slices(_, held) = &shared.hold else {
             return Ok(());
         };
         let handed = held.hand_over(&shared.session.client, &shared.contract);
@@ -268,7 +311,10 @@ impl Control {
 
     /// How long this process may have been frozen and still be the one that is at work.
     pub(super) fn frozen_max(&self) -> Option<Duration> {
-        (self.shared.checkpoint.mode == Mode::Poll).then_some(RENEWAL_MAX)
+        match &self.shared.hold {
+            Hold::Slot(_) => None,
+            hold => Some(hold.answer_max()),
+        }
     }
 }
 
@@ -292,16 +338,16 @@ async fn run(
     mut mark: watch::Receiver<Option<(u64, Reached)>>,
     intervals: Intervals,
 ) -> Error {
-    let is_wal = shared.checkpoint.mode == Mode::Wal;
-    let has_left_slot = shared.checkpoint.has_left_slot();
+    let is_wal = matches!(shared.hold, Hold::Slot(_));
+    let has_left_slot = shared
+        .hold
+        .checkpoint()
+        .is_some_and(Checkpoint::has_left_slot);
     if !is_wal && !has_left_slot {
         // It may have been dropped since it was last looked at.
         shared.metrics.slot(None);
     }
-    let answer_max = match shared.checkpoint.mode {
-        Mode::Wal => SILENCE_MAX,
-        Mode::Poll => RENEWAL_MAX,
-    };
+    let answer_max = shared.hold.answer_max();
     let mut beat = tokio::time::interval(intervals.beat);
     let mut slot = tokio::time::interval(SLOT_INTERVAL);
     let mut store = tokio::time::interval(STORE_INTERVAL);
@@ -314,6 +360,7 @@ async fn run(
         let result = tokio::select! {
             error = shared.session.ended() => return error,
             _ = beat.tick() => timeout(answer_max, shared.beat()).await,
+            claims = shared.news_of_claims() => timeout(answer_max, claims.settle(&shared.session.client)).await,
             _ = slot.tick(), if is_wal || has_left_slot => {
                 timeout(answer_max, shared.look_at_slot()).await
             }
@@ -348,14 +395,26 @@ async fn run(
 impl Shared {
     async fn beat(&self) -> Result<()> {
         let client = &self.session.client;
-        if let Some(held) = &self.held {
-            return held.renew(client, &self.contract).await;
+        match &self.hold {
+            Hold::Slot(checkpoint) => {
+                self.compare_publication(checkpoint).await?;
+                self.write_fence().await
+            }
+            Hold::Lease(checkpoint) => checkpoint.renew(client, &self.contract).await,
+            Hold::Slices(_, held) => held.renew(client, &self.contract).await,
+            Hold::Claims(claims) => claims.renew(client).await,
         }
-        if self.checkpoint.mode == Mode::Poll {
-            return self.checkpoint.renew(client, &self.contract).await;
+    }
+
+    /// Waits until there is something to write about claims besides what is completed.
+    async fn news_of_claims(&self) -> &Claims {
+        match &self.hold {
+            Hold::Claims(claims) => {
+                claims.news.notified().await;
+                claims
+            }
+            _ => std::future::pending().await,
         }
-        self.compare_publication().await?;
-        self.write_fence().await
     }
 
     /// Writes a fence if there were events since the last.
@@ -380,9 +439,9 @@ impl Shared {
 
     /// How long to write no mark after one that took so long.
     fn pause_after(&self, write: Duration) -> Duration {
-        match self.held {
-            Some(_) => write * WRITE_PAUSE,
-            None => Duration::ZERO,
+        match self.hold {
+            Hold::Slices(..) => write * WRITE_PAUSE,
+            _ => Duration::ZERO,
         }
     }
 
@@ -392,13 +451,13 @@ impl Shared {
         fence.unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    async fn compare_publication(&self) -> Result<()> {
-        catalog::compare_publication(&self.session.client, &self.contract, &self.checkpoint).await
+    async fn compare_publication(&self, checkpoint: &Checkpoint) -> Result<()> {
+        catalog::compare_publication(&self.session.client, &self.contract, checkpoint).await
     }
 
     async fn look_at_slot(&self) -> Result<()> {
         let (client, slot) = (&self.session.client, &self.contract.slot);
-        if self.checkpoint.mode == Mode::Poll {
+        if !matches!(self.hold, Hold::Slot(_)) {
             let left = catalog::find_slot(client, slot).await?;
             self.tell_of_left_slot(left.as_ref());
             return Ok(());
@@ -430,18 +489,21 @@ impl Shared {
     }
 
     fn is_stored(&self) -> bool {
-        let (reached, stored) = match self.checkpoint.mode {
-            Mode::Wal => (&self.confirmed, &self.stored),
-            Mode::Poll => (&self.marks_reached, &self.marks_stored),
+        let (reached, stored) = match self.hold {
+            Hold::Slot(_) => (&self.confirmed, &self.stored),
+            _ => (&self.marks_reached, &self.marks_stored),
         };
         reached.load(Ordering::Relaxed) <= stored.load(Ordering::Relaxed)
     }
 
     async fn store_position(&self) -> Result<()> {
+        let Hold::Slot(checkpoint) = &self.hold else {
+            return Ok(());
+        };
         let confirmed = self.confirmed.load(Ordering::Relaxed);
         let client = &self.session.client;
         let lsn = confirmed.into();
-        self.checkpoint
+        checkpoint
             .store_position(client, &self.contract, lsn)
             .await?;
         // A store at the end of an attempt may overtake the one of the interval.
@@ -451,21 +513,21 @@ impl Shared {
 
     async fn store_mark(&self, number: u64, (mark, lsn): Reached) -> Result<()> {
         let (client, contract) = (&self.session.client, &self.contract);
-        let checkpoint = &self.checkpoint;
-        match (&self.held, mark) {
-            (Some(held), mark) => {
+        match (&self.hold, mark) {
+            (Hold::Claims(claims), Mark::Claims(rows)) => claims.complete(client, rows).await?,
+            (Hold::Slices(_, held), mark) => {
                 let standings = standings(held, mark);
                 held.store(client, contract, &standings).await?;
             }
-            // Only slices stand at several places.
-            (None, Mark::Standings(_)) => {}
-            (None, Mark::Seq(gap)) => checkpoint.store_seq(client, contract, &gap).await?,
-            (None, Mark::Fence(snapshot)) => {
+            (Hold::Slot(checkpoint) | Hold::Lease(checkpoint), Mark::Seq(gap)) => {
+                checkpoint.store_seq(client, contract, &gap).await?;
+            }
+            (Hold::Slot(checkpoint) | Hold::Lease(checkpoint), Mark::Fence(snapshot)) => {
                 debug!(%lsn, snapshot, "fence reached");
-                if checkpoint.mode == Mode::Wal {
+                if let Hold::Slot(_) = self.hold {
                     // Between the last beat and the fence it may have changed and hidden
                     // rows that the fence sees: then the older fence stays.
-                    self.compare_publication().await?;
+                    self.compare_publication(checkpoint).await?;
                 }
                 failpoint!("fencing");
                 checkpoint
@@ -473,6 +535,7 @@ impl Shared {
                     .await?;
                 self.cue.fenced();
             }
+            (_, mark) => unreachable!("{mark:?} is of another source"),
         }
         // A store at the end of an attempt may overtake the one of the interval.
         self.marks_stored.fetch_max(number, Ordering::Relaxed);

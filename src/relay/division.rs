@@ -233,5 +233,7 @@ pub(super) fn standings(held: &Held, mark: Mark) -> Vec<Standing> {
             gap: None,
         }],
         Mark::Standings(standings) => standings,
+        // Of rows, not of a place.
+        Mark::Claims(_) => Vec::new(),
     }
 }

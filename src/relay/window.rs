@@ -231,15 +231,15 @@ impl Window {
             sent_at: self.now,
         };
         let sequence = self.queue.push_event(sent, size);
-        self.last_sent = Some(row.place);
         failpoint!("sending");
         match self.publisher.send(record, destination.partition, sequence) {
             Ok(()) => {
+                self.last_sent = Some(row.place);
                 self.pace.sent(self.now);
                 failpoint!("sent");
             }
             Err(SendError::Row(code)) => {
-                self.queue.refused(sequence);
+                self.queue.withdraw();
                 let why = self.publisher.refusal(destination.topic, size, code, false);
                 return Err(Stop::Row(row.clone(), why));
             }

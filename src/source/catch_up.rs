@@ -102,7 +102,7 @@ impl CatchUp {
         let reading = match mark {
             Mark::Seq(gap) => standing(step.slices, &gap.since.clone(), Some(gap)),
             Mark::Fence(snapshot) => standing(step.slices, &snapshot, None),
-            Mark::Standings(_) => return mark,
+            Mark::Standings(_) | Mark::Claims(_) => return mark,
         };
         let done = (!self.done.is_empty()).then(|| standing(self.done, &self.until, None));
         Mark::Standings(done.into_iter().chain([reading]).collect())

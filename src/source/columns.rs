@@ -2,12 +2,15 @@
 
 use crate::event::{Event, Payload};
 use crate::pgoutput::{Relation, Tuple, Value};
+use crate::table::Table;
 use crate::timestamp::{Timestamp, TimestampError};
 
 /// The fields of a table's columns, in the columns' order.
 #[derive(Debug)]
 pub(super) struct Columns {
     fields: Vec<Option<Field>>,
+    /// Fields that share a column with one of those: which, and with which.
+    shared: Vec<(Field, Field)>,
     payload: PayloadType,
     /// A column that every event needs and this table does not have.
     missing: Option<&'static str>,
@@ -88,12 +91,6 @@ impl Field {
         ("created_at", Self::CreatedAt),
     ];
 
-    fn of(column: &str) -> Option<Self> {
-        let mut all = Self::ALL.iter();
-        all.find(|(name, _)| *name == column)
-            .map(|(_, field)| *field)
-    }
-
     fn name(self) -> &'static str {
         Self::ALL[self as usize].0
     }
@@ -123,25 +120,33 @@ impl<'a> Fields<'a> {
 }
 
 impl Columns {
-    /// Columns that are not ours are passed over; those that are missing are
+    /// Columns that are no field's are passed over; those that are missing are
     /// noticed when a row is read, so that the row can be named.
-    pub(super) fn of(relation: &Relation) -> Self {
-        let payload = relation
-            .columns
-            .iter()
-            .find(|column| column.name == "payload");
-        let fields: Vec<_> = relation
-            .columns
-            .iter()
-            .map(|column| Field::of(&column.name))
-            .collect();
-        let missing = Field::ALL
-            .into_iter()
-            .find(|(_, field)| field.is_required() && !fields.contains(&Some(*field)));
+    pub(super) fn of(relation: &Relation, table: &Table) -> Self {
+        let place = |field: &str| {
+            let name = table.column(field)?;
+            let mut columns = relation.columns.iter();
+            columns.position(|column| column.name == name)
+        };
+        let mut fields = vec![None; relation.columns.len()];
+        let mut shared = Vec::new();
+        let mut missing = None;
+        for (name, field) in Field::ALL {
+            match place(name) {
+                Some(column) => match fields[column] {
+                    None => fields[column] = Some(field),
+                    Some(first) => shared.push((field, first)),
+                },
+                None if field.is_required() => missing = missing.or(Some(name)),
+                None => {}
+            }
+        }
+        let payload = place("payload").map(|column| relation.columns[column].type_oid);
         Self {
             fields,
-            missing: missing.map(|(name, _)| name),
-            payload: match payload.map(|column| column.type_oid) {
+            shared,
+            missing,
+            payload: match payload {
                 Some(type_oid::JSON | type_oid::JSONB) => PayloadType::Json,
                 Some(type_oid::BYTEA) => PayloadType::Bytea,
                 _ => PayloadType::Text,
@@ -216,6 +221,9 @@ impl Columns {
                 }
             };
         }
+        for (field, first) in &self.shared {
+            fields.0[*field as usize] = fields.get(*first);
+        }
         Ok(fields)
     }
 }
@@ -227,7 +235,6 @@ mod tests {
     #[test]
     fn each_field_finds_its_own_name() {
         for (name, field) in Field::ALL {
-            assert_eq!(Field::of(name), Some(field));
             assert_eq!(field.name(), name);
         }
     }

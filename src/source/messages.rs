@@ -33,6 +33,7 @@ use super::{Item, Mark, Place, Position, Row};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Event;
 use crate::pgoutput::{self, Message, Relation};
+use crate::table::Table;
 use crate::timestamp::Timestamp;
 
 /// The prefix of the relay's own logical messages.
@@ -41,23 +42,13 @@ pub const HEARTBEAT_PREFIX: &str = "postbox";
 /// The table that is read, and the publication that names it.
 #[derive(Debug, Clone)]
 pub struct Outbox {
-    /// The table's schema.
-    pub schema: String,
-    /// The table's name.
-    pub table: String,
+    /// The table.
+    pub table: Table,
     /// The publication.
     pub publication: String,
     /// What the relay's own logical messages begin with. Any role may write
     /// messages with our prefix, and another relay does.
     pub nonce: String,
-}
-
-impl Outbox {
-    /// The table, quoted for SQL.
-    pub(super) fn quoted(&self) -> String {
-        let (schema, table) = (&self.schema, &self.table);
-        format!("{}.{}", escape_identifier(schema), escape_identifier(table))
-    }
 }
 
 /// Follows the messages of one stream.
@@ -87,7 +78,8 @@ impl Messages {
 
     /// What rows of a table are made of, other than by a message.
     pub(super) fn describe(&mut self, relation: &Relation) {
-        self.tables.insert(relation.id, Columns::of(relation));
+        let columns = Columns::of(relation, &self.outbox.table);
+        self.tables.insert(relation.id, columns);
     }
 
     /// Whether the rows given so far end within a transaction.
@@ -207,7 +199,7 @@ impl Messages {
     }
 
     fn check_table(&self, relation: &Relation) -> Result<()> {
-        let ours = (&self.outbox.schema, &self.outbox.table);
+        let ours = (&self.outbox.table.schema, &self.outbox.table.name);
         if (&relation.schema, &relation.name) == ours {
             return Ok(());
         }
@@ -264,11 +256,11 @@ fn protocol(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::contract::Contract;
 
     fn messages() -> Messages {
         let mut messages = Messages::new(Outbox {
-            schema: "postbox".to_owned(),
-            table: "outbox".to_owned(),
+            table: Table::of(&Contract::default()),
             publication: "postbox".to_owned(),
             nonce: "secret".to_owned(),
         });

@@ -107,8 +107,8 @@ impl Pages {
         let described = columns.iter().map(|column| column.described.clone());
         let relation = Relation {
             id: RELATION,
-            schema: outbox.schema.clone(),
-            name: outbox.table.clone(),
+            schema: outbox.table.schema.clone(),
+            name: outbox.table.name.clone(),
             columns: described.collect(),
         };
         let pages = Self {
@@ -292,7 +292,7 @@ async fn columns(
     let sql = "SELECT attname::text, atttypid, attlen < 0 FROM pg_attribute \
                WHERE attrelid = $1::text::regclass AND attnum > 0 AND NOT attisdropped ORDER BY attnum";
     let rows = client
-        .query_typed(sql, &[(&outbox.quoted(), Type::TEXT)])
+        .query_typed(sql, &[(&outbox.table.quoted(), Type::TEXT)])
         .await?;
     let columns = rows.iter().map(|row| SourceColumn {
         described: Column {
@@ -306,7 +306,7 @@ async fn columns(
 
 impl Statements {
     fn new(outbox: &Outbox, columns: &[SourceColumn], slices: Slices) -> Self {
-        let table = outbox.quoted();
+        let table = outbox.table.quoted();
         // Where rows are counted: a page is as many of these slices.
         let of_slices = slices
             .condition(&key_columns(columns))

@@ -335,7 +335,7 @@ async fn listen(session: &Session, outbox: &Outbox) -> Result<()> {
     let listening = async {
         let found = session
             .client
-            .query_typed(sql, &[(&outbox.quoted(), Type::TEXT)])
+            .query_typed(sql, &[(&outbox.table.quoted(), Type::TEXT)])
             .await?;
         if found.first().is_some_and(|row| row.get(0)) {
             session.client.batch_execute("LISTEN postbox").await?;

@@ -10,6 +10,7 @@
 mod support;
 
 mod campaign;
+mod claim;
 mod cli;
 mod compose;
 mod corpus;

@@ -15,7 +15,7 @@ fn send(publisher: &Publisher, topic: &str, sequence: u64, value: &[u8]) -> Resu
     let id = Uuid::new_v4().to_string();
     let record = Record {
         topic,
-        key: "a",
+        key: Some("a"),
         value: Some(value),
         headers: vec![Header {
             name: "id".into(),

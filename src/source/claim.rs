@@ -1,0 +1,414 @@
+//! Rows of a table that says of each whether it is published, claimed from others who
+//! read the same table.
+//!
+//! # The promise
+//!
+//! A row is claimed before it is sent and completed after the broker has it, in the
+//! columns and by the rules of the library that made the table: its own workers and tools
+//! go on beside us. Rows of one key come in the order of their creation, by the
+//! application's clock, over whole batches: a row is not claimed while an earlier one of
+//! its key is claimed by somebody else, or waits to be tried again. No transaction is open
+//! while rows are sent. A row that cannot go out is put off, as its table says, and holds
+//! up only its key; at the end of its attempts it holds up nobody.
+//!
+//! # What is misleading
+//!
+//! - `FOR UPDATE SKIP LOCKED` passes over a row that another is just claiming, and would
+//!   go on with the next of its key. So what comes behind such a row is not claimed with it.
+//! - Rows in the order of when they are due are not in the order of their keys: one that
+//!   was tried again is due late and comes first. So of each key that has a row due, the
+//!   oldest rows are looked at.
+//! - Behind a row that waits there may be thousands of its key that are due, and fill each
+//!   claim: so keys that are held are passed over until all others have had their turn.
+//!
+//! # How long a claim lasts
+//!
+//! Others take a claim for dead when it is older than a timeout, by default five minutes.
+//! Ours are written so old that they end after [`LEASE`](statements::LEASE), and are renewed meanwhile: what a
+//! relay that was killed has claimed is free again after seconds.
+
+mod claims;
+mod statements;
+
+pub use claims::{Claims, RENEW_INTERVAL, RENEWAL_MAX};
+pub use statements::ClaimSettings;
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::pin::pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep_until, timeout};
+use tokio_postgres::types::{PgLsn, Type};
+
+use self::claims::Claim;
+use self::statements::{LEASE, ROWS, Statements, shape, warn_of_missing_index};
+use super::columns::Unreadable;
+use super::messages::{Messages, Outbox};
+use super::{FORMATS, Item, Mark, Place, Position, Row};
+use crate::database::{Database, Session, query_after, sort};
+use crate::error::{Error, ErrorKind, Result, joined};
+use crate::event::Event;
+use crate::pgoutput::{Relation, Value, encode_insert};
+use crate::timestamp::Timestamp;
+
+/// Rows between two marks: what a kill repeats beside what is in flight.
+const MARK_ROWS: usize = 256;
+
+/// How long keys that are held are passed over.
+const HELD_MAX: Duration = Duration::from_secs(1);
+
+/// How long the end waits for a claim that is on its way. Without that it ends by itself.
+const STOP_MAX: Duration = Duration::from_secs(1);
+
+/// The oid of the table in its messages. No table has it.
+const RELATION: u32 = 0;
+
+/// Claims rows, and gives them in order.
+pub struct Claimer {
+    session: Arc<Session>,
+    claims: Arc<Claims>,
+    messages: Messages,
+    is_keyed: bool,
+    doing: String,
+    interval_min: Duration,
+    interval_max: Duration,
+    rows: VecDeque<Claimed>,
+    claiming: JoinSet<Result<Answer>>,
+    asked_at: Instant,
+    pause: Duration,
+    /// Keys whose rows are all held, as of late.
+    passed_over: Vec<(String, String)>,
+    passed_over_since: Instant,
+    /// Keys of rows that were refused, until that is written and seen.
+    refused: HashSet<u64>,
+    /// The key of the row that was given last.
+    last_key: Option<u64>,
+    unmarked: usize,
+    given: u64,
+    /// Until when an attempt before this one may have left claims.
+    leftovers_until: Option<Instant>,
+    has_caught_up: bool,
+}
+
+/// A row that is ours, and not yet given.
+struct Claimed {
+    row: Row,
+    /// Its topic and key.
+    key: Option<u64>,
+}
+
+struct Answer {
+    /// How many rows were due, as far as they were looked at.
+    due: i64,
+    rows: Vec<(Claimed, Claim)>,
+    held: Vec<(String, String)>,
+}
+
+impl Claimer {
+    /// Opens a session to claim by, as `worker`, which nobody has been before.
+    ///
+    /// # Errors
+    /// If the table is not as its preset says, or cannot be read.
+    pub async fn open(
+        database: &Database,
+        outbox: Outbox,
+        settings: &ClaimSettings,
+        worker: &str,
+        intervals: (Duration, Duration),
+    ) -> Result<Self> {
+        let table = &settings.table;
+        let Some(tracking) = table.preset.tracking() else {
+            let message = format!(
+                "rows of {} do not say whether they are published: they cannot be claimed",
+                table.quoted()
+            );
+            return Err(Error::new(ErrorKind::Settings, message));
+        };
+        let session = database.connect_pooled("postbox claims").await?;
+        let shape = shape(&session.client, table).await?;
+        warn_of_missing_index(&session.client, table).await?;
+        let statements =
+            Statements::new(settings, worker, tracking, &shape.columns, &shape.id_type);
+        let mut messages = Messages::new(outbox);
+        messages.describe(&Relation {
+            id: RELATION,
+            schema: table.schema.clone(),
+            name: table.name.clone(),
+            columns: shape.columns,
+        });
+        let now = Instant::now();
+        Ok(Self {
+            session: Arc::new(session),
+            claims: Arc::new(Claims::new(statements, table.clone())),
+            messages,
+            is_keyed: table.column("partition_key").is_some(),
+            doing: format!("claim rows of {}", table.quoted()),
+            interval_min: intervals.0,
+            interval_max: intervals.1,
+            rows: VecDeque::new(),
+            claiming: JoinSet::new(),
+            asked_at: now,
+            pause: Duration::ZERO,
+            passed_over: Vec::new(),
+            passed_over_since: now,
+            refused: HashSet::new(),
+            last_key: None,
+            unmarked: 0,
+            given: 0,
+            leftovers_until: None,
+            has_caught_up: false,
+        })
+    }
+
+    /// Rows that an attempt before this one had claimed may not have been given back.
+    pub fn expect_leftovers(&mut self) {
+        self.leftovers_until = Some(Instant::now() + LEASE);
+    }
+
+    /// What is claimed, for those who complete it.
+    pub fn claims(&self) -> &Arc<Claims> {
+        &self.claims
+    }
+
+    /// The next row or position. Cancel-safe.
+    ///
+    /// # Errors
+    /// If the table cannot be read.
+    pub async fn next(&mut self) -> Result<Item> {
+        loop {
+            if self.unmarked >= MARK_ROWS || (self.rows.is_empty() && self.unmarked > 0) {
+                self.unmarked = 0;
+                return Ok(Item::Position(Position {
+                    lsn: PgLsn::from(0),
+                    mark: Some(Mark::Claims(self.given)),
+                }));
+            }
+            if self.claiming.is_empty() && self.rows.len() < ROWS as usize / 2 {
+                let due = self.asked_at + self.pause;
+                if self.rows.is_empty() {
+                    sleep_until(due).await;
+                    // A row that was refused holds its key only once that is written.
+                    self.claims.settled().await;
+                    self.ask();
+                } else if Instant::now() >= due && self.claims.is_settled() {
+                    self.ask();
+                }
+            }
+            if let Some(claimed) = self.rows.pop_front() {
+                self.given = self.claims.give();
+                self.last_key = claimed.key;
+                self.unmarked += 1;
+                return Ok(Item::Row(claimed.row));
+            }
+            let Some(answer) = self.claiming.join_next().await else {
+                continue;
+            };
+            self.answered(joined(answer)?);
+        }
+    }
+
+    /// As [`Stream::try_next`](super::wal::Stream::try_next).
+    ///
+    /// # Errors
+    /// As [`next`](Self::next).
+    pub fn try_next(&mut self) -> Result<Option<Item>> {
+        match pin!(self.next()).poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(item) => item.map(Some),
+            Poll::Pending => Ok(None),
+        }
+    }
+
+    fn ask(&mut self) {
+        self.refused.clear();
+        if self.passed_over_since.elapsed() > HELD_MAX {
+            self.passed_over.clear();
+            self.passed_over_since = Instant::now();
+        }
+        self.asked_at = Instant::now();
+        let (session, claims) = (Arc::clone(&self.session), Arc::clone(&self.claims));
+        let held = self.passed_over.iter().cloned().unzip();
+        let (is_keyed, doing) = (self.is_keyed, self.doing.clone());
+        let claiming = async move { claim(&session, &claims, is_keyed, held, &doing).await };
+        self.claiming.spawn(claiming);
+    }
+
+    fn answered(&mut self, answer: Answer) {
+        let is_all = answer.due < ROWS;
+        if is_all {
+            self.passed_over.clear();
+            self.passed_over_since = Instant::now();
+        } else {
+            self.passed_over.extend(answer.held);
+        }
+        let (rows, claims): (Vec<_>, Vec<_>) = answer.rows.into_iter().unzip();
+        self.pause = match rows.is_empty() {
+            // There are more than were looked at.
+            _ if !is_all => Duration::ZERO,
+            false => self.interval_min,
+            true => (self.pause * 2).clamp(self.interval_min, self.interval_max),
+        };
+        let is_whole = (self.leftovers_until).is_none_or(|until| self.asked_at > until);
+        self.has_caught_up |= is_all && is_whole;
+        self.claims.add(claims);
+        self.rows.extend(rows);
+        if !self.refused.is_empty() {
+            self.give_back_refused();
+        }
+    }
+
+    /// The row that was given last cannot go out: nor do those of its key that are behind
+    /// it.
+    pub fn refuse_last(&mut self, why: String) {
+        self.claims.refuse_last(why);
+        if let Some(key) = self.last_key {
+            self.refused.insert(key);
+            self.give_back_refused();
+        }
+    }
+
+    fn give_back_refused(&mut self) {
+        let refused = &self.refused;
+        let goes_back = |claimed: &Claimed| claimed.key.is_some_and(|key| refused.contains(&key));
+        let rows = &self.rows;
+        self.claims.give_back(|number| goes_back(&rows[number]));
+        self.rows.retain(|claimed| !goes_back(claimed));
+    }
+
+    /// Claims no more. What was just being claimed is ours by then, to be given back.
+    pub async fn stop(&mut self) {
+        let answer = timeout(STOP_MAX, self.claiming.join_next()).await;
+        if let Ok(Some(Ok(Ok(answer)))) = answer {
+            self.answered(answer);
+        }
+    }
+
+    /// The event of a row that this source gave.
+    ///
+    /// # Errors
+    /// If the row is not an event.
+    pub fn event<'a>(&self, row: &'a Row) -> Result<Event<'a>, Unreadable> {
+        self.messages.event(row)
+    }
+
+    /// What a person needs to find the row.
+    pub fn name_of(&self, row: &Row) -> String {
+        self.messages.name_of(row)
+    }
+
+    /// What may be stored once all rows that were given are delivered, if that is not the
+    /// last position.
+    pub fn mark(&self) -> Option<Mark> {
+        (self.unmarked > 0).then_some(Mark::Claims(self.given))
+    }
+
+    /// The same, but for the last of these rows.
+    pub fn mark_before_last(&self) -> Option<Mark> {
+        (self.unmarked > 0).then(|| Mark::Claims(self.given - 1))
+    }
+
+    /// Whether everything that was there at the start has been given: also what a relay
+    /// before this one had claimed.
+    pub fn has_caught_up(&self) -> bool {
+        self.has_caught_up && self.rows.is_empty()
+    }
+}
+
+/// Keys to pass over, as topics and keys.
+type Held = (Vec<String>, Vec<String>);
+
+async fn claim(
+    session: &Session,
+    claims: &Claims,
+    is_keyed: bool,
+    held: Held,
+    doing: &str,
+) -> Result<Answer> {
+    let tokens = claims.tokens();
+    let since = std::time::Instant::now();
+    let parameters = [
+        (&tokens as _, Type::TEXT_ARRAY),
+        (&held.0 as _, Type::TEXT_ARRAY),
+        (&held.1 as _, Type::TEXT_ARRAY),
+    ];
+    let parameters = if is_keyed { &parameters[..] } else { &[] };
+    failpoint!("claiming_rows");
+    let sql = &claims.statements.claim;
+    let rows = query_after(&BEGIN, &session.client, sql, parameters).await;
+    let rows = rows.map_err(|error| sort(doing, error))?;
+    failpoint!("rows_claimed");
+    let mut answer = Answer {
+        due: rows.first().map_or(0, |row| row.get(0)),
+        rows: Vec::with_capacity(rows.len()),
+        held: Vec::new(),
+    };
+    let mut keys: HashMap<(&str, &str), u64> = HashMap::new();
+    for row in &rows {
+        let key: Option<(&str, &str)> = row.get::<_, Option<&str>>(1).zip(row.get(2));
+        let Some(id) = row.get::<_, Option<&str>>(4) else {
+            if let (Some((topic, key)), true) = (key, row.get(3)) {
+                answer.held.push((topic.to_owned(), key.to_owned()));
+            }
+            continue;
+        };
+        let claim = Claim {
+            id: id.to_owned(),
+            created_at: row.get(5),
+            token: row.get(6),
+            since,
+            is_refused: false,
+        };
+        let key = key.map(|key| *keys.entry(key).or_insert_with(|| hash(&key)));
+        answer.rows.push((
+            Claimed {
+                row: read(row, id),
+                key,
+            },
+            claim,
+        ));
+    }
+    Ok(answer)
+}
+
+fn read(row: &tokio_postgres::Row, id: &str) -> Row {
+    let text = |column| row.get::<_, Option<&str>>(column).map(str::as_bytes);
+    let values = (8..row.len()).map(|column| text(column).map_or(Value::Null, Value::Text));
+    Row {
+        bytes: encode_insert(RELATION, values).into(),
+        place: Place {
+            commit_lsn: PgLsn::from(0),
+            // The same, whenever it is claimed.
+            ordinal: hash(&id),
+        },
+        // When it was committed the table does not say.
+        committed_at: Timestamp::from_unix_micros(row.get(7)),
+    }
+}
+
+fn hash(value: &impl Hash) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    value.hash(&mut hasher);
+    hasher.finish()
+}
+
+/// Begins the transaction of a claim: what it sees is on the server's disk once it is
+/// committed, so that no row is sent that a crash takes back.
+static BEGIN: std::sync::LazyLock<String> = std::sync::LazyLock::new(|| {
+    let own = [
+        ("row_security", "off"),
+        ("statement_timeout", "0"),
+        ("lock_timeout", "5000"),
+        ("synchronous_commit", "local"),
+        ("enable_seqscan", "off"),
+        ("jit", "off"),
+        ("max_parallel_workers_per_gather", "0"),
+    ];
+    let settings = FORMATS.into_iter().chain(own);
+    let settings: String = settings
+        .map(|(name, value)| format!("; SET LOCAL {name} = {value}"))
+        .collect();
+    format!("BEGIN{settings}")
+});

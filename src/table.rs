@@ -1,0 +1,374 @@
+//! Whose table is read, and which of its columns is which field of an event.
+//!
+//! The outbox is ours, or one that another library made: its users change the relay and
+//! nothing else. A *preset* knows such a table as its makers left it:
+//!
+//! | preset | table | tracks progress | key | value | headers |
+//! |---|---|---|---|---|---|
+//! | `postbox` | `postbox.outbox` | no | `partition_key`, else `aggregate_id` | envelope | ours, the row's |
+//! | `omni-box` | `outbox_events` | `status`, `locked_at`, `attempts_made` … | `partition_key` | envelope | the row's, theirs |
+//! | `spakky` | `spakky_event_outbox` | `published_at`, `claimed_at`, `retry_count` | none | payload | the row's |
+//! | `debezium` | `outbox` | no | `aggregateid` | payload | `id` |
+//!
+//! A column that has another name is named one by one; a field without a column is one
+//! that no row has.
+
+use std::str::FromStr;
+
+use postgres_protocol::escape::escape_identifier;
+
+use crate::contract::{Contract, check_name};
+use crate::envelope::{Format, HeaderStyle, Route};
+use crate::error::{Error, ErrorKind, Result};
+
+/// A table as those who made it left it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub enum Preset {
+    /// Ours.
+    #[default]
+    Postbox,
+    /// omni-box 0.1 to 0.3: `outbox_events`, plain or partitioned.
+    OmniBox,
+    /// spakky-outbox 6: `spakky_event_outbox`.
+    Spakky,
+    /// The default columns of Debezium's outbox event router.
+    Debezium,
+}
+
+impl Preset {
+    /// All of them, by the names they have on the command line.
+    pub const ALL: [(&'static str, Self); 4] = [
+        ("postbox", Self::Postbox),
+        ("omni-box", Self::OmniBox),
+        ("spakky", Self::Spakky),
+        ("debezium", Self::Debezium),
+    ];
+
+    /// As it is written on the command line.
+    pub fn name(self) -> &'static str {
+        Self::ALL[self as usize].0
+    }
+
+    /// Its table, if none is named.
+    fn table(self) -> &'static str {
+        match self {
+            Self::Postbox | Self::Debezium => "outbox",
+            Self::OmniBox => "outbox_events",
+            Self::Spakky => "spakky_event_outbox",
+        }
+    }
+
+    /// What a record's value looks like, if nothing is said.
+    pub fn format(self) -> Format {
+        match self {
+            Self::Postbox | Self::OmniBox => Format::Envelope,
+            Self::Spakky | Self::Debezium => Format::Raw,
+        }
+    }
+
+    /// Where an event goes whose row does not say, if nothing is said.
+    pub fn route(self) -> Route {
+        match self {
+            Self::Debezium => "outbox.event.{aggregate_type}"
+                .parse()
+                .expect("a route of ours"),
+            _ => Route::default(),
+        }
+    }
+
+    /// Which headers its records have, if nothing is said.
+    pub fn headers(self) -> HeaderStyle {
+        match self {
+            Self::Postbox => HeaderStyle::Postbox,
+            Self::OmniBox => HeaderStyle::OmniBox,
+            Self::Spakky => HeaderStyle::None,
+            Self::Debezium => HeaderStyle::Debezium,
+        }
+    }
+
+    /// How it says which rows are published, if its rows say that.
+    pub fn tracking(self) -> Option<Tracking> {
+        match self {
+            Self::OmniBox => Some(Tracking::Status),
+            Self::Spakky => Some(Tracking::Times),
+            Self::Postbox | Self::Debezium => None,
+        }
+    }
+
+    /// Fields that have a column, and its name.
+    fn columns(self) -> &'static [(&'static str, &'static str)] {
+        match self {
+            Self::Postbox => &[
+                ("seq", "seq"),
+                ("id", "id"),
+                ("aggregate_type", "aggregate_type"),
+                ("aggregate_id", "aggregate_id"),
+                ("event_type", "event_type"),
+                ("topic", "topic"),
+                ("partition_key", "partition_key"),
+                ("payload", "payload"),
+                ("headers", "headers"),
+                ("schema_version", "schema_version"),
+                ("trace_id", "trace_id"),
+                ("correlation_id", "correlation_id"),
+                ("causation_id", "causation_id"),
+                ("traceparent", "traceparent"),
+                ("created_at", "created_at"),
+            ],
+            Self::OmniBox => &[
+                ("id", "id"),
+                ("aggregate_type", "aggregate_type"),
+                ("aggregate_id", "aggregate_id"),
+                ("event_type", "event_type"),
+                ("topic", "topic"),
+                ("partition_key", "partition_key"),
+                ("payload", "payload"),
+                ("headers", "headers"),
+                ("schema_version", "schema_version"),
+                ("trace_id", "trace_id"),
+                ("correlation_id", "correlation_id"),
+                ("causation_id", "causation_id"),
+                ("created_at", "created_at"),
+                ("status", "status"),
+                ("attempts_made", "attempts_made"),
+                ("max_attempts", "max_attempts"),
+                ("last_error", "last_error"),
+                ("scheduled_at", "scheduled_at"),
+                ("completed_at", "completed_at"),
+                ("locked_at", "locked_at"),
+                ("locked_by", "locked_by"),
+                ("updated_at", "updated_at"),
+            ],
+            // Its records have no key, and its name of an event is the topic.
+            Self::Spakky => &[
+                ("id", "id"),
+                ("aggregate_type", "event_name"),
+                ("aggregate_id", "id"),
+                ("event_type", "event_name"),
+                ("topic", "event_name"),
+                ("payload", "payload"),
+                ("headers", "headers"),
+                ("created_at", "created_at"),
+                ("published_at", "published_at"),
+                ("claimed_at", "claimed_at"),
+                ("retry_count", "retry_count"),
+            ],
+            Self::Debezium => &[
+                ("id", "id"),
+                ("aggregate_type", "aggregatetype"),
+                ("aggregate_id", "aggregateid"),
+                ("event_type", "type"),
+                ("payload", "payload"),
+            ],
+        }
+    }
+}
+
+impl FromStr for Preset {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let found = Self::ALL.into_iter().find(|(known, _)| *known == name);
+        found.map(|(_, preset)| preset).ok_or_else(|| {
+            format!("unknown preset \"{name}\": use postbox, omni-box, spakky or debezium")
+        })
+    }
+}
+
+/// How rows say whether they are published.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Tracking {
+    /// By a status, a lock with its owner, and a time before which a row is not tried.
+    Status,
+    /// By the times when a row was published and claimed.
+    Times,
+}
+
+/// Fields of an event that a column may be named for, whatever the preset.
+const FIELDS: [&str; 15] = [
+    "seq",
+    "id",
+    "aggregate_type",
+    "aggregate_id",
+    "event_type",
+    "topic",
+    "partition_key",
+    "payload",
+    "headers",
+    "schema_version",
+    "trace_id",
+    "correlation_id",
+    "causation_id",
+    "traceparent",
+    "created_at",
+];
+
+/// The table that is read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Table {
+    /// Whose it is.
+    pub preset: Preset,
+    /// Its schema.
+    pub schema: String,
+    /// Its name.
+    pub name: String,
+    /// Fields whose columns have other names than the preset says.
+    columns: Vec<(String, String)>,
+}
+
+impl Table {
+    /// The table of a preset; of ours, that of the contract. `name` is `table` or
+    /// `schema.table`, if it is another one; `columns` are `field=column`.
+    ///
+    /// # Errors
+    /// `Settings`: a name that cannot be, or a field that there is not.
+    pub fn new(
+        preset: Preset,
+        contract: &Contract,
+        name: Option<&str>,
+        columns: &[(String, String)],
+    ) -> Result<Self> {
+        let (schema, name) = match name {
+            None if preset == Preset::Postbox => (contract.schema.as_str(), preset.table()),
+            None => ("public", preset.table()),
+            Some(name) => name.split_once('.').unwrap_or(("public", name)),
+        };
+        check_name("schema", schema)?;
+        check_name("table", name)?;
+        let table = Self {
+            preset,
+            schema: schema.to_owned(),
+            name: name.to_owned(),
+            columns: columns.to_vec(),
+        };
+        if preset == Preset::Postbox && table != Self::of(contract) {
+            let message = "--table and --column are for tables of others: with --table-preset postbox the table is \
+                           that of --schema, which `postbox setup` makes";
+            return Err(Error::new(ErrorKind::Settings, message));
+        }
+        for (field, column) in columns {
+            table.check_field(field)?;
+            check_name("column", column)?;
+        }
+        Ok(table)
+    }
+
+    /// The outbox of this contract.
+    pub fn of(contract: &Contract) -> Self {
+        Self {
+            preset: Preset::Postbox,
+            schema: contract.schema.clone(),
+            name: Preset::Postbox.table().to_owned(),
+            columns: Vec::new(),
+        }
+    }
+
+    fn check_field(&self, field: &str) -> Result<()> {
+        let of_preset = || self.preset.columns().iter().map(|(field, _)| *field);
+        if FIELDS
+            .into_iter()
+            .chain(of_preset())
+            .any(|known| known == field)
+        {
+            return Ok(());
+        }
+        let mut known: Vec<&str> = FIELDS.to_vec();
+        known.extend(of_preset().filter(|field| !FIELDS.contains(field)));
+        let message = format!(
+            "--column {field}=…: there is no such field; use one of {}",
+            known.join(", ")
+        );
+        Err(Error::new(ErrorKind::Settings, message))
+    }
+
+    /// The column of a field, if there is one.
+    pub fn column(&self, field: &str) -> Option<&str> {
+        let own = self
+            .columns
+            .iter()
+            .map(|(known, column)| (known.as_str(), column.as_str()));
+        let all = own.chain(self.preset.columns().iter().copied());
+        let mut found = all.filter(|(known, _)| *known == field);
+        found.next().map(|(_, column)| column)
+    }
+
+    /// The same, quoted for SQL.
+    pub(crate) fn quoted_column(&self, field: &str) -> Option<String> {
+        self.column(field).map(escape_identifier)
+    }
+
+    /// Whether its records have a key.
+    pub fn is_keyed(&self) -> bool {
+        self.preset != Preset::Spakky || self.column("partition_key").is_some()
+    }
+
+    /// All fields that have a column, those of its tracking too.
+    pub(crate) fn fields(&self) -> impl Iterator<Item = &str> {
+        let named = self.columns.iter().map(|(field, _)| field.as_str());
+        let of_preset = self.preset.columns().iter().map(|(field, _)| *field);
+        of_preset.chain(named.filter(|field| {
+            self.preset
+                .columns()
+                .iter()
+                .all(|(known, _)| known != field)
+        }))
+    }
+
+    /// Quoted for SQL.
+    pub fn quoted(&self) -> String {
+        let (schema, name) = (&self.schema, &self.name);
+        format!("{}.{}", escape_identifier(schema), escape_identifier(name))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_preset_finds_its_own_name() {
+        for (name, preset) in Preset::ALL {
+            assert_eq!(name.parse(), Ok(preset));
+            assert_eq!(preset.name(), name);
+        }
+    }
+
+    #[test]
+    fn a_column_is_that_of_the_preset_unless_it_is_named() {
+        let contract = Contract::default();
+        let columns = [("payload".to_owned(), "body".to_owned())];
+        let table = Table::new(Preset::OmniBox, &contract, Some("shop.events"), &columns).unwrap();
+        assert_eq!(table.quoted(), r#""shop"."events""#);
+        assert_eq!(table.column("payload"), Some("body"));
+        assert_eq!(table.column("locked_by"), Some("locked_by"));
+        assert_eq!(table.column("traceparent"), None);
+        let fields: Vec<_> = table.fields().filter(|field| *field == "payload").collect();
+        assert_eq!(fields.len(), 1);
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused() {
+        let contract = Contract::default();
+        let column = |field: &str, column: &str| [(field.to_owned(), column.to_owned())];
+        for (preset, name, columns) in [
+            (Preset::OmniBox, None, column("colour", "red")),
+            (Preset::Spakky, None, column("locked_by", "owner")),
+            (Preset::OmniBox, None, column("payload", "")),
+            (Preset::OmniBox, Some("."), column("payload", "body")),
+            (Preset::Postbox, Some("events"), column("payload", "body")),
+        ] {
+            let refused = Table::new(preset, &contract, name, &columns).unwrap_err();
+            assert_eq!(refused.kind(), ErrorKind::Settings, "{refused}");
+        }
+    }
+
+    #[test]
+    fn records_of_a_table_without_a_key_have_none() {
+        let contract = Contract::default();
+        let spakky = |columns: &[(String, String)]| {
+            Table::new(Preset::Spakky, &contract, None, columns).unwrap()
+        };
+        assert!(!spakky(&[]).is_keyed());
+        assert!(spakky(&[("partition_key".to_owned(), "customer".to_owned())]).is_keyed());
+    }
+}

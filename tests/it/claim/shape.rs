@@ -1,0 +1,78 @@
+//! Tables that are not as their preset says.
+
+use super::{OMNI_BOX, claiming};
+use crate::support::{Fixture, Relay, wait_until};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_table_that_is_not_as_its_preset_says_is_refused() {
+    for (change, expected) in [
+        (
+            "ALTER TABLE outbox_events RENAME TO events",
+            "\"public\".\"outbox_events\" does not exist: name the table with --table",
+        ),
+        (
+            "ALTER TABLE outbox_events RENAME COLUMN payload TO body CASCADE",
+            "has no column \"payload\": name the one that has its payload with --column payload=NAME",
+        ),
+        (
+            "ALTER TABLE outbox_events ALTER COLUMN locked_at TYPE timestamp",
+            "has a column \"locked_at\" of type timestamp without time zone, and its locked_at must be timestamp with time zone",
+        ),
+        (
+            "ALTER TABLE outbox_events DROP CONSTRAINT outbox_events_pkey",
+            "has no primary key: claims need one, on its id",
+        ),
+    ] {
+        let fixture = Fixture::empty().await;
+        let table = include_str!("omni_box.sql")
+            .split("CREATE SCHEMA")
+            .next()
+            .unwrap();
+        fixture.client.batch_execute(table).await.unwrap();
+        let change = change.trim_end_matches(" CASCADE");
+        fixture.client.batch_execute(change).await.unwrap();
+        let mut relay = Relay::start(&fixture, &OMNI_BOX);
+        assert_eq!(relay.exit_code().await, 3, "{}", relay.log());
+        assert!(relay.log().contains(expected), "{}", relay.log());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn other_names_are_told_one_by_one() {
+    let fixture = Fixture::omni_box().await;
+    fixture.insert("a", "{\"n\": 1}").await;
+    let rename = "CREATE SCHEMA shop; ALTER TABLE outbox_events SET SCHEMA shop; \
+                  ALTER TABLE shop.outbox_events RENAME TO events; \
+                  ALTER TABLE shop.events RENAME COLUMN payload TO body; \
+                  ALTER TABLE shop.events RENAME COLUMN locked_by TO owner";
+    fixture.client.batch_execute(rename).await.unwrap();
+    let flags = [
+        "--table",
+        "shop.events",
+        "--column",
+        "payload=body",
+        "--column",
+        "locked_by=owner",
+    ];
+    let relay = claiming(&fixture, &flags).await;
+    wait_until("it is delivered", async || fixture.keys().await == ["a"]).await;
+    relay.drain().await;
+}
+
+/// As omni-box's partitioned table: its primary key is created_at and id.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_partitioned_table_is_claimed_from_too() {
+    let fixture = Fixture::omni_box().await;
+    let partition = "ALTER TABLE outbox_events RENAME TO plain; \
+                     CREATE TABLE outbox_events (LIKE plain, PRIMARY KEY (created_at, id)) PARTITION BY RANGE (created_at); \
+                     CREATE TABLE old PARTITION OF outbox_events FOR VALUES FROM (MINVALUE) TO ('2026-01-01'); \
+                     CREATE TABLE new PARTITION OF outbox_events FOR VALUES FROM ('2026-01-01') TO (MAXVALUE)";
+    fixture.client.batch_execute(partition).await.unwrap();
+    fixture.omni_box_backlog(3_000, 30).await;
+    let relay = claiming(&fixture, &[]).await;
+    let verdict = fixture.judge_claims(relay).await;
+    assert!(
+        verdict.committed == 3_000 && verdict.is_clean(0),
+        "{verdict}"
+    );
+}
