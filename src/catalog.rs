@@ -14,6 +14,8 @@
 //!   that is an ordinary fail-over, and only worth a warning.
 
 mod checkpoint;
+mod division;
+mod held;
 mod identity;
 mod lease;
 mod polling;
@@ -32,20 +34,20 @@ use crate::database::sort;
 use crate::error::{Error, ErrorKind, Result};
 
 pub use checkpoint::{Checkpoint, Gap, Mode, Stored, claim, stored};
+pub use division::{Look, Slice, check_undivided, claim_slices, divide, leave, look, want_slices};
+pub use held::Held;
 pub use lease::{LEASE, claim_lease};
 pub use polling::{check_polling, is_delivered};
 pub use publication::{check_publication, publication_identity};
-pub use slices::{
-    Held, Look, SLICES, Slice, Slices, Standing, check_undivided, claim_slices, divide, leave,
-    look, want_slices,
-};
+pub use slices::{SLICES, Slices, Standing};
 pub use slot::{SlotState, find_slot, slot_state};
 
 pub(crate) use checkpoint::compare_publication;
+pub(crate) use division::FREE_MAX;
 pub(crate) use lease::check_free as check_lease_is_free;
 pub(crate) use polling::{check_order, has_xid_index};
 pub(crate) use publication::{PUBLICATION, exists as publication_exists};
-pub(crate) use slices::{FREE_MAX, KEY_COLUMNS, slice_of};
+pub(crate) use slices::{KEY_COLUMNS, slice_of};
 pub(crate) use slot::{MAY_REPLICATE, what_prevents_a_slot};
 pub(crate) use snapshot::{wait_until_ended, wait_until_seen};
 
