@@ -51,8 +51,8 @@ const RENEWAL_MAX: Duration = LEASE.saturating_sub(RENEW_INTERVAL);
 /// A mark of a divided relay is a new version of each slice's row, and while a transaction
 /// stays open anywhere in the database, old ones are gone through and not cleaned up: after
 /// 1,200 marks of 64 slices beside one a write took 3 ms instead of 0.4, after 3,600 of them
-/// 39 ms. So it is paused for as many times as long.
-const WRITE_PAUSE: u32 = 10;
+/// 39 ms. So the next comes after so many times as long.
+const WRITE_PAUSE: u32 = 4;
 
 /// How often the slot is looked at: for the metrics, and for what the stream owes us.
 const SLOT_INTERVAL: Duration = Duration::from_secs(5);
