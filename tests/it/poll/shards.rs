@@ -9,7 +9,7 @@ use tokio::task::JoinSet;
 
 use super::cluster::restore;
 use super::pooler::behind_pgbouncer;
-use super::{POLL, polling};
+use super::{BACKLOG, POLL, backlog, polling};
 use crate::support::{Fixture, PATIENCE, Relay, SMALL_WINDOW, WINDOW, wait_until};
 
 /// The flags of a relay that shares. Where slices stand is stored each second, also while
@@ -153,6 +153,36 @@ async fn slices_of_a_relay_that_is_killed_are_served_by_the_others_within_4_s() 
     assert!(taken < Duration::from_secs(4), "{taken:?}");
 }
 
+/// Its slices stand amid a gap, and those of the others amid another.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_killed_amid_what_it_reads_is_gone_on_from_there() {
+    let fixture = Fixture::polling().await;
+    let few = ["--in-flight-max", "1000"];
+    let victim = start(&fixture, &few);
+    let other = start(&fixture, &few);
+    wait_for_division(&fixture, &[32, 32]).await;
+    backlog(&fixture).await;
+    wait_until("a part is delivered by each", async || {
+        let published = |relay: &Relay| relay.published(&fixture.topic);
+        published(&victim) > 15_000 && published(&other) > 1_000
+    })
+    .await;
+    victim.kill();
+    assert!(
+        fixture.records().await.len() < BACKLOG as usize,
+        "it was too late"
+    );
+    let third = start(&fixture, &few);
+    wait_for_division(&fixture, &[32, 32]).await;
+    let verdict = judge(&fixture, [other, third]).await;
+    println!("{verdict}");
+    // As where the table is not shared: less than it had sent.
+    assert!(
+        verdict.committed == BACKLOG as usize && verdict.is_clean(1_000 + 1_024 + 10_000),
+        "{verdict}"
+    );
+}
+
 /// It has lost its slices in its sleep, sends nothing more of them, and gets others.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_relay_that_wakes_up_sends_nothing_of_what_others_have_by_now() {
@@ -292,6 +322,8 @@ async fn a_divided_relay_is_changed_to_a_slot_and_nothing_is_lost_or_repeated() 
     let writers = fixture.writers(fixture.load());
     let relays = [start(&fixture, &[]), start(&fixture, &[])];
     wait_for_division(&fixture, &[32, 32]).await;
+    // Where each stands after a while is another place.
+    tokio::time::sleep(Duration::from_secs(2)).await;
     let to_wal = ["--mode", "wal"];
     let setup = fixture.setup(&to_wal);
     assert!(
