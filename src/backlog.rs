@@ -27,6 +27,9 @@
 //!   late with more rows behind it that were delivered before: 1,024, or as many as
 //!   are pending. Rows of an open transaction at the end are passed over one by one, which
 //!   may take too long. Where too many are pending, the oldest is found by halving.
+//!
+//! Where a relay is divided, each of its slices has a place of its own. A table whose rows
+//! say whether they are published needs no checkpoint: [`measure_claims`].
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -34,11 +37,12 @@ use std::time::Duration;
 use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Client, Row};
 
-use crate::catalog::{self, Checkpoint, Gap, Stored};
+use crate::catalog::{self, Gap, KEY_COLUMNS, Slices, Standing, Stored};
 use crate::contract::Contract;
-use crate::database::sort;
+use crate::database::{query_after, sort};
 use crate::envelope::Route;
 use crate::error::{Error, ErrorKind, Result};
+use crate::source::claim::ClaimSettings;
 
 /// From how many on no more events are counted.
 pub const EVENTS_MAX: u64 = 100_000;
@@ -106,17 +110,57 @@ async fn measure_in_transaction(
         Stored::At(checkpoint) | Stored::Recovering(checkpoint) => checkpoint,
         Stored::Missing | Stored::Unfinished => return Ok(None),
     };
-    let look = Look {
-        client,
-        outbox: contract.table("outbox"),
-        delivered: Delivered::by(&checkpoint),
-        route,
-    };
-    let found = match catalog::has_xid_index(client, contract).await? {
-        true => look.by_transaction(checkpoint.gap.as_ref()).await?,
-        false => look.back_from_end().await?,
-    };
+    let mut standings = catalog::where_slices_stand(client, contract).await?;
+    if standings.is_empty() {
+        standings.push(Standing {
+            slices: Slices::ALL,
+            snapshot: checkpoint.snapshot,
+            gap: checkpoint.gap,
+        });
+    }
+    let has_xid_index = catalog::has_xid_index(client, contract).await?;
+    let mut found = Found::default();
+    for standing in &standings {
+        let key = KEY_COLUMNS.map(|column| format!("o.{column}"));
+        let condition = standing.slices.condition(&key);
+        let look = Look {
+            client,
+            outbox: contract.table("outbox"),
+            delivered: Delivered::by(standing),
+            pending: match condition {
+                None => PENDING.to_owned(),
+                Some(condition) => format!("({PENDING} AND {condition})"),
+            },
+            route,
+        };
+        found.add(match has_xid_index {
+            true => look.by_transaction(standing.gap.as_ref()).await?,
+            false => look.back_from_end().await?,
+        });
+    }
     Ok(Some(found.backlog()))
+}
+
+/// Measures what there is to be claimed of a table whose rows say whether they are
+/// published, and what is claimed. Rows that are only scheduled for later do not count.
+///
+/// # Errors
+/// If the table cannot be read, or not within two seconds; or its preset has no claims.
+pub async fn measure_claims(client: &Client, settings: &ClaimSettings) -> Result<Backlog> {
+    let sql = settings.pending(EVENTS_MAX)?;
+    let rows = query_after(BEGIN, client, &sql, &[]).await;
+    let rows = rows.map_err(|error| sort(DOING, error))?;
+    let mut found = Found::default();
+    for row in &rows {
+        let events = row.get::<_, i64>(1).unsigned_abs();
+        found.add(Found {
+            events,
+            oldest: row.get(2),
+            topics: BTreeMap::from([(row.get(0), events)]),
+            ..Found::default()
+        });
+    }
+    Ok(found.backlog())
 }
 
 /// Statements of this transaction see the same. A policy that hides rows must be an error;
@@ -135,11 +179,11 @@ struct Delivered {
 }
 
 impl Delivered {
-    fn by(checkpoint: &Checkpoint) -> Self {
-        let gap = checkpoint.gap.as_ref();
+    fn by(standing: &Standing) -> Self {
+        let gap = standing.gap.as_ref();
         Self {
-            since: checkpoint.snapshot.clone(),
-            until: gap.map_or(&checkpoint.snapshot, |gap| &gap.until).clone(),
+            since: standing.snapshot.clone(),
+            until: gap.map_or(&standing.snapshot, |gap| &gap.until).clone(),
             seq: gap.map_or(i64::MIN, |gap| gap.seq),
         }
     }
@@ -149,6 +193,8 @@ struct Look<'a> {
     client: &'a Client,
     outbox: String,
     delivered: Delivered,
+    /// Whether the row `o` is pending.
+    pending: String,
     route: &'a Route,
 }
 
@@ -223,13 +269,14 @@ impl Look<'_> {
     /// some row on, all are taken to be.
     async fn oldest_before(&self, seq: Option<i64>) -> Result<Option<f64>> {
         let (outbox, high) = (&self.outbox, seq.unwrap_or_default());
+        let pending = &self.pending;
         let sql = format!(
             "WITH RECURSIVE search (low, high) AS ( \
                  SELECT (SELECT min(seq) - 1 FROM {outbox}), $4::bigint \
                  UNION ALL \
                  SELECT CASE WHEN r.pending THEN s.low ELSE r.seq END, CASE WHEN r.pending THEN s.middle ELSE s.high END \
                  FROM (SELECT low, high, (low + high) / 2 AS middle FROM search WHERE high - low > 1) AS s, \
-                      LATERAL (SELECT o.seq, {PENDING} AS pending FROM {outbox} AS o, {DELIVERED} AS d \
+                      LATERAL (SELECT o.seq, {pending} AS pending FROM {outbox} AS o, {DELIVERED} AS d \
                                WHERE o.seq >= s.middle ORDER BY o.seq LIMIT 1) AS r) \
              SELECT {AGE} FROM {outbox} AS o WHERE o.seq >= (SELECT min(high) FROM search) \
              GROUP BY o.seq ORDER BY o.seq LIMIT 1"
@@ -240,6 +287,7 @@ impl Look<'_> {
 
     /// Counts what is pending of these rows.
     async fn count(&self, rows: &str, parameters: &[Parameter<'_>]) -> Result<Found> {
+        let pending = &self.pending;
         // Groups, as the route makes a topic of what a row says. The name in quotes is not
         // that of anybody's column.
         let sql = format!(
@@ -247,7 +295,7 @@ impl Look<'_> {
                     CASE WHEN o.\"is pending\" AND o.topic IS NULL THEN o.aggregate_type::text END, \
                     CASE WHEN o.\"is pending\" AND o.topic IS NULL THEN o.event_type::text END, \
                     count(*), {AGE}, min(o.seq) \
-             FROM (SELECT o.*, {PENDING} AS \"is pending\" FROM ({rows}) AS o, {DELIVERED} AS d) AS o \
+             FROM (SELECT o.*, {pending} AS \"is pending\" FROM ({rows}) AS o, {DELIVERED} AS d) AS o \
              GROUP BY 1, 2, 3, 4"
         );
         let rows = self.query(&sql, parameters).await?;
@@ -304,7 +352,7 @@ type Parameter<'p> = (&'p (dyn ToSql + Sync), Type);
 const DELIVERED: &str = "(SELECT $1::text::pg_snapshot AS since, $2::text::pg_snapshot AS until, \
                                  $3::bigint AS seq OFFSET 0)";
 
-/// Whether the row `o` is pending.
+/// Whether the row `o` is pending, if the relay is not divided.
 const PENDING: &str = "(NOT pg_visible_in_snapshot(o.xid, d.since) \
                         AND (o.seq > d.seq OR NOT pg_visible_in_snapshot(o.xid, d.until)))";
 

@@ -43,7 +43,7 @@ pub use slices::{SLICES, Slices, Standing};
 pub use slot::{SlotState, find_slot, slot_state};
 
 pub(crate) use checkpoint::compare_publication;
-pub(crate) use division::FREE_MAX;
+pub(crate) use division::{FREE_MAX, where_slices_stand};
 pub(crate) use lease::check_free as check_lease_is_free;
 pub(crate) use polling::{check_order, has_xid_index};
 pub(crate) use publication::{PUBLICATION, exists as publication_exists};

@@ -42,6 +42,8 @@ pub struct Metrics {
     pub confirmed_lsn: IntGauge,
     slot_lag_bytes: IntGauge,
     retained_wal_bytes: IntGauge,
+    /// Events that could not go out and were put off, where they are claimed.
+    pub put_off: IntCounter,
     /// Slices that are served, of a relay that is divided.
     pub slices: IntGauge,
     wal_status: IntGaugeVec,
@@ -121,6 +123,13 @@ impl Default for Metrics {
                 &registry,
                 "retained_wal_bytes",
                 "bytes of WAL that the server keeps for the slot",
+            ),
+            put_off: register(
+                &registry,
+                IntCounter::with_opts(options(
+                    "put_off_events_total",
+                    "events that could not go out and were put off, as their table says",
+                )),
             ),
             slices: gauge(
                 &registry,

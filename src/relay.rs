@@ -41,6 +41,7 @@ use crate::health::Health;
 use crate::metrics::Metrics;
 use crate::publisher::{BATCH_BYTES, KafkaSettings};
 use crate::source::Place;
+use crate::source::claim::ClaimSettings;
 use crate::table::Table;
 use attempt::{Attempt, Ended};
 use division::Division;
@@ -90,6 +91,18 @@ pub struct RelaySettings {
     pub shards: Option<u8>,
     /// How long a stop may take to drain what is in flight.
     pub shutdown_timeout: Duration,
+}
+
+impl RelaySettings {
+    /// How rows are claimed, if they are.
+    fn claims(&self) -> Option<ClaimSettings> {
+        let is_claimed = self.mode == Some(Mode::Poll) && self.table.preset.tracking().is_some();
+        is_claimed.then(|| ClaimSettings {
+            table: self.table.clone(),
+            timeout: self.claim_timeout,
+            attempts_max: self.attempts_max,
+        })
+    }
 }
 
 /// Carries events until it is told to stop.

@@ -246,8 +246,9 @@ impl Source {
     /// Whether an answer of the server is outstanding.
     pub fn is_asking(&self) -> bool {
         match self {
-            Self::Wal(_) | Self::Claim(_) => false,
+            Self::Wal(_) => false,
             Self::Poll(poller) => poller.is_asking(),
+            Self::Claim(claimer) => claimer.is_asking(),
         }
     }
 

@@ -8,7 +8,6 @@
 //! | `postbox` | `postbox.outbox` | no | `partition_key`, else `aggregate_id` | envelope | ours, the row's |
 //! | `omni-box` | `outbox_events` | `status`, `locked_at`, `attempts_made` … | `partition_key` | envelope | the row's, theirs |
 //! | `spakky` | `spakky_event_outbox` | `published_at`, `claimed_at`, `retry_count` | none | payload | the row's |
-//! | `debezium` | `outbox` | no | `aggregateid` | payload | `id` |
 //!
 //! A column that has another name is named one by one; a field without a column is one
 //! that no row has.
@@ -18,7 +17,7 @@ use std::str::FromStr;
 use postgres_protocol::escape::escape_identifier;
 
 use crate::contract::{Contract, check_name};
-use crate::envelope::{Format, HeaderStyle, Route};
+use crate::envelope::{Format, HeaderStyle};
 use crate::error::{Error, ErrorKind, Result};
 
 /// A table as those who made it left it.
@@ -31,17 +30,14 @@ pub enum Preset {
     OmniBox,
     /// spakky-outbox 6: `spakky_event_outbox`.
     Spakky,
-    /// The default columns of Debezium's outbox event router.
-    Debezium,
 }
 
 impl Preset {
     /// All of them, by the names they have on the command line.
-    pub const ALL: [(&'static str, Self); 4] = [
+    pub const ALL: [(&'static str, Self); 3] = [
         ("postbox", Self::Postbox),
         ("omni-box", Self::OmniBox),
         ("spakky", Self::Spakky),
-        ("debezium", Self::Debezium),
     ];
 
     /// As it is written on the command line.
@@ -52,7 +48,7 @@ impl Preset {
     /// Its table, if none is named.
     fn table(self) -> &'static str {
         match self {
-            Self::Postbox | Self::Debezium => "outbox",
+            Self::Postbox => "outbox",
             Self::OmniBox => "outbox_events",
             Self::Spakky => "spakky_event_outbox",
         }
@@ -62,17 +58,7 @@ impl Preset {
     pub fn format(self) -> Format {
         match self {
             Self::Postbox | Self::OmniBox => Format::Envelope,
-            Self::Spakky | Self::Debezium => Format::Raw,
-        }
-    }
-
-    /// Where an event goes whose row does not say, if nothing is said.
-    pub fn route(self) -> Route {
-        match self {
-            Self::Debezium => "outbox.event.{aggregate_type}"
-                .parse()
-                .expect("a route of ours"),
-            _ => Route::default(),
+            Self::Spakky => Format::Raw,
         }
     }
 
@@ -82,7 +68,6 @@ impl Preset {
             Self::Postbox => HeaderStyle::Postbox,
             Self::OmniBox => HeaderStyle::OmniBox,
             Self::Spakky => HeaderStyle::None,
-            Self::Debezium => HeaderStyle::Debezium,
         }
     }
 
@@ -91,7 +76,7 @@ impl Preset {
         match self {
             Self::OmniBox => Some(Tracking::Status),
             Self::Spakky => Some(Tracking::Times),
-            Self::Postbox | Self::Debezium => None,
+            Self::Postbox => None,
         }
     }
 
@@ -153,13 +138,6 @@ impl Preset {
                 ("claimed_at", "claimed_at"),
                 ("retry_count", "retry_count"),
             ],
-            Self::Debezium => &[
-                ("id", "id"),
-                ("aggregate_type", "aggregatetype"),
-                ("aggregate_id", "aggregateid"),
-                ("event_type", "type"),
-                ("payload", "payload"),
-            ],
         }
     }
 }
@@ -169,9 +147,9 @@ impl FromStr for Preset {
 
     fn from_str(name: &str) -> Result<Self, String> {
         let found = Self::ALL.into_iter().find(|(known, _)| *known == name);
-        found.map(|(_, preset)| preset).ok_or_else(|| {
-            format!("unknown preset \"{name}\": use postbox, omni-box, spakky or debezium")
-        })
+        found
+            .map(|(_, preset)| preset)
+            .ok_or_else(|| format!("unknown preset \"{name}\": use postbox, omni-box or spakky"))
     }
 }
 

@@ -151,6 +151,20 @@ pub async fn leave(client: &Client, contract: &Contract, owner: &str) -> Result<
     Ok(())
 }
 
+/// Where all slices stand; nowhere, if the relay is not divided.
+pub(crate) async fn where_slices_stand(
+    client: &Client,
+    contract: &Contract,
+) -> Result<Vec<Standing>> {
+    let sql = contract.sql(
+        "SELECT slice, snapshot::text, second_snapshot::text, seq FROM :\"schema\".slice WHERE name = $1",
+    );
+    let name = [(&contract.slot as _, Type::TEXT)];
+    let rows = client.query_typed(&sql, &name).await;
+    let rows = rows.map_err(|error| sort(doing("read", contract), error))?;
+    Ok(standings(&rows))
+}
+
 /// Refuses a relay that is divided.
 ///
 /// # Errors

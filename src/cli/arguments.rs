@@ -79,12 +79,12 @@ impl ContractArguments {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Tables of others")]
 pub(super) struct TableArguments {
-    /// Whose table is read: postbox, omni-box (outbox_events), spakky (spakky_event_outbox) or debezium
-    /// (outbox).
+    /// Whose table is read: postbox, omni-box (outbox_events) or spakky (spakky_event_outbox). The last
+    /// two need --mode poll.
     ///
-    /// Records are then what its own relay would send: format, topic and headers that are not said are
-    /// its own. With --mode poll, rows of omni-box's and spakky's tables are claimed, sent and completed
-    /// as their own workers do, beside them if need be; nothing has to be set up for that.
+    /// Records are then what its own relay would send: format and headers that are not said are its own.
+    /// Rows of omni-box's and spakky's tables are claimed, sent and completed as their own workers do,
+    /// beside them if need be; nothing has to be set up for that.
     #[arg(
         long,
         env = "POSTBOX_TABLE_PRESET",

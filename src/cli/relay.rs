@@ -12,6 +12,7 @@ use postbox::health::Health;
 use postbox::http::{self, Endpoints};
 use postbox::metrics::Metrics;
 use postbox::relay::{Relay, RelaySettings};
+use postbox::table::Preset;
 use postbox::{Error, ErrorKind};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -75,16 +76,20 @@ pub(super) struct RelayCommand {
 #[command(next_help_heading = "Records")]
 struct RecordArguments {
     /// What a record's value is: envelope (a JSON object around the payload), raw (the payload), or
-    /// versioned ({"schema_version","payload"}). Without it, that of the preset: raw for spakky and
-    /// debezium, else envelope.
+    /// versioned ({"schema_version","payload"}). Without it, that of the preset: raw for spakky, else
+    /// envelope.
     #[arg(long, env = "POSTBOX_FORMAT", value_name = "FORMAT")]
     format: Option<Format>,
 
     /// The topic of an event whose row names none; {aggregate_type} and {event_type} stand for the
-    /// event's. A topic's name is 1 to 249 of a-z, A-Z, 0-9, ".", "_" and "-". Without it,
-    /// {aggregate_type}; for debezium outbox.event.{aggregate_type}.
-    #[arg(long, env = "POSTBOX_ROUTE", value_name = "TEMPLATE")]
-    route: Option<Route>,
+    /// event's. A topic's name is 1 to 249 of a-z, A-Z, 0-9, ".", "_" and "-".
+    #[arg(
+        long,
+        env = "POSTBOX_ROUTE",
+        default_value = "{aggregate_type}",
+        value_name = "TEMPLATE"
+    )]
+    route: Route,
 
     /// Which headers a record has beside the row's own: postbox (id, event_type, …), omni-box (event_id,
     /// event_type, …), debezium (id, and none of the row's) or none. Without it, those of the preset;
@@ -270,6 +275,7 @@ impl RelayCommand {
         let contract = self.contract.resolve()?;
         let table = self.table.resolve(&contract)?;
         let preset = table.preset;
+        self.check_preset(preset)?;
         let settings = RelaySettings {
             mode: self.mode.into(),
             contract,
@@ -279,7 +285,7 @@ impl RelayCommand {
             kafka: self.kafka.resolve()?,
             database: self.database.resolve()?,
             format: self.records.format.unwrap_or(preset.format()),
-            route: (self.records.route.clone()).unwrap_or_else(|| preset.route()),
+            route: self.records.route.clone(),
             headers: self.records.headers.unwrap_or(preset.headers()),
             in_flight_max: self.tuning.in_flight_max as usize,
             in_flight_bytes_max: self.tuning.in_flight_bytes_max as usize,
@@ -303,6 +309,21 @@ impl RelayCommand {
                 Err(Error::new(ErrorKind::Settings, message))
             }
             _ => Ok(()),
+        }
+    }
+
+    /// Rows of a table that tracks their status are claimed, and in no other way read.
+    fn check_preset(&self, preset: Preset) -> postbox::Result<()> {
+        let refuse = |why: &str| {
+            let message = format!("--table-preset {} {why}", preset.name());
+            Err(Error::new(ErrorKind::Settings, message))
+        };
+        match (preset.tracking(), self.mode, self.tuning.shards) {
+            (None, ..) | (_, ModeArgument::Poll, None) => Ok(()),
+            (_, ModeArgument::Poll, Some(_)) => refuse(
+                "fights --shards: its rows are claimed one by one, by as many relays as you start",
+            ),
+            _ => refuse("needs --mode poll: its rows are claimed"),
         }
     }
 

@@ -455,6 +455,7 @@ impl<'r> Attempt<'r> {
         if !self.source.refuse_last(|| error.chain()) {
             return Err(error);
         }
+        self.relay.metrics.put_off.inc();
         error!("put off, as its table says: {}", error.chain());
         Ok(())
     }

@@ -42,12 +42,12 @@ pub(super) async fn connect(relay: &mut Relay) -> Result<Connected> {
         None => mode_of_checkpoint(relay).await?,
     };
     let is_divided = relay.settings.shards.is_some();
-    let tracking = relay.settings.table.preset.tracking();
-    match (mode, tracking) {
+    let claims = relay.settings.claims();
+    match (mode, claims) {
         (Mode::Wal, _) if is_divided => Err(cannot_be_divided()),
         (Mode::Wal, _) => connect_to_slot(relay).await,
         (Mode::Poll, None) => connect_to_table(relay).await,
-        (Mode::Poll, Some(_)) => connect_to_claims(relay).await,
+        (Mode::Poll, Some(claims)) => connect_to_claims(relay, &claims).await,
     }
 }
 
@@ -194,7 +194,7 @@ async fn connect_to_table(relay: &mut Relay) -> Result<Connected> {
 }
 
 /// Nothing of ours is needed in the database: each row says whose it is.
-async fn connect_to_claims(relay: &Relay) -> Result<Connected> {
+async fn connect_to_claims(relay: &Relay, claims: &ClaimSettings) -> Result<Connected> {
     let settings = &relay.settings;
     let name = format!("postbox {} control", settings.contract.slot);
     let session = settings.database.connect_pooled(&name).await?;
@@ -202,11 +202,6 @@ async fn connect_to_claims(relay: &Relay) -> Result<Connected> {
     within(SILENCE_MAX, "look at the server", checked).await?;
     failpoint!("checked");
     let publisher = reach_brokers(relay).await?;
-    let claims = ClaimSettings {
-        table: settings.table.clone(),
-        timeout: settings.claim_timeout,
-        attempts_max: settings.attempts_max,
-    };
     // What an attempt before this one has claimed, and could not give back, is another's.
     let worker = format!(
         "postbox/{}/{}",
@@ -217,7 +212,7 @@ async fn connect_to_claims(relay: &Relay) -> Result<Connected> {
     let opened = Claimer::open(
         &settings.database,
         outbox(relay),
-        &claims,
+        claims,
         &worker,
         intervals,
     );

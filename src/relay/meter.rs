@@ -80,7 +80,14 @@ async fn measure(
         Some(session) => session,
         None => open(settings).await?,
     };
-    let measured = backlog::measure(&ours.client, &settings.contract, &settings.route);
+    let measured = async {
+        match settings.claims() {
+            Some(claims) => backlog::measure_claims(&ours.client, &claims)
+                .await
+                .map(Some),
+            None => backlog::measure(&ours.client, &settings.contract, &settings.route).await,
+        }
+    };
     match within(ANSWER_MAX, "measure the backlog", measured).await {
         Ok(backlog) => {
             *session = Some(ours);

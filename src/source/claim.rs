@@ -50,7 +50,7 @@ use super::columns::Unreadable;
 use super::messages::{Messages, Outbox};
 use super::{FORMATS, Item, Mark, Place, Position, Row};
 use crate::database::{Database, Session, query_after, sort};
-use crate::error::{Error, ErrorKind, Result, joined};
+use crate::error::{Result, joined};
 use crate::event::Event;
 use crate::pgoutput::{Relation, Value, encode_insert};
 use crate::timestamp::Timestamp;
@@ -60,6 +60,9 @@ const MARK_ROWS: usize = 256;
 
 /// How long keys that are held are passed over.
 const HELD_MAX: Duration = Duration::from_secs(1);
+
+/// A claim that takes longer is told.
+const LONG: Duration = Duration::from_secs(1);
 
 /// How long the end waits for a claim that is on its way. Without that it ends by itself.
 const STOP_MAX: Duration = Duration::from_secs(1);
@@ -121,13 +124,7 @@ impl Claimer {
         intervals: (Duration, Duration),
     ) -> Result<Self> {
         let table = &settings.table;
-        let Some(tracking) = table.preset.tracking() else {
-            let message = format!(
-                "rows of {} do not say whether they are published: they cannot be claimed",
-                table.quoted()
-            );
-            return Err(Error::new(ErrorKind::Settings, message));
-        };
+        let tracking = settings.tracking()?;
         let session = database.connect_pooled("postbox claims").await?;
         let shape = shape(&session.client, table).await?;
         warn_of_missing_index(&session.client, table).await?;
@@ -308,6 +305,12 @@ impl Claimer {
     /// The same, but for the last of these rows.
     pub fn mark_before_last(&self) -> Option<Mark> {
         (self.unmarked > 0).then(|| Mark::Claims(self.given - 1))
+    }
+
+    /// Whether an answer of the server has been outstanding for so long that it is worth
+    /// telling.
+    pub fn is_asking(&self) -> bool {
+        !self.claiming.is_empty() && self.asked_at.elapsed() > LONG
     }
 
     /// Whether everything that was there at the start has been given: also what a relay

@@ -36,6 +36,42 @@ pub struct ClaimSettings {
     pub attempts_max: u32,
 }
 
+impl ClaimSettings {
+    /// What there is to be claimed, and what is claimed: topic, how many rows, and for how
+    /// many seconds the oldest has been there. At most so many rows are looked at.
+    ///
+    /// # Errors
+    /// `Settings`: the rows of this table do not say whether they are published.
+    pub(crate) fn pending(&self, rows_max: u64) -> Result<String> {
+        let Terms {
+            table,
+            created_at,
+            pending,
+            due,
+            holds,
+            ..
+        } = Terms::new(self, "", self.tracking()?);
+        Ok(format!(
+            "SELECT topic, count(*), \
+                    (extract(epoch FROM clock_timestamp()) - extract(epoch FROM min(created_at)))::float8 \
+             FROM (SELECT {}::text AS topic, {created_at} AS created_at FROM {table} AS e \
+                   WHERE {pending} AND (({due}) OR {holds}) LIMIT {rows_max}) AS e GROUP BY topic",
+            column(&self.table, "topic")
+        ))
+    }
+
+    /// How rows of the table say whether they are published.
+    pub(super) fn tracking(&self) -> Result<Tracking> {
+        self.table.preset.tracking().ok_or_else(|| {
+            let message = format!(
+                "rows of {} do not say whether they are published: they cannot be claimed",
+                self.table.quoted()
+            );
+            Error::new(ErrorKind::Settings, message)
+        })
+    }
+}
+
 /// How long our own claims last: they look so much older than they are that those who go
 /// by `timeout` see them end then.
 pub(super) const LEASE: Duration = Duration::from_secs(10);

@@ -1,5 +1,6 @@
 //! Tables of others, whose rows are claimed and completed.
 
+mod backlog;
 mod crash;
 mod order;
 mod refused;

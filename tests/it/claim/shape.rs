@@ -1,7 +1,7 @@
 //! Tables that are not as their preset says.
 
 use super::{OMNI_BOX, claiming};
-use crate::support::{Fixture, Relay, wait_until};
+use crate::support::{Fixture, Relay, postbox, run, wait_until};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_table_that_is_not_as_its_preset_says_is_refused() {
@@ -34,6 +34,62 @@ async fn a_table_that_is_not_as_its_preset_says_is_refused() {
         let mut relay = Relay::start(&fixture, &OMNI_BOX);
         assert_eq!(relay.exit_code().await, 3, "{}", relay.log());
         assert!(relay.log().contains(expected), "{}", relay.log());
+    }
+}
+
+#[test]
+fn flags_that_do_not_go_together_are_refused() {
+    for (flags, expected) in [
+        (
+            &["--table-preset", "omni-box"][..],
+            "--table-preset omni-box needs --mode poll: its rows are claimed",
+        ),
+        (
+            &["--table-preset", "spakky", "--mode", "auto"],
+            "--table-preset spakky needs --mode poll",
+        ),
+        (
+            &[
+                "--table-preset",
+                "omni-box",
+                "--mode",
+                "poll",
+                "--shards",
+                "2",
+            ],
+            "--table-preset omni-box fights --shards",
+        ),
+        (
+            &["--table-preset", "omnibox"],
+            "unknown preset \"omnibox\": use postbox, omni-box or spakky",
+        ),
+        (
+            &["--table", "events"],
+            "--table and --column are for tables of others",
+        ),
+        (
+            &["--table-preset", "spakky", "--column", "payload"],
+            "a column is FIELD=COLUMN, such as payload=body",
+        ),
+        (
+            &["--table-preset", "spakky", "--column", "colour=red"],
+            "--column colour=…: there is no such field; use one of seq, id,",
+        ),
+    ] {
+        let flags = [
+            &[
+                "relay",
+                "--brokers",
+                "localhost:1",
+                "--database-url",
+                "postgresql://localhost:1/a",
+            ],
+            flags,
+        ]
+        .concat();
+        let output = run(&mut postbox(&flags));
+        let complaint = output.complaint(2);
+        assert!(complaint.contains(expected), "{complaint}");
     }
 }
 

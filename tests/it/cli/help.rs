@@ -25,11 +25,10 @@ fn flags(help: &str) -> Vec<(&str, &str)> {
 }
 
 /// Flags that have no default: what they name only their users know.
-const WITHOUT_DEFAULT: [&str; 15] = [
+const WITHOUT_DEFAULT: [&str; 14] = [
     "table",
     "column",
     "format",
-    "route",
     "headers",
     "database-url",
     "brokers",

@@ -80,7 +80,7 @@ async fn assert_crashed(mut relay: Relay, step: &str) {
 
 /// Steps that tests elsewhere cross: the taking over of a slot, in `setup::slot`, and what
 /// only polling has, in `poll::crash`, `poll::cluster` and `poll::shards`.
-const ELSEWHERE: [&str; 16] = [
+const ELSEWHERE: [&str; 21] = [
     "taking_over",
     "renewing",
     "polling_begun",
@@ -97,6 +97,11 @@ const ELSEWHERE: [&str; 16] = [
     "handing_over",
     "handed_over",
     "merging",
+    "claiming_rows",
+    "rows_claimed",
+    "completing",
+    "completed",
+    "refusing",
 ];
 
 #[test]

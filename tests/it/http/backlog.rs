@@ -263,3 +263,27 @@ async fn assert_matches_snapshots(fixture: &Fixture, events: u64) {
     assert_eq!(backlog.topics.values().sum::<u64>(), events, "{backlog:?}");
     assert_eq!(backlog.oldest.is_some(), events > 0, "{backlog:?}");
 }
+
+/// Each slice of a divided relay has a place of its own.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_pending_of_each_slice_is_counted() {
+    let fixture = Fixture::empty().await;
+    let poll = ["--mode", "poll"];
+    fixture.setup(&poll).results();
+    let mut relay = Relay::start(&fixture, &[&poll[..], &["--shards", "1"]].concat());
+    relay.wait_for_log("serving 64 of 64 slices").await;
+    relay.drain().await;
+    for key in 0..40 {
+        fixture.insert(&format!("k{key}"), "{}").await;
+    }
+    assert_eq!(fixture.backlog().await.events, 40);
+    let move_on = "UPDATE postbox.slice SET snapshot = pg_current_snapshot() WHERE slice % 3 = 0";
+    fixture.client.batch_execute(move_on).await.unwrap();
+    let left = "SELECT count(*) FROM postbox.outbox \
+                WHERE (get_byte(sha256(textsend(aggregate_id)), 0) & 63) % 3 <> 0";
+    let left: i64 = fixture.client.query_one(left, &[]).await.unwrap().get(0);
+    assert!((1..40).contains(&left));
+    let backlog = fixture.backlog().await;
+    assert_eq!(backlog.events, left.unsigned_abs());
+    assert_eq!(backlog.topics[&fixture.topic], left.unsigned_abs());
+}

@@ -27,6 +27,8 @@ const METRICS: &[(&str, &str)] = &[
     ("postbox_slot_lag_bytes", "gauge"),
     ("postbox_retained_wal_bytes", "gauge"),
     ("postbox_slot_wal_status", "gauge"),
+    ("postbox_slices", "gauge"),
+    ("postbox_put_off_events_total", "counter"),
     ("postbox_pending_events", "gauge"),
     ("postbox_oldest_pending_seconds", "gauge"),
     ("postbox_topic_pending_events", "gauge"),
