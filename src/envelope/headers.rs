@@ -61,7 +61,8 @@ impl FromStr for HeaderStyle {
     }
 }
 
-/// The headers of an event's record.
+/// The headers of an event's record. A row has none of its own where the column is NULL, or
+/// a JSON null, which libraries write for it: omni-box does.
 pub(super) fn of<'a>(event: &Event<'a>, style: HeaderStyle) -> Result<Vec<Header<'a>>, Refused> {
     let id = match style {
         HeaderStyle::OmniBox => "event_id",
@@ -92,7 +93,9 @@ pub(super) fn of<'a>(event: &Event<'a>, style: HeaderStyle) -> Result<Vec<Header
         })
     });
     let own = match event.headers {
-        Some(object) if style != HeaderStyle::Debezium => own(object).map_err(Refused::Headers)?,
+        Some(object) if style != HeaderStyle::Debezium && object.trim_ascii() != "null" => {
+            own(object).map_err(Refused::Headers)?
+        }
         _ => Vec::new(),
     };
     Ok(match style {

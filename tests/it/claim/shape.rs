@@ -132,3 +132,15 @@ async fn a_partitioned_table_is_claimed_from_too() {
         "{verdict}"
     );
 }
+
+/// As omni-box writes them for an event that has none.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn headers_that_are_a_json_null_are_none() {
+    let fixture = Fixture::omni_box().await;
+    fixture.insert("a", "{\"n\": 1}").await;
+    let null = "UPDATE outbox_events SET headers = 'null'";
+    fixture.client.batch_execute(null).await.unwrap();
+    let relay = claiming(&fixture, &[]).await;
+    wait_until("it is delivered", async || fixture.keys().await == ["a"]).await;
+    relay.drain().await;
+}
