@@ -207,15 +207,18 @@ impl Terms {
                         e("created_at"),
                         e("scheduled_at")
                     ),
+                    // omni-box cannot read a row that is scheduled later than a year after it
+                    // was made: an older one is tried again at once.
                     refuse: format!(
                         "{made} = {attempts} + 1, {} = left(c.error, 500), \
                          {} = CASE WHEN {failed} THEN 'failed' ELSE 'pending' END, \
-                         {} = CASE WHEN {failed} THEN {} ELSE now() + {} END, {unlock}",
+                         {} = CASE WHEN {failed} THEN {} ELSE least(now() + {}, {} + interval '365 days') END, {unlock}",
                         set("last_error"),
                         set("status"),
                         set("scheduled_at"),
                         e("scheduled_at"),
                         backoff(&attempts),
+                        e("created_at"),
                         made = set("attempts_made"),
                     ),
                     release: unlock,

@@ -67,6 +67,25 @@ async fn a_row_at_the_end_of_its_attempts_fails_and_holds_nobody() {
     relay.drain().await;
 }
 
+/// omni-box cannot read a row that is to be tried later than a year after it was made, and
+/// stops at each batch that has one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_row_of_last_year_is_tried_again_at_once() {
+    let fixture = Fixture::omni_box().await;
+    insert(&fixture, "not a topic", "a", "1").await;
+    let old = "UPDATE outbox_events SET created_at = now() - interval '366 days', \
+               scheduled_at = now() - interval '366 days'";
+    fixture.client.batch_execute(old).await.unwrap();
+    let relay = claiming(&fixture, &[]).await;
+    wait_until("it is at the end of its attempts", async || {
+        fixture.rows_that_are("status = 'failed'").await == 1
+    })
+    .await;
+    let late = "scheduled_at > created_at + interval '31536000 s'";
+    assert_eq!(fixture.rows_that_are(late).await, 0);
+    relay.drain().await;
+}
+
 /// Of many at once, among others: none of these is late, none out of order.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn many_rows_that_cannot_go_out_hold_up_no_others() {
