@@ -323,7 +323,7 @@ impl Terms {
     ///
     /// - `due`: rows that can be claimed now, in the order of their index;
     /// - `ranked`: of each of their keys the oldest rows, and whether one before holds
-    ///   them;
+    ///   them; a row without a key waits for none;
     /// - `chosen`: as many of those that nothing holds as make a claim;
     /// - `locked`: without those that another is just claiming;
     /// - `claimed`: without those that have such a one before them.
@@ -405,12 +405,14 @@ impl Terms {
         let chosen = chosen("topic, key,");
         format!(
             "WITH due AS MATERIALIZED ( \
-                 SELECT {topic} AS topic, {key} AS key FROM {table} AS e \
+                 SELECT {topic} AS topic, {key} AS key, ({topic} IS NULL OR {key} IS NULL) AS is_free, \
+                        {id} AS id, {created_at} AS created_at, \
+                        CASE WHEN {topic} IS NULL OR {key} IS NULL THEN {sizes} END AS size FROM {table} AS e \
                  WHERE {pending} AND {due} \
                    AND NOT EXISTS (SELECT FROM unnest($2::text[], $3::text[]) AS h(topic, key) \
                                    WHERE h.topic = {topic}::text AND h.key = {key}::text) \
                  ORDER BY {order} LIMIT {ROWS}), \
-             keys AS MATERIALIZED (SELECT topic, key FROM due GROUP BY topic, key), \
+             keys AS MATERIALIZED (SELECT topic, key FROM due WHERE NOT is_free GROUP BY topic, key), \
              ranked AS MATERIALIZED ( \
                  SELECT k.topic, k.key, r.* FROM keys AS k CROSS JOIN LATERAL ( \
                      SELECT o.*, coalesce(bool_or(NOT o.is_due) OVER ( \
@@ -421,7 +423,8 @@ impl Terms {
                            WHERE {topic} = k.topic AND {key} = k.key AND {pending} AND (({due}) OR {holds}) \
                              AND ({token} IS NULL OR {token} <> ALL ($1::text[]::{token_type}[])) \
                            ORDER BY {created_at}, {id} \
-                           LIMIT (SELECT ceil({ROWS}.0 / count(*))::bigint FROM keys)) AS o) AS r), \
+                           LIMIT (SELECT ceil({ROWS}.0 / count(*))::bigint FROM keys)) AS o) AS r \
+                 UNION ALL SELECT topic, key, id, created_at, size, true, false FROM due WHERE is_free), \
              {chosen}, \
              missed AS MATERIALIZED ( \
                  SELECT c.* FROM chosen AS c \
@@ -435,7 +438,7 @@ impl Terms {
              free AS (SELECT topic, key FROM ranked WHERE is_due AND NOT is_held GROUP BY topic, key) \
              SELECT (SELECT count(*) FROM due), k.topic::text, k.key::text, f.key IS NULL, {given} \
              FROM keys AS k LEFT JOIN free AS f ON f.topic = k.topic AND f.key = k.key \
-             LEFT JOIN claimed AS c ON c.k_topic = k.topic AND c.k_key = k.key \
+             FULL JOIN claimed AS c ON c.k_topic = k.topic AND c.k_key = k.key \
              ORDER BY c.at, c.own_id"
         )
     }

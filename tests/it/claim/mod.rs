@@ -5,6 +5,7 @@ mod crash;
 mod order;
 mod refused;
 mod shape;
+mod spakky;
 mod workers;
 
 use std::time::{Duration, Instant};
