@@ -62,6 +62,16 @@ impl Preset {
         }
     }
 
+    /// How batches of its records are compressed, if nothing is said and it is not as ours
+    /// are: consumers of these need what no one had to install for them. aiokafka does not
+    /// read what is compressed, but by gzip, without a library more.
+    pub fn compression(self) -> Option<&'static str> {
+        match self {
+            Self::Postbox => None,
+            Self::OmniBox | Self::Spakky => Some("none"),
+        }
+    }
+
     /// Which headers its records have, if nothing is said.
     pub fn headers(self) -> HeaderStyle {
         match self {

@@ -282,7 +282,10 @@ impl RelayCommand {
             table,
             claim_timeout: self.claims.claim_timeout,
             attempts_max: self.claims.max_attempts,
-            kafka: self.kafka.resolve()?,
+            kafka: match preset.compression() {
+                Some(codec) => self.kafka.resolve()?.compressed(codec),
+                None => self.kafka.resolve()?,
+            },
             database: self.database.resolve()?,
             format: self.records.format.unwrap_or(preset.format()),
             route: self.records.route.clone(),
