@@ -3,6 +3,7 @@
 mod backlog;
 mod crash;
 mod order;
+mod packages;
 mod refused;
 mod shape;
 mod spakky;
