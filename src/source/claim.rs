@@ -84,7 +84,7 @@ pub struct Claimer {
     asked_at: Instant,
     pause: Duration,
     /// Keys whose rows are all held, as of late.
-    passed_over: Vec<(String, String)>,
+    passed_over: Vec<String>,
     passed_over_since: Instant,
     /// Keys of rows that were refused, until that is written and seen.
     refused: HashSet<u64>,
@@ -108,7 +108,8 @@ struct Answer {
     /// How many rows were due, as far as they were looked at.
     due: i64,
     rows: Vec<(Claimed, Claim)>,
-    held: Vec<(String, String)>,
+    /// Keys whose rows are all held, each behind its topic.
+    held: Vec<String>,
 }
 
 impl Claimer {
@@ -227,7 +228,7 @@ impl Claimer {
         }
         self.asked_at = Instant::now();
         let (session, claims) = (Arc::clone(&self.session), Arc::clone(&self.claims));
-        let held = self.passed_over.iter().cloned().unzip();
+        let held = self.passed_over.clone();
         let (is_keyed, doing) = (self.is_keyed, self.doing.clone());
         let claiming = async move { claim(&session, &claims, is_keyed, held, &doing).await };
         self.claiming.spawn(claiming);
@@ -320,22 +321,18 @@ impl Claimer {
     }
 }
 
-/// Keys to pass over, as topics and keys.
-type Held = (Vec<String>, Vec<String>);
-
 async fn claim(
     session: &Session,
     claims: &Claims,
     is_keyed: bool,
-    held: Held,
+    passed_over: Vec<String>,
     doing: &str,
 ) -> Result<Answer> {
     let tokens = claims.tokens();
     let since = std::time::Instant::now();
     let parameters = [
         (&tokens as _, Type::TEXT_ARRAY),
-        (&held.0 as _, Type::TEXT_ARRAY),
-        (&held.1 as _, Type::TEXT_ARRAY),
+        (&passed_over as _, Type::TEXT_ARRAY),
     ];
     let parameters = if is_keyed { &parameters[..] } else { &[] };
     failpoint!("claiming_rows");
@@ -353,7 +350,7 @@ async fn claim(
         let key: Option<(&str, &str)> = row.get::<_, Option<&str>>(1).zip(row.get(2));
         let Some(id) = row.get::<_, Option<&str>>(4) else {
             if let (Some((topic, key)), true) = (key, row.get(3)) {
-                answer.held.push((topic.to_owned(), key.to_owned()));
+                answer.held.push(format!("{topic}\n{key}"));
             }
             continue;
         };
