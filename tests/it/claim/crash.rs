@@ -17,7 +17,7 @@ const STEPS: [(&str, u32); 7] = [
 ];
 
 /// What a crash repeats: what was delivered and not completed.
-const REPEATED_MAX: usize = WINDOW + 1_000;
+pub(super) const REPEATED_MAX: usize = WINDOW + 1_000;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_crash_at_any_step_loses_nothing() {

@@ -1,14 +1,15 @@
 //! omni-box: what it makes and writes, what it reads, and its workers and tools beside our
 //! relay.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use postbox::oracle;
 use serde_json::{Value, json};
 
 use super::Package;
+use crate::claim::crash::REPEATED_MAX;
 use crate::claim::{OMNI_BOX, claiming};
-use crate::support::{Fixture, Relay, wait_until};
+use crate::support::{Fixture, Relay, SMALL_WINDOW, wait_until};
 
 const PACKAGE: Package = Package {
     name: "omni-box",
@@ -211,6 +212,56 @@ async fn its_workers_and_our_relay_share_a_table() {
         "{of_theirs} of {rows}"
     );
     let expected = json!({"states": {"completed": rows}, "refused": []});
+    assert_eq!(PACKAGE.ask(&fixture, &["read_back"]), expected);
+}
+
+/// They take a claim of ours for dead after seconds, as it looks minutes old to them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn its_workers_take_over_from_our_killed_relay() {
+    let Some(fixture) = made_by_omni_box().await else {
+        return;
+    };
+    let mut command = Relay::command(&fixture, &OMNI_BOX);
+    let relay = Relay::spawn(command.env("FAILPOINTS", "completing=pause"));
+    fixture.insert_many("a", "{\"n\": 1}", 5).await;
+    wait_until("all are claimed", async || {
+        fixture.rows_that_are("locked_by IS NOT NULL").await == 5
+    })
+    .await;
+    relay.kill();
+    let since = Instant::now();
+    let theirs = PACKAGE.start(&fixture, &["work", "1", "100"], "working");
+    let theirs = theirs.await;
+    fixture.wait_until_completed().await;
+    assert!(since.elapsed() < Duration::from_secs(30));
+    theirs.drain().await;
+    fixture.enter_payloads_in_ledger().await;
+    let verdict = fixture.verdict().await;
+    assert!(verdict.committed == 5 && verdict.is_clean(5), "{verdict}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn kills_of_both_lose_nothing() {
+    const ROUNDS: usize = 3;
+    let Some(fixture) = made_by_omni_box().await else {
+        return;
+    };
+    let writers = fixture.writers(fixture.steady_load());
+    for _ in 0..ROUNDS {
+        let theirs = PACKAGE.start(&fixture, &["work", "2", "50"], "working");
+        let theirs = theirs.await;
+        let relay = claiming(&fixture, &SMALL_WINDOW).await;
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        relay.kill();
+        theirs.kill();
+    }
+    writers.stop().await.unwrap();
+    let relay = claiming(&fixture, &[]).await;
+    let verdict = fixture.judge_claims(relay).await;
+    let repeated_max = ROUNDS * (REPEATED_MAX + 2 * 50);
+    println!("repeated at most {repeated_max}: {verdict}");
+    assert!(verdict.is_clean(repeated_max), "{verdict}");
+    let expected = json!({"states": {"completed": verdict.committed}, "refused": []});
     assert_eq!(PACKAGE.ask(&fixture, &["read_back"]), expected);
 }
 

@@ -1,13 +1,13 @@
 //! spakky-outbox: what it makes and writes, and its relay beside ours.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
 use super::Package;
 use super::omni_box::shape;
-use crate::claim::spakky::claiming;
-use crate::support::{Fixture, wait_until};
+use crate::claim::spakky::{SPAKKY, claiming};
+use crate::support::{Fixture, Relay, wait_until};
 
 const PACKAGE: Package = Package {
     name: "spakky",
@@ -116,6 +116,28 @@ async fn its_relay_and_ours_share_a_table() {
             .unwrap()
             .get::<_, bool>(0)
     );
+}
+
+/// It takes a claim of ours for dead after seconds, as it looks minutes old to it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn its_relay_takes_over_from_our_killed_one() {
+    if !PACKAGE.is_there() {
+        return;
+    }
+    let fixture = Fixture::spakky().await;
+    let mut command = Relay::command(&fixture, &SPAKKY);
+    let relay = Relay::spawn(command.env("FAILPOINTS", "completing=pause"));
+    fixture.insert_many("a", "{}", 5).await;
+    wait_until("all are claimed", async || {
+        fixture.messages_that_are("claimed_at IS NOT NULL").await == 5
+    })
+    .await;
+    relay.kill();
+    let since = Instant::now();
+    let theirs = PACKAGE.start(&fixture, &["work"], "working").await;
+    fixture.wait_until_sent().await;
+    assert!(since.elapsed() < Duration::from_secs(30));
+    theirs.drain().await;
 }
 
 /// What it claimed and did not send is ours once its claim is over; what it could not send
