@@ -412,8 +412,7 @@ impl Terms {
         format!(
             "WITH due AS MATERIALIZED ( \
                  SELECT {topic} AS topic, {key} AS key, ({topic} IS NULL OR {key} IS NULL) AS is_free, \
-                        {id} AS id, {created_at} AS created_at, \
-                        CASE WHEN {topic} IS NULL OR {key} IS NULL THEN {sizes} END AS size FROM {table} AS e \
+                        {id} AS id, {created_at} AS created_at FROM {table} AS e \
                  WHERE {pending} AND {due} \
                    AND coalesce({topic}::text || E'\\n' || {key}::text <> ALL ($2::text[]), true) \
                  ORDER BY {order} LIMIT {ROWS}), \
@@ -430,7 +429,8 @@ impl Terms {
                              AND ({token} IS NULL OR {token} <> ALL ($1::text[]::{token_type}[])) \
                            ORDER BY {key}, {created_at}, {id} \
                            LIMIT (SELECT ceil({ROWS}.0 / count(*))::bigint FROM keys)) AS o) AS r \
-                 UNION ALL SELECT topic, key, id, created_at, size, true, false FROM due WHERE is_free), \
+                 UNION ALL SELECT d.topic, d.key, d.id, d.created_at, {sizes}, true, false \
+                 FROM due AS d JOIN {table} AS e ON {id} = d.id AND {created_at} = d.created_at WHERE d.is_free), \
              {chosen}, \
              missed AS MATERIALIZED ( \
                  SELECT c.* FROM chosen AS c \
