@@ -280,6 +280,12 @@ async fn what_is_left_of_a_killed_worker_goes_out() {
     })
     .await;
     working.kill();
+    let locks = "SELECT count(*) FROM pg_locks WHERE relation = 'outbox_events'::regclass";
+    wait_until("its session is over", async || {
+        let row = fixture.client.query_one(locks, &[]).await.unwrap();
+        row.get::<_, i64>(0) == 0
+    })
+    .await;
     // A worker that commits its locks before it sends leaves them.
     let holding = PACKAGE
         .start(&fixture, &["hold", "300"], "holding 300")
