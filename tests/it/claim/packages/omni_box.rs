@@ -275,8 +275,9 @@ async fn what_is_left_of_a_killed_worker_goes_out() {
     let working = PACKAGE
         .start(&fixture, &["work", "1", "500"], "working")
         .await;
-    wait_until("it is amid a batch", async || {
-        fixture.records().await.len() > 100
+    // It is amid the next batch then, and far from the last.
+    wait_until("it has completed a batch", async || {
+        fixture.rows_that_are("status = 'completed'").await > 0
     })
     .await;
     working.kill();
