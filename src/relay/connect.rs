@@ -216,7 +216,10 @@ async fn connect_to_claims(relay: &Relay, claims: &ClaimSettings) -> Result<Conn
         &worker,
         intervals,
     );
-    let claimer = within(SILENCE_MAX, "look at the table", opened).await?;
+    let mut claimer = within(SILENCE_MAX, "look at the table", opened).await?;
+    if !relay.is_released {
+        claimer.expect_leftovers();
+    }
     failpoint!("opened");
     Ok(Connected {
         session,

@@ -61,6 +61,10 @@ const MARK_ROWS: usize = 256;
 /// How long keys that are held are passed over.
 const HELD_MAX: Duration = Duration::from_secs(1);
 
+/// How long it takes at most until claims that were left are claimed by somebody else: they
+/// end, and are looked for now and then.
+const LEFTOVERS_MAX: Duration = LEASE.saturating_add(Duration::from_secs(13));
+
 /// A claim that takes longer is told.
 const LONG: Duration = Duration::from_secs(1);
 
@@ -86,6 +90,8 @@ pub struct Claimer {
     /// Keys whose rows are all held, as of late.
     passed_over: Vec<String>,
     passed_over_since: Instant,
+    /// How long the last claim took.
+    took: Duration,
     /// Keys of rows that were refused, until that is written and seen.
     refused: HashSet<u64>,
     /// The key of the row that was given last.
@@ -153,6 +159,7 @@ impl Claimer {
             pause: Duration::ZERO,
             passed_over: Vec::new(),
             passed_over_since: now,
+            took: Duration::ZERO,
             refused: HashSet::new(),
             last_key: None,
             unmarked: 0,
@@ -164,7 +171,7 @@ impl Claimer {
 
     /// Rows that an attempt before this one had claimed may not have been given back.
     pub fn expect_leftovers(&mut self) {
-        self.leftovers_until = Some(Instant::now() + LEASE);
+        self.leftovers_until = Some(Instant::now() + LEFTOVERS_MAX);
     }
 
     /// What is claimed, for those who complete it.
@@ -197,7 +204,7 @@ impl Claimer {
                 }
             }
             if let Some(claimed) = self.rows.pop_front() {
-                self.given = self.claims.give();
+                self.given = self.claims.give()?;
                 self.last_key = claimed.key;
                 self.unmarked += 1;
                 return Ok(Item::Row(claimed.row));
@@ -222,7 +229,7 @@ impl Claimer {
 
     fn ask(&mut self) {
         self.refused.clear();
-        if self.passed_over_since.elapsed() > HELD_MAX {
+        if self.passed_over_since.elapsed() > HELD_MAX.max(self.took * 20) {
             self.passed_over.clear();
             self.passed_over_since = Instant::now();
         }
@@ -235,6 +242,7 @@ impl Claimer {
     }
 
     fn answered(&mut self, answer: Answer) {
+        self.took = self.asked_at.elapsed();
         let is_all = answer.due < ROWS;
         if is_all {
             self.passed_over.clear();
@@ -245,8 +253,9 @@ impl Claimer {
         let (rows, claims): (Vec<_>, Vec<_>) = answer.rows.into_iter().unzip();
         self.pause = match rows.is_empty() {
             // There are more than were looked at.
-            _ if !is_all => Duration::ZERO,
+            false if !is_all => Duration::ZERO,
             false => self.interval_min,
+            true if !is_all => self.interval_min,
             true => (self.pause * 2).clamp(self.interval_min, self.interval_max),
         };
         let is_whole = (self.leftovers_until).is_none_or(|until| self.asked_at > until);

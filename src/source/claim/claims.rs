@@ -4,7 +4,7 @@
 //! stand here in the order in which they go out, and each write names the claim it was
 //! made under: a row that somebody else has claimed since is not touched.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -13,7 +13,7 @@ use tokio_postgres::Client;
 use tokio_postgres::types::{ToSql, Type};
 use tracing::{debug, warn};
 
-use super::statements::Statements;
+use super::statements::{LEASE, ROWS, Statements};
 use crate::database::{query_after, sort};
 use crate::error::{Error, ErrorKind, Result};
 use crate::table::Table;
@@ -21,8 +21,15 @@ use crate::table::Table;
 /// How often claims are renewed.
 pub const RENEW_INTERVAL: Duration = Duration::from_secs(3);
 
+/// A claim that is older is renewed at the next beat. With the interval, and what a renewal
+/// may take, it is less than a claim lasts.
+const RENEW_AGE: Duration = Duration::from_secs(1);
+
 /// How long a renewal may take: with the interval, less than a claim lasts.
 pub const RENEWAL_MAX: Duration = Duration::from_secs(5);
+
+/// How old a claim may be whose row is sent: less than it lasts.
+const CLAIM_MAX: Duration = LEASE.saturating_sub(Duration::from_secs(1));
 
 /// How often claims of others that have run out are given back.
 const STALE_INTERVAL: Duration = Duration::from_secs(10);
@@ -123,10 +130,18 @@ impl Claims {
     }
 
     /// The first row that was not given is given now. Returns how many were.
-    pub(super) fn give(&self) -> u64 {
+    ///
+    /// # Errors
+    /// `SlotInUse` if its claim may be over.
+    pub(super) fn give(&self) -> Result<u64> {
         let mut state = self.state();
+        let next = state.held.get(state.given);
+        if next.is_none_or(|claim| claim.since.elapsed() > CLAIM_MAX) {
+            let message = format!("a claim on {} may be over", self.table.quoted());
+            return Err(Error::new(ErrorKind::SlotInUse, message));
+        }
         state.given += 1;
-        state.done + state.given as u64
+        Ok(state.done + state.given as u64)
     }
 
     /// Of the rows that were not given, these go back.
@@ -157,9 +172,11 @@ impl Claims {
         self.news.notify_one();
     }
 
-    /// Whether what was refused is written.
+    /// Whether what was refused is written, and what goes back is back: until then rows of a
+    /// key would be claimed that lie behind these.
     pub(super) fn is_settled(&self) -> bool {
-        self.state().refused.is_empty()
+        let state = self.state();
+        state.refused.is_empty() && state.returned.is_empty()
     }
 
     /// Waits until it is. Cancel-safe.
@@ -233,13 +250,14 @@ impl Claims {
     /// # Errors
     /// `SlotInUse` if one is no longer ours.
     pub(crate) async fn renew(&self, client: &Client) -> Result<()> {
+        let _one = self.writing.lock().await;
         let (arrays, is_time) = {
             let mut state = self.state();
             let is_time = (state.cleaned_at).is_none_or(|at| at.elapsed() >= STALE_INTERVAL);
             if is_time {
                 state.cleaned_at = Some(Instant::now());
             }
-            let old = |claim: &&Claim| !claim.is_refused && claim.since.elapsed() >= RENEW_INTERVAL;
+            let old = |claim: &&Claim| !claim.is_refused && claim.since.elapsed() >= RENEW_AGE;
             let arrays: Arrays = state.held.iter().filter(old).collect();
             (arrays, is_time)
         };
@@ -251,8 +269,11 @@ impl Claims {
         {
             let rows = query_after(BEGIN, client, sql, &[]).await;
             let rows = rows.map_err(|error| self.failed(error))?;
-            if !rows.is_empty() {
-                debug!(rows = rows.len(), "claims of others had run out");
+            let released: i64 = rows.first().map_or(0, |row| row.get(0));
+            debug!(rows = released, "claims of others that had run out");
+            if released >= ROWS {
+                // There are more.
+                self.state().cleaned_at = None;
             }
         }
         Ok(())
@@ -263,21 +284,29 @@ impl Claims {
         let parameters = parameters(arrays);
         let renewed = query_after(BEGIN, client, &self.statements.renew, &parameters).await;
         let renewed = renewed.map_err(|error| self.failed(error))?;
-        let mut tokens: std::collections::HashMap<&str, &str> =
-            renewed.iter().map(|row| (row.get(0), row.get(1))).collect();
-        let mut state = self.state();
-        for claim in &mut state.held {
-            if let Some(token) = tokens.remove(claim.id.as_str()) {
+        let mut tokens: HashMap<(&str, &str), &str> = renewed
+            .iter()
+            .map(|row| ((row.get(0), row.get(1)), row.get(2)))
+            .collect();
+        let asked = arrays.ids.iter().zip(&arrays.created_at);
+        let asked: HashSet<(&str, &str)> = asked
+            .map(|(id, created_at)| (id.as_str(), created_at.as_str()))
+            .collect();
+        let mut lost = 0;
+        let mut guard = self.state();
+        let state = &mut *guard;
+        let refused = state.refused.iter_mut().map(|(claim, _)| claim);
+        let others = refused.chain(&mut state.returned);
+        for claim in state.held.iter_mut().chain(others) {
+            let row = (claim.id.as_str(), claim.created_at.as_str());
+            if let Some(token) = tokens.remove(&row) {
                 token.clone_into(&mut claim.token);
                 claim.since = since;
+            } else if asked.contains(&row) && !claim.is_refused && claim.since < since {
+                lost += 1;
             }
         }
-        // What was completed meanwhile is not there to be renewed.
-        let wanted: HashSet<&str> = arrays.ids.iter().map(String::as_str).collect();
-        let lost = state.held.iter().filter(|claim| {
-            claim.since != since && !claim.is_refused && wanted.contains(claim.id.as_str())
-        });
-        match lost.count() {
+        match lost {
             0 => Ok(()),
             rows => {
                 let message = format!(

@@ -89,7 +89,7 @@ pub(super) struct Statements {
     pub(super) refuse: String,
     /// Gives rows back.
     pub(super) release: String,
-    /// Makes claims last. Says which rows are still ours, and their new tokens.
+    /// Makes claims last. Says which rows are still ours, by id and time, and their new tokens.
     pub(super) renew: String,
     /// Gives back what others claimed and did not renew, where a claim does not do that.
     pub(super) release_stale: Option<String>,
@@ -147,7 +147,9 @@ impl Terms {
         let table = &settings.table;
         let e = |field: &str| column(table, field);
         let set = |field: &str| bare(table, field);
+        // By the clock of the write, as a claim may take long. (As a token it must be one for all.)
         let lease = claimed_at(settings, &format!("interval '{} ms'", LEASE.as_millis()));
+        let lease_by_clock = lease.replacen("now()", "clock_timestamp()", 1);
         let key =
             (table.column("partition_key").is_some()).then(|| [e("topic"), e("partition_key")]);
         let common = |token: &str| {
@@ -192,7 +194,7 @@ impl Terms {
                     ),
                     order: e("scheduled_at"),
                     claim: format!(
-                        "{} = {lease}, {} = {}, {} = now()",
+                        "{} = {lease_by_clock}, {} = {}, {} = now()",
                         set("locked_at"),
                         set("locked_by"),
                         escape_literal(worker),
@@ -289,11 +291,11 @@ impl Statements {
         let refusals =
             "$1::text[], $2::text[], $3::text[], $4::text[]) AS c(id, created_at, token, error)";
         let stale = format!(
-            "UPDATE {table} AS o SET {} FROM ( \
+            "WITH freed AS (UPDATE {table} AS o SET {} FROM ( \
                  SELECT {id} AS id, {created_at} AS created_at FROM {table} AS e \
                  WHERE {pending} AND {} < now() - interval '{} ms' \
                  LIMIT {ROWS} FOR UPDATE SKIP LOCKED) AS s \
-             WHERE o.{} = s.id AND o.{} = s.created_at",
+             WHERE o.{} = s.id AND o.{} = s.created_at RETURNING 1) SELECT count(*) FROM freed",
             terms.release,
             settings
                 .table
@@ -311,7 +313,7 @@ impl Statements {
             renew: update(
                 &terms.claim,
                 claims,
-                &format!(" RETURNING {id}::text, {token}::text"),
+                &format!(" RETURNING {id}::text, {created_at}::text, {token}::text"),
             ),
             release_stale: (tracking == Tracking::Status).then_some(stale),
         }
@@ -441,7 +443,9 @@ impl Terms {
                    AND NOT EXISTS (SELECT FROM missed AS m WHERE m.topic = l.topic AND m.key = l.key \
                                    AND (m.created_at, m.id) < (l.created_at, l.id)) \
                  RETURNING l.topic AS k_topic, l.key AS k_key, {row}), \
-             free AS (SELECT topic, key FROM ranked WHERE is_due AND NOT is_held GROUP BY topic, key) \
+             free AS (SELECT topic, key FROM ranked AS r WHERE is_due AND NOT is_held \
+                      AND NOT EXISTS (SELECT FROM missed AS m WHERE m.topic = r.topic AND m.key = r.key) \
+                      GROUP BY topic, key) \
              SELECT (SELECT count(*) FROM due), k.topic::text, k.key::text, f.key IS NULL, {given} \
              FROM keys AS k LEFT JOIN free AS f ON f.topic = k.topic AND f.key = k.key \
              FULL JOIN claimed AS c ON c.k_topic = k.topic AND c.k_key = k.key \
@@ -464,7 +468,7 @@ pub(super) struct Shape {
 /// `Database`: it is missing, a column is, or has another type, or it has no primary key.
 pub(super) async fn shape(client: &Client, table: &Table) -> Result<Shape> {
     let doing = format!("look at {}", table.quoted());
-    let sql = "SELECT a.attname::text, a.atttypid, format_type(a.atttypid, NULL), t.typcategory::text, \
+    let sql = "SELECT a.attname::text, a.atttypid, format_type(a.atttypid, -1), t.typcategory::text, \
                       coalesce(a.attnum = ANY (i.indkey), false), i.indexrelid IS NOT NULL \
                FROM pg_class AS c \
                JOIN pg_attribute AS a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped \
