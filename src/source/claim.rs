@@ -24,8 +24,8 @@
 //! # How long a claim lasts
 //!
 //! Others take a claim for dead when it is older than a timeout, by default five minutes.
-//! Ours are written so old that they end after [`LEASE`](statements::LEASE), and are renewed meanwhile: what a
-//! relay that was killed has claimed is free again after seconds.
+//! Ours are written so old that they end after ten seconds, and are renewed meanwhile: what
+//! a relay that was killed has claimed is free again soon.
 
 mod claims;
 mod statements;
