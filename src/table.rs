@@ -172,25 +172,6 @@ pub enum Tracking {
     Times,
 }
 
-/// Fields of an event that a column may be named for, whatever the preset.
-const FIELDS: [&str; 15] = [
-    "seq",
-    "id",
-    "aggregate_type",
-    "aggregate_id",
-    "event_type",
-    "topic",
-    "partition_key",
-    "payload",
-    "headers",
-    "schema_version",
-    "trace_id",
-    "correlation_id",
-    "causation_id",
-    "traceparent",
-    "created_at",
-];
-
 /// The table that is read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Table {
@@ -251,17 +232,19 @@ impl Table {
         }
     }
 
+    /// A column may be named for each field of an event, and for what the preset has besides.
     fn check_field(&self, field: &str) -> Result<()> {
-        let of_preset = || self.preset.columns().iter().map(|(field, _)| *field);
-        if FIELDS
-            .into_iter()
-            .chain(of_preset())
-            .any(|known| known == field)
-        {
+        let of_event = Preset::Postbox.columns().iter();
+        let of_preset = self.preset.columns().iter();
+        let mut known: Vec<&str> = Vec::new();
+        for (name, _) in of_event.chain(of_preset) {
+            if !known.contains(name) {
+                known.push(name);
+            }
+        }
+        if known.contains(&field) {
             return Ok(());
         }
-        let mut known: Vec<&str> = FIELDS.to_vec();
-        known.extend(of_preset().filter(|field| !FIELDS.contains(field)));
         let message = format!(
             "--column {field}=…: there is no such field; use one of {}",
             known.join(", ")
