@@ -3,7 +3,6 @@
 use bytes::Bytes;
 use pgwire_replication::Lsn;
 use pgwire_replication::client::ReplicationEvent;
-use postbox::contract::Contract;
 use postbox::source::{Messages, Outbox};
 use postbox::table::Table;
 
@@ -67,7 +66,7 @@ fn value(column: &str, number: u32) -> Option<String> {
 /// Messages of a stream in which the table was described.
 pub(crate) fn messages() -> Messages {
     let mut messages = Messages::new(Outbox {
-        table: Table::of(&Contract::default()),
+        table: Table::of("postbox"),
         publication: "postbox".to_owned(),
         nonce: "nonce".to_owned(),
     });

@@ -272,10 +272,14 @@ pub(crate) fn recovery_is_unfinished(contract: &Contract) -> Error {
 }
 
 pub(crate) fn not_set_up(contract: &Contract) -> Error {
+    let claims = match contract.outbox.preset.tracking() {
+        Some(_) => ", or read the table by claims, with --mode poll",
+        None => "",
+    };
     Error::new(
         ErrorKind::Slot,
         format!(
-            "replication slot \"{}\" has not been set up in schema \"{}\": run `postbox setup`",
+            "replication slot \"{}\" has not been set up in schema \"{}\": run `postbox setup`{claims}",
             contract.slot, contract.schema
         ),
     )

@@ -8,6 +8,10 @@ use postgres_protocol::escape::{escape_identifier, escape_literal};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::outbox::DEFAULT_SCHEMA;
+use crate::table::Table;
+
+/// What the name of a copy of rows begins with, before that of the slot.
+const BACKFILL: &str = "backfill_";
 
 /// Postgres cuts longer names short without an error.
 const NAME_BYTES_MAX: usize = 63;
@@ -21,6 +25,8 @@ pub struct Contract {
     pub slot: String,
     /// The publication that the slot is read through.
     pub publication: String,
+    /// The table that is read: that of the schema, or one that another library made.
+    pub outbox: Table,
 }
 
 impl Default for Contract {
@@ -29,19 +35,22 @@ impl Default for Contract {
             schema: DEFAULT_SCHEMA.to_owned(),
             slot: "postbox".to_owned(),
             publication: "postbox".to_owned(),
+            outbox: Table::of(DEFAULT_SCHEMA),
         }
     }
 }
 
 impl Contract {
-    /// The contract under these names, if Postgres can take them.
+    /// The contract under these names, with a table of ours, if Postgres can take them.
     pub fn new(
         schema: impl Into<String>,
         slot: impl Into<String>,
         publication: impl Into<String>,
     ) -> Result<Self> {
+        let schema = schema.into();
         let contract = Self {
-            schema: schema.into(),
+            outbox: Table::of(&schema),
+            schema,
             slot: slot.into(),
             publication: publication.into(),
         };
@@ -65,7 +74,26 @@ impl Contract {
                 ),
             ));
         }
+        let room = NAME_BYTES_MAX - BACKFILL.len();
+        if !self.outbox.is_ours() && self.slot.len() > room {
+            return Err(Error::new(
+                ErrorKind::Settings,
+                format!(
+                    "slot \"{}\" has a name longer than {room} bytes, which --table-preset {} needs for a table \
+                     named after it",
+                    self.slot,
+                    self.outbox.preset.name()
+                ),
+            ));
+        }
         Ok(())
+    }
+
+    /// The same contract, to read this table.
+    pub fn reading(self, outbox: Table) -> Result<Self> {
+        let contract = Self { outbox, ..self };
+        contract.validate()?;
+        Ok(contract)
     }
 
     /// A table of the contract, quoted for SQL.
@@ -75,6 +103,12 @@ impl Contract {
             escape_identifier(&self.schema),
             escape_identifier(name)
         )
+    }
+
+    /// The copy of rows that lie before a slot, of a table that does not say which
+    /// transaction wrote a row. Quoted for SQL.
+    pub(crate) fn backfill_table(&self) -> String {
+        self.table(&format!("{BACKFILL}{}", self.slot))
     }
 
     /// Fills the names into a text from `sql/`.
@@ -88,6 +122,8 @@ impl Contract {
             "schema" => Some(self.schema.as_str()),
             "slot" => Some(self.slot.as_str()),
             "publication" => Some(self.publication.as_str()),
+            "table_schema" => Some(self.outbox.schema.as_str()),
+            "table" => Some(self.outbox.name.as_str()),
             _ => more.iter().find(|(key, _)| *key == name).map(|(_, v)| *v),
         };
         fill(text, value)
@@ -157,6 +193,7 @@ mod tests {
     fn contract(schema: &str) -> Contract {
         Contract {
             schema: schema.to_owned(),
+            outbox: Table::of(schema),
             ..Contract::default()
         }
     }

@@ -17,6 +17,7 @@ mod connect;
 mod control;
 mod division;
 mod gather;
+mod marks;
 mod meter;
 mod pace;
 mod partitions;
@@ -42,7 +43,6 @@ use crate::metrics::Metrics;
 use crate::publisher::{BATCH_BYTES, KafkaSettings};
 use crate::source::Place;
 use crate::source::claim::ClaimSettings;
-use crate::table::Table;
 use attempt::{Attempt, Ended};
 use division::Division;
 use meter::Cue;
@@ -52,13 +52,14 @@ use meter::Cue;
 pub struct RelaySettings {
     /// The database.
     pub database: Database,
-    /// The names of schema, slot and publication.
+    /// The names of schema, slot and publication, and the table. With polling, one whose rows
+    /// say whether they are published is claimed from, and nothing needs to be set up.
     pub contract: Contract,
     /// How events are read; if it is not said, as it was set up.
     pub mode: Option<Mode>,
-    /// The table that they are read from. With polling, one whose rows say whether they are
-    /// published is claimed from, and nothing needs to be set up.
-    pub table: Table,
+    /// Whether rows that come from a slot are marked published in their table, where that
+    /// has columns for it.
+    pub mark: bool,
     /// With claims, after how long others take a claim for dead.
     pub claim_timeout: Duration,
     /// With claims, how often a row is tried whose table does not say.
@@ -96,9 +97,19 @@ pub struct RelaySettings {
 impl RelaySettings {
     /// How rows are claimed, if they are.
     fn claims(&self) -> Option<ClaimSettings> {
-        let is_claimed = self.mode == Some(Mode::Poll) && self.table.preset.tracking().is_some();
-        is_claimed.then(|| ClaimSettings {
-            table: self.table.clone(),
+        (self.mode == Some(Mode::Poll)).then(|| self.tracked())?
+    }
+
+    /// How rows are marked, if they are.
+    fn marks(&self) -> Option<ClaimSettings> {
+        (self.mode == Some(Mode::Wal) && self.mark).then(|| self.tracked())?
+    }
+
+    /// The table, if its rows say whether they are published.
+    fn tracked(&self) -> Option<ClaimSettings> {
+        let is_tracked = self.contract.outbox.preset.tracking().is_some();
+        is_tracked.then(|| ClaimSettings {
+            table: self.contract.outbox.clone(),
             timeout: self.claim_timeout,
             attempts_max: self.attempts_max,
         })

@@ -12,6 +12,7 @@
 //!    sees it.
 
 mod adopt;
+mod backfill;
 mod grants;
 mod merge;
 mod migrations;
@@ -30,6 +31,8 @@ use crate::catalog::{self, Mode, PUBLICATION, Stored};
 use crate::contract::{Contract, check_name};
 use crate::database::{Database, sort, sort_replication, within};
 use crate::error::{Error, ErrorKind, Result};
+use crate::source::claim;
+use crate::table::Table;
 
 pub use print::print_sql;
 pub use recover::recover;
@@ -89,6 +92,19 @@ pub enum Backfill {
     None,
     /// They are published first.
     Pending,
+}
+
+/// What becomes of rows that a lost slot has not given.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Missed {
+    /// They are sent first. An error where a table does not say which they are.
+    #[default]
+    Send,
+    /// They stay unpublished.
+    Skip,
+    /// They are sent first, and with them, of another library's table, all that is not
+    /// marked published.
+    Resend,
 }
 
 impl Backfill {
@@ -192,12 +208,15 @@ pub async fn setup(
     options: &SetupOptions,
 ) -> Result<Report> {
     contract.validate()?;
-    options.validate()?;
+    options.validate(&contract.outbox)?;
     let mut session = database.connect("postbox setup").await?;
     let client = &mut session.client;
     lock(client).await?;
     catalog::check_server(client).await?;
     grants::check_roles(client, options).await?;
+    if !contract.outbox.is_ours() {
+        claim::shape(client, &contract.outbox).await?;
+    }
 
     let mut report = Report::default();
     let mut stored = catalog::stored(client, contract).await?;
@@ -277,7 +296,7 @@ async fn adopt(
             client,
             contract,
             &checkpoint,
-            false,
+            Missed::Send,
             report,
         ))
         .await?;
@@ -348,11 +367,41 @@ async fn set_up_polling(
 }
 
 impl SetupOptions {
-    fn validate(&self) -> Result<()> {
+    fn validate(&self, table: &Table) -> Result<()> {
+        if !table.is_ours() {
+            self.check_preset(table)?;
+        }
         for role in [&self.relay_role, &self.writer_role].into_iter().flatten() {
             check_name("role", role)?;
         }
         Ok(())
+    }
+}
+
+impl SetupOptions {
+    /// Of another library's table, only a slot is ours to set up.
+    fn check_preset(&self, table: &Table) -> Result<()> {
+        let preset = table.preset.name();
+        let why = if matches!(self.mode, Reading::By(Mode::Poll) | Reading::Auto) {
+            match table.preset.tracking() {
+                Some(_) => {
+                    "needs no set-up to be polled, as its rows are claimed: start `postbox relay --mode poll`"
+                }
+                None => {
+                    "needs --mode wal: its rows say neither in which order they come nor whether they are published"
+                }
+            }
+        } else if self.adopt {
+            "fights --adopt: its rows do not say what was published; start with --backfill pending or none"
+        } else if self.notify.is_some() {
+            "fights --notify: only our own outbox has that trigger"
+        } else if self.writer_role.is_some() {
+            "fights --grant-writer-to: who writes to it, its own library says"
+        } else {
+            return Ok(());
+        };
+        let message = format!("--table-preset {preset} {why}");
+        Err(Error::new(ErrorKind::Settings, message))
     }
 }
 

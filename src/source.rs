@@ -39,6 +39,10 @@ pub enum Source {
     Claim(Claimer),
 }
 
+/// What the copy of rows that lie before a slot has beside the columns of their table: their
+/// number, from 1. Quoted for SQL; nobody's column has this name.
+pub(crate) const BACKFILL_SEQ: &str = "\"postbox seq\"";
+
 /// How values are written, whatever a role or a database has set: rows are read as
 /// text.
 const FORMATS: [(&str, &str); 5] = [

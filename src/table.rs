@@ -16,7 +16,7 @@ use std::str::FromStr;
 
 use postgres_protocol::escape::escape_identifier;
 
-use crate::contract::{Contract, check_name};
+use crate::contract::check_name;
 use crate::envelope::{Format, HeaderStyle};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -88,6 +88,12 @@ impl Preset {
             Self::Spakky => Some(Tracking::Times),
             Self::Postbox => None,
         }
+    }
+
+    /// Whether it is read through a publication that another program made, with other
+    /// tables and changes in it, which are passed over.
+    pub fn shares_publication(self) -> bool {
+        false
     }
 
     /// Fields that have a column, and its name.
@@ -173,7 +179,7 @@ pub enum Tracking {
 }
 
 /// The table that is read.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Table {
     /// Whose it is.
     pub preset: Preset,
@@ -186,19 +192,19 @@ pub struct Table {
 }
 
 impl Table {
-    /// The table of a preset; of ours, that of the contract. `name` is `table` or
+    /// The table of a preset; of ours, that of our schema. `name` is `table` or
     /// `schema.table`, if it is another one; `columns` are `field=column`.
     ///
     /// # Errors
     /// `Settings`: a name that cannot be, or a field that there is not.
     pub fn new(
         preset: Preset,
-        contract: &Contract,
+        our_schema: &str,
         name: Option<&str>,
         columns: &[(String, String)],
     ) -> Result<Self> {
         let (schema, name) = match name {
-            None if preset == Preset::Postbox => (contract.schema.as_str(), preset.table()),
+            None if preset == Preset::Postbox => (our_schema, preset.table()),
             None => ("public", preset.table()),
             Some(name) => name.split_once('.').unwrap_or(("public", name)),
         };
@@ -210,7 +216,7 @@ impl Table {
             name: name.to_owned(),
             columns: columns.to_vec(),
         };
-        if preset == Preset::Postbox && table != Self::of(contract) {
+        if preset == Preset::Postbox && table != Self::of(our_schema) {
             let message = "--table and --column are for tables of others: with --table-preset postbox the table is \
                            that of --schema, which `postbox setup` makes";
             return Err(Error::new(ErrorKind::Settings, message));
@@ -222,11 +228,11 @@ impl Table {
         Ok(table)
     }
 
-    /// The outbox of this contract.
-    pub fn of(contract: &Contract) -> Self {
+    /// Our own outbox in this schema.
+    pub fn of(schema: &str) -> Self {
         Self {
             preset: Preset::Postbox,
-            schema: contract.schema.clone(),
+            schema: schema.to_owned(),
             name: Preset::Postbox.table().to_owned(),
             columns: Vec::new(),
         }
@@ -250,6 +256,12 @@ impl Table {
             known.join(", ")
         );
         Err(Error::new(ErrorKind::Settings, message))
+    }
+
+    /// Whether it is ours, whose rows say by which transaction they were written, and in
+    /// which order.
+    pub fn is_ours(&self) -> bool {
+        self.preset == Preset::Postbox
     }
 
     /// The column of a field, if there is one.
@@ -306,9 +318,8 @@ mod tests {
 
     #[test]
     fn a_column_is_that_of_the_preset_unless_it_is_named() {
-        let contract = Contract::default();
         let columns = [("payload".to_owned(), "body".to_owned())];
-        let table = Table::new(Preset::OmniBox, &contract, Some("shop.events"), &columns).unwrap();
+        let table = Table::new(Preset::OmniBox, "postbox", Some("shop.events"), &columns).unwrap();
         assert_eq!(table.quoted(), r#""shop"."events""#);
         assert_eq!(table.column("payload"), Some("body"));
         assert_eq!(table.column("locked_by"), Some("locked_by"));
@@ -319,7 +330,6 @@ mod tests {
 
     #[test]
     fn what_cannot_be_is_refused() {
-        let contract = Contract::default();
         let column = |field: &str, column: &str| [(field.to_owned(), column.to_owned())];
         for (preset, name, columns) in [
             (Preset::OmniBox, None, column("colour", "red")),
@@ -328,16 +338,15 @@ mod tests {
             (Preset::OmniBox, Some("."), column("payload", "body")),
             (Preset::Postbox, Some("events"), column("payload", "body")),
         ] {
-            let refused = Table::new(preset, &contract, name, &columns).unwrap_err();
+            let refused = Table::new(preset, "postbox", name, &columns).unwrap_err();
             assert_eq!(refused.kind(), ErrorKind::Settings, "{refused}");
         }
     }
 
     #[test]
     fn records_of_a_table_without_a_key_have_none() {
-        let contract = Contract::default();
         let spakky = |columns: &[(String, String)]| {
-            Table::new(Preset::Spakky, &contract, None, columns).unwrap()
+            Table::new(Preset::Spakky, "postbox", None, columns).unwrap()
         };
         assert!(!spakky(&[]).is_keyed());
         assert!(spakky(&[("partition_key".to_owned(), "customer".to_owned())]).is_keyed());

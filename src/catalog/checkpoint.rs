@@ -334,11 +334,15 @@ impl Checkpoint {
                 ErrorKind::Database,
                 format!(
                     "checkpoint \"{}\" belongs to the cluster with system identifier {}, and this one has {}: \
-                     its positions mean nothing here; connect to that cluster, or run `postbox setup --adopt`, after \
-                     which the relay publishes what was not, or {}",
+                     its positions mean nothing here; connect to that cluster, or {}{}",
                     contract.slot,
                     self.system.identifier,
                     system.identifier,
+                    match contract.outbox.is_ours() {
+                        true =>
+                            "run `postbox setup --adopt`, after which the relay publishes what was not, or ",
+                        false => "",
+                    },
                     give_up(contract)
                 ),
             ));

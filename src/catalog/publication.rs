@@ -8,6 +8,8 @@ use super::identity::difference;
 use crate::contract::Contract;
 use crate::database::sort;
 use crate::error::{Error, ErrorKind, Result};
+#[cfg(doc)]
+use crate::table::Preset;
 
 /// Makes the publication.
 pub(crate) const PUBLICATION: &str = include_str!("../../sql/publication.sql");
@@ -26,7 +28,8 @@ pub async fn publication_identity(client: &Client, contract: &Contract) -> Resul
 }
 
 /// Checks that the publication holds the inserts of the outbox, whole, and
-/// nothing else. Whether it has always done so is a question of its identity.
+/// nothing else. Whether it has always done so is a question of its identity. One that
+/// comes with another's slot may hold more: see [`Preset::shares_publication`].
 ///
 /// # Errors
 ///
@@ -97,6 +100,8 @@ fn create_statement(contract: &Contract) -> String {
 }
 
 struct Shape {
+    /// Whether the outbox is published, by whatever way, under its own name.
+    gives_outbox: bool,
     all_tables: bool,
     insert: bool,
     others: bool,
@@ -113,11 +118,13 @@ async fn find(client: &Client, contract: &Contract) -> Result<Option<Shape>> {
                       coalesce(bool_or(r.prrelid = outbox), false), \
                       coalesce(bool_or(num_nonnulls(to_jsonb(r) ->> 'prqual', to_jsonb(r) ->> 'prattrs') > 0), false), \
                       string_agg(r.prrelid::regclass::text, ', ') FILTER (WHERE r.prrelid IS DISTINCT FROM outbox), \
-                      p.oid \
+                      p.oid, \
+                      EXISTS (SELECT FROM pg_publication_tables AS t WHERE t.pubname = p.pubname \
+                              AND to_regclass(format('%I.%I', t.schemaname, t.tablename)) = outbox) \
                FROM to_regclass($2) AS outbox, pg_publication AS p \
                LEFT JOIN pg_publication_rel AS r ON r.prpubid = p.oid \
-               WHERE p.pubname = $1::text::name GROUP BY p.oid";
-    let outbox = contract.table("outbox");
+               WHERE p.pubname = $1::text::name GROUP BY p.oid, outbox";
+    let outbox = contract.outbox.quoted();
     let parameters = [
         (&contract.publication as _, Type::TEXT),
         (&outbox as _, Type::TEXT),
@@ -130,6 +137,7 @@ async fn find(client: &Client, contract: &Contract) -> Result<Option<Shape>> {
         return Ok(None);
     };
     Ok(Some(Shape {
+        gives_outbox: row.get(8),
         all_tables: row.get(0),
         insert: row.get(1),
         others: row.get(2),
@@ -160,7 +168,10 @@ async fn schemas(client: &Client, contract: &Contract, publication: u32) -> Resu
 
 impl Shape {
     fn fault(&self, contract: &Contract) -> Option<Fault> {
-        let (tables, options) = (self.wrong_tables(contract), self.wrong_options());
+        let (tables, options) = match contract.outbox.preset.shares_publication() {
+            true => (self.is_lacking(contract), self.lacks_inserts()),
+            false => (self.wrong_tables(contract), self.wrong_options()),
+        };
         let name = escape_identifier(&contract.publication);
         let mut mend = Vec::new();
         if self.all_tables {
@@ -168,7 +179,7 @@ impl Shape {
             mend.push(create_statement(contract));
         } else {
             if tables.is_some() {
-                let outbox = contract.table("outbox");
+                let outbox = contract.outbox.quoted();
                 mend.push(format!("ALTER PUBLICATION {name} SET TABLE {outbox}"));
             }
             if options.is_some() {
@@ -183,7 +194,7 @@ impl Shape {
     }
 
     fn wrong_tables(&self, contract: &Contract) -> Option<String> {
-        let outbox = contract.table("outbox");
+        let outbox = contract.outbox.quoted();
         if self.all_tables {
             Some("is FOR ALL TABLES".to_owned())
         } else if let Some(schemas) = &self.schemas {
@@ -197,6 +208,22 @@ impl Shape {
         } else {
             None
         }
+    }
+
+    /// What is wrong with the tables of a publication that may hold others.
+    fn is_lacking(&self, contract: &Contract) -> Option<String> {
+        let outbox = contract.outbox.quoted();
+        if self.filtered {
+            Some(format!("has a row filter or a column list for {outbox}"))
+        } else if !self.gives_outbox {
+            Some(format!("does not publish {outbox} under its own name"))
+        } else {
+            None
+        }
+    }
+
+    fn lacks_inserts(&self) -> Option<String> {
+        (!self.insert).then(|| "must publish inserts".to_owned())
     }
 
     fn wrong_options(&self) -> Option<String> {

@@ -68,24 +68,29 @@ pub(super) struct ContractArguments {
         value_name = "NAME"
     )]
     publication: String,
+
+    #[command(flatten)]
+    table: TableArguments,
 }
 
 impl ContractArguments {
     pub(super) fn resolve(&self) -> postbox::Result<Contract> {
-        Contract::new(&self.schema, &self.slot, &self.publication)
+        let table = self.table.resolve(&self.schema)?;
+        Contract::new(&self.schema, &self.slot, &self.publication)?.reading(table)
     }
 }
 
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Tables of others")]
-pub(super) struct TableArguments {
-    /// Whose table is read: postbox, omni-box (outbox_events) or spakky (spakky_event_outbox). The last
-    /// two need --mode poll.
+struct TableArguments {
+    /// Whose table is read: postbox, omni-box (outbox_events) or spakky (spakky_event_outbox).
     ///
     /// Records are then what its own relay would send: format and headers that are not said are its own,
     /// and they are not compressed unless -X compression.codec=lz4 says so, which not all of its consumers
-    /// can read. Rows of omni-box's and spakky's tables are claimed, sent and completed as their own
-    /// workers do, beside them if need be; nothing has to be set up for that.
+    /// can read. With --mode poll, rows of omni-box's and spakky's tables are claimed, sent and completed as
+    /// their own workers do, beside them if need be, and nothing has to be set up for that. With --mode wal
+    /// they are read from a slot, in commit order and without touching them unless --mark says so, and no
+    /// other worker may send them.
     #[arg(
         long,
         env = "POSTBOX_TABLE_PRESET",
@@ -111,10 +116,10 @@ pub(super) struct TableArguments {
 }
 
 impl TableArguments {
-    pub(super) fn resolve(&self, contract: &Contract) -> postbox::Result<Table> {
+    fn resolve(&self, schema: &str) -> postbox::Result<Table> {
         Table::new(
             self.table_preset,
-            contract,
+            schema,
             self.table.as_deref(),
             &self.columns,
         )

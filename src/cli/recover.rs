@@ -2,7 +2,7 @@
 
 use clap::Args;
 use clap::builder::BoolishValueParser;
-use postbox::setup;
+use postbox::setup::{self, Missed};
 
 use super::arguments::{ContractArguments, DatabaseArguments};
 
@@ -25,6 +25,11 @@ pub(super) struct RecoverCommand {
     /// variable is true or false.
     #[arg(long, env = "POSTBOX_SKIP_MISSED", value_parser = BoolishValueParser::new())]
     skip_missed: bool,
+
+    /// Of another library's table, which does not say what is missing: send all rows first that are not
+    /// marked published. The variable is true or false.
+    #[arg(long, env = "POSTBOX_RESEND", value_parser = BoolishValueParser::new(), conflicts_with = "skip_missed")]
+    resend: bool,
 }
 
 impl RecoverCommand {
@@ -34,7 +39,12 @@ impl RecoverCommand {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()?;
-        let report = runtime.block_on(setup::recover(&database, &contract, self.skip_missed))?;
+        let missed = match (self.skip_missed, self.resend) {
+            (true, _) => Missed::Skip,
+            (_, true) => Missed::Resend,
+            _ => Missed::Send,
+        };
+        let report = runtime.block_on(setup::recover(&database, &contract, missed))?;
         print!("{report}");
         Ok(())
     }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use clap::builder::BoolishValueParser;
 use clap::{Args, value_parser};
 use postbox::envelope::{Format, HeaderStyle, Route};
 use postbox::health::Health;
@@ -19,9 +20,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{oneshot, watch};
 use tracing::{info, warn};
 
-use super::arguments::{
-    ContractArguments, DatabaseArguments, KafkaArguments, ModeArgument, TableArguments,
-};
+use super::arguments::{ContractArguments, DatabaseArguments, KafkaArguments, ModeArgument};
 use super::quantity::{in_words, size, time};
 
 /// Carries committed events to Kafka until it is told to stop.
@@ -43,9 +42,6 @@ pub(super) struct RelayCommand {
 
     #[command(flatten)]
     contract: ContractArguments,
-
-    #[command(flatten)]
-    table: TableArguments,
 
     #[command(flatten)]
     claims: ClaimArguments,
@@ -101,6 +97,11 @@ struct RecordArguments {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Claims")]
 struct ClaimArguments {
+    /// With --mode wal, mark rows published in their table, before they are confirmed, as omni-box and
+    /// spakky do; true or false in the variable.
+    #[arg(long, env = "POSTBOX_MARK", value_parser = BoolishValueParser::new())]
+    mark: bool,
+
     /// After how long the workers of a table's own library take a claim for dead that is not renewed: as
     /// they are set; 15s to 1h. Claims of this relay end 10s after it, at most.
     #[arg(
@@ -273,13 +274,12 @@ impl RelayCommand {
         self.tuning.check()?;
         self.check_shards()?;
         let contract = self.contract.resolve()?;
-        let table = self.table.resolve(&contract)?;
-        let preset = table.preset;
+        let preset = contract.outbox.preset;
         self.check_preset(preset)?;
         let settings = RelaySettings {
             mode: self.mode.into(),
             contract,
-            table,
+            mark: self.claims.mark,
             claim_timeout: self.claims.claim_timeout,
             attempts_max: self.claims.max_attempts,
             kafka: match preset.compression() {
@@ -321,12 +321,15 @@ impl RelayCommand {
             let message = format!("--table-preset {} {why}", preset.name());
             Err(Error::new(ErrorKind::Settings, message))
         };
+        if self.claims.mark && preset.tracking().is_none() {
+            return refuse("fights --mark: its rows have no column for that");
+        }
         match (preset.tracking(), self.mode, self.tuning.shards) {
-            (None, ..) | (_, ModeArgument::Poll, None) => Ok(()),
+            (None, ..) | (_, ModeArgument::Wal, _) | (_, ModeArgument::Poll, None) => Ok(()),
             (_, ModeArgument::Poll, Some(_)) => refuse(
                 "fights --shards: its rows are claimed one by one, by as many relays as you start",
             ),
-            _ => refuse("needs --mode poll: its rows are claimed"),
+            _ => refuse("needs --mode poll, as its rows are claimed, or --mode wal"),
         }
     }
 

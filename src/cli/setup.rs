@@ -79,7 +79,7 @@ impl SetupCommand {
             notify: self.notify,
         };
         if self.print {
-            print!("{}", setup::print_sql(&contract, &options));
+            print!("{}", setup::print_sql(&contract, &options)?);
             return Ok(());
         }
         let database = self.database.resolve()?;

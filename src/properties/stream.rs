@@ -5,7 +5,6 @@ use pgwire_replication::Lsn;
 use pgwire_replication::client::ReplicationEvent;
 
 use super::event::check;
-use crate::contract::Contract;
 use crate::source::{Item, Messages, Outbox, Place};
 use crate::table::Table;
 
@@ -15,7 +14,7 @@ use crate::table::Table;
 /// an event passes [`check`].
 pub fn stream(bytes: &[u8]) {
     let mut messages = Messages::new(Outbox {
-        table: Table::of(&Contract::default()),
+        table: Table::of("postbox"),
         publication: "postbox".to_owned(),
         nonce: "nonce".to_owned(),
     });

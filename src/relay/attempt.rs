@@ -15,8 +15,9 @@ use super::connect::{Connected, PROBE_TIMEOUT, connect};
 use super::control::{Control, Hold, walsender_is_ending};
 use super::division::{DRAIN_MAX, Watch, served};
 use super::gather::Gather;
+use super::marks::{self, Marks};
 use super::partitions::OPEN_MAX;
-use super::window::{Stop, Window};
+use super::window::{Progress, Stop, Window};
 use super::{BACKOFF_MAX, Relay};
 use crate::database::within;
 use crate::envelope::Encoder;
@@ -31,6 +32,8 @@ pub(super) struct Attempt<'r> {
     source: Source,
     encoder: Encoder,
     window: Window,
+    /// Where rows are marked before they are confirmed.
+    marks: Option<Marks>,
     /// A row that waits: for its topic, for smaller batches, for the first record of
     /// its partition, or to be sent alone.
     held: Option<Row>,
@@ -169,7 +172,7 @@ impl<'r> Attempt<'r> {
             }
             (Source::Poll(_), _) => info!(relay = settings.contract.slot, database, "polling"),
             (Source::Claim(_), _) => info!(
-                table = settings.table.quoted(),
+                table = settings.contract.outbox.quoted(),
                 database, "polling, by claims"
             ),
         }
@@ -188,9 +191,10 @@ impl<'r> Attempt<'r> {
                 relay.cue.clone(),
             ),
             source: connected.source,
+            marks: connected.marks,
             encoder: Encoder::new(settings.format, settings.route.clone())
                 .with_headers(settings.headers)
-                .keyed(settings.table.is_keyed()),
+                .keyed(settings.contract.outbox.is_keyed()),
             window: Window::new(
                 connected.publisher,
                 std::mem::take(&mut relay.suspects),
@@ -274,6 +278,7 @@ impl<'r> Attempt<'r> {
                 }
                 () = tokio::task::yield_now(), if read > 0 => {}
                 () = self.window.publisher.reported() => {}
+                marked = marks::next(self.marks.as_mut()) => self.confirm(marked?),
                 item = self.source.next(), if may_read => {
                     self.look_at_clock();
                     self.take(item?)?;
@@ -359,6 +364,7 @@ impl<'r> Attempt<'r> {
             && self
                 .window
                 .has_room(settings.in_flight_max, settings.in_flight_bytes_max)
+            && self.marks.as_ref().is_none_or(|marks| marks.has_room(settings.in_flight_max))
             // A stop reads on to the end of the transaction, as only that can be
             // confirmed, and of what was sent before.
             && (!self.is_ending()
@@ -388,7 +394,11 @@ impl<'r> Attempt<'r> {
             true => self.window.is_settled(),
             false => !self.window.has_work() && self.source.mark().is_none(),
         };
-        is_delivered && !self.source.is_amid() && self.control.is_stored() && self.has_caught_up()
+        is_delivered
+            && self.is_marked()
+            && !self.source.is_amid()
+            && self.control.is_stored()
+            && self.has_caught_up()
     }
 
     fn take(&mut self, item: Item) -> Result<()> {
@@ -440,7 +450,12 @@ impl<'r> Attempt<'r> {
         }
         self.control.had_traffic();
         match self.window.send(&row, &record, destination) {
-            Ok(()) => Ok(()),
+            Ok(()) => {
+                if let Some(marks) = &mut self.marks {
+                    marks.sent(&event);
+                }
+                Ok(())
+            }
             Err(Stop::Row(row, why)) => {
                 let error = poison(&self.source, &row, why);
                 self.refuse(error)
@@ -501,20 +516,35 @@ impl<'r> Attempt<'r> {
     /// confirmed.
     fn settle(&mut self) -> Result<()> {
         let (progress, stop) = self.window.settle();
+        let progress = match &mut self.marks {
+            Some(marks) => marks.reach(progress),
+            None => progress,
+        };
+        self.confirm(progress);
+        stop.map_or(Ok(()), |stop| Err(self.stopped(stop)))
+    }
+
+    /// Everything before this is delivered, and marked where it is to be.
+    fn confirm(&mut self, progress: Progress) {
+        let has_events = progress.events > 0;
         if let Some(lsn) = progress.confirm {
             failpoint!("confirming");
             self.source.confirm(lsn);
             failpoint!("confirmed");
-            if progress.has_events {
+            if has_events {
                 self.control.confirmed(lsn);
             }
         }
         if let Some(mark) = progress.mark {
             self.last_fence
                 .take_if(|(fence, _)| mark.0 == Mark::Fence(fence.clone()));
-            self.control.reached(mark, progress.has_events);
+            self.control.reached(mark, has_events);
         }
-        stop.map_or(Ok(()), |stop| Err(self.stopped(stop)))
+    }
+
+    /// Whether all rows are marked that can be confirmed.
+    fn is_marked(&self) -> bool {
+        self.marks.as_ref().is_none_or(Marks::are_done)
     }
 
     fn look_after(&mut self) -> Result<()> {
@@ -585,8 +615,11 @@ impl<'r> Attempt<'r> {
         use ErrorKind::{BrokerAway, DatabaseAway, Event, Publication};
         if matches!(kind, DatabaseAway | Event | Publication) || self.has_put_off {
             let settled = async {
-                while !self.window.is_settled() {
-                    self.window.publisher.reported().await;
+                while !self.window.is_settled() || !self.is_marked() {
+                    tokio::select! {
+                        () = self.window.publisher.reported() => {}
+                        marked = marks::next(self.marks.as_mut()) => self.confirm(marked?),
+                    }
                     self.look_at_clock();
                     self.settle()?;
                 }
@@ -595,7 +628,10 @@ impl<'r> Attempt<'r> {
             // If it takes longer, or fails: then they are repeated.
             let settled = timeout(PARTING_MAX, settled).await;
             if let Ok(Ok(())) = settled {
-                if let Some(mark) = self.source.mark_before_last() {
+                // Rows behind the last position are not marked.
+                if self.marks.is_none()
+                    && let Some(mark) = self.source.mark_before_last()
+                {
                     // The last row may be the one that cannot go out.
                     self.control.reached((mark, self.source.confirmed()), true);
                 }
@@ -614,6 +650,7 @@ impl<'r> Attempt<'r> {
 
     fn is_drained(&self) -> bool {
         self.window.is_settled()
+            && self.is_marked()
             && self.held.is_none()
             && !self.source.is_amid()
             && self.has_caught_up()
@@ -622,6 +659,14 @@ impl<'r> Attempt<'r> {
 
     /// Everything is delivered: see to it that Postgres knows.
     async fn finish(&mut self, deadline: Option<Instant>) -> Result<()> {
+        if let Some(marks) = &mut self.marks {
+            // What lies behind the last position, too, where that is within a gap.
+            let mut progress = marks.reach_all();
+            while !marks.are_done() {
+                progress.add(marks.next().await?);
+            }
+            self.confirm(progress);
+        }
         let confirmed = self.source.confirmed();
         if let Some(mark) = self.source.mark() {
             self.control.reached((mark, confirmed), true);

@@ -13,6 +13,7 @@ use tokio_postgres::Client;
 use tracing::info;
 
 use super::control::Hold;
+use super::marks::Marks;
 use super::{Relay, RelaySettings};
 use crate::catalog::{self, Checkpoint, LEASE, Mode, Stored};
 use crate::contract::Contract;
@@ -31,6 +32,7 @@ pub(super) struct Connected {
     pub(super) hold: Hold,
     pub(super) publisher: Publisher,
     pub(super) source: Source,
+    pub(super) marks: Option<Marks>,
 }
 
 /// How long a broker may take to give a sign of life.
@@ -96,11 +98,19 @@ fn tell_mode(mode: Mode, prevented: Option<String>) {
 }
 
 async fn connect_to_slot(relay: &mut Relay) -> Result<Connected> {
-    let session = open_session(&relay.settings).await?;
+    let session = open_session(&relay.settings, "control").await?;
     let begin = begin_at(relay, &session.client);
     let checked = within(SILENCE_MAX, "read what was set up", begin).await?;
     let (relay, settings) = (&*relay, &relay.settings);
     failpoint!("checked");
+    let marks = match settings.marks() {
+        Some(claims) => {
+            let session = open_session(settings, "marks").await?;
+            let opened = Marks::open(session, &claims);
+            Some(within(SILENCE_MAX, "look at the table", opened).await?)
+        }
+        None => None,
+    };
     let publisher = reach_brokers(relay).await?;
     let mut stream = open_stream(relay, &session, &checked).await?;
     failpoint!("opened");
@@ -108,7 +118,9 @@ async fn connect_to_slot(relay: &mut Relay) -> Result<Connected> {
     let checkpoint = within(SILENCE_MAX, "claim the checkpoint", claimed).await?;
     if let Some(gap) = checkpoint.gap.clone() {
         info!("what the slot had lost is sent first, from the table");
-        let begun = stream.read_first(&settings.database, gap, checkpoint.lsn);
+        let contract = &settings.contract;
+        let copy = (!contract.outbox.is_ours()).then(|| contract.backfill_table());
+        let begun = stream.read_first(&settings.database, gap, copy.as_deref(), checkpoint.lsn);
         within(
             SILENCE_MAX,
             "see all that was committed before the slot",
@@ -121,6 +133,7 @@ async fn connect_to_slot(relay: &mut Relay) -> Result<Connected> {
         hold: Hold::Slot(checkpoint),
         publisher,
         source: Source::Wal(stream),
+        marks,
     })
 }
 
@@ -190,6 +203,7 @@ async fn connect_to_table(relay: &mut Relay) -> Result<Connected> {
         },
         publisher,
         source: Source::Poll(poller),
+        marks: None,
     })
 }
 
@@ -226,21 +240,22 @@ async fn connect_to_claims(relay: &Relay, claims: &ClaimSettings) -> Result<Conn
         hold: Hold::Claims(Arc::clone(claimer.claims())),
         publisher,
         source: Source::Claim(claimer),
+        marks: None,
     })
 }
 
 fn outbox(relay: &Relay) -> Outbox {
     let settings = &relay.settings;
     Outbox {
-        table: settings.table.clone(),
+        table: settings.contract.outbox.clone(),
         publication: settings.contract.publication.clone(),
         nonce: relay.nonce.clone(),
     }
 }
 
-/// The relay's ordinary session.
-async fn open_session(settings: &RelaySettings) -> Result<Session> {
-    let name = format!("postbox {} control", settings.contract.slot);
+/// An ordinary session of the relay.
+async fn open_session(settings: &RelaySettings, purpose: &str) -> Result<Session> {
+    let name = format!("postbox {} {purpose}", settings.contract.slot);
     let session = settings.database.connect(&name).await?;
     // What we no longer wait for must not stay behind in the server: a statement that
     // waits for a lock does not notice that its client has gone. Later than we give it

@@ -127,6 +127,8 @@ struct Shared {
     marks_reached: AtomicU64,
     marks_stored: AtomicU64,
     is_ending: AtomicBool,
+    /// Whether rows before the slot are still to be sent from their copy.
+    has_copy: AtomicBool,
     /// Whether it was said that there is a slot that nobody reads.
     has_warned: AtomicBool,
     /// The end of the WAL, as of the last look and of the one before it.
@@ -149,6 +151,9 @@ impl Control {
             beat: hold.beat_interval(settings.heartbeat_interval),
             mark: settings.status_interval,
         };
+        let is_amid_gap = |checkpoint: &Checkpoint| checkpoint.gap.is_some();
+        let has_copy =
+            !settings.contract.outbox.is_ours() && hold.checkpoint().is_some_and(is_amid_gap);
         let shared = Arc::new(Shared {
             session,
             contract: settings.contract.clone(),
@@ -164,6 +169,7 @@ impl Control {
             marks_reached: AtomicU64::new(0),
             marks_stored: AtomicU64::new(0),
             is_ending: AtomicBool::new(false),
+            has_copy: AtomicBool::new(has_copy),
             has_warned: AtomicBool::new(false),
             wal_end: AtomicU64::new(0),
             wal_end_before: AtomicU64::new(0),
@@ -437,6 +443,22 @@ impl Shared {
         Ok(())
     }
 
+    /// The copy of rows before the slot has served. Set-up drops what is left of it.
+    async fn empty_copy(&self) {
+        if !self.has_copy.swap(false, Ordering::Relaxed) {
+            return;
+        }
+        let copy = self.contract.backfill_table();
+        let sql = format!("TRUNCATE {copy}");
+        if let Err(error) = self.session.client.batch_execute(&sql).await {
+            let error = database::sort(format!("empty {copy}"), error);
+            warn!(
+                "{}; nobody needs it any more: DROP TABLE {copy}",
+                error.chain()
+            );
+        }
+    }
+
     /// How long to write no mark after one that took so long.
     fn pause_after(&self, write: Duration) -> Duration {
         match self.hold {
@@ -534,6 +556,7 @@ impl Shared {
                     .store_fence(client, contract, lsn, &snapshot)
                     .await?;
                 self.cue.fenced();
+                self.empty_copy().await;
             }
             (_, mark) => unreachable!("{mark:?} is of another source"),
         }

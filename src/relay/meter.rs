@@ -5,6 +5,9 @@
 //! slot, what is delivered is known by fences: it is measured when one was stored, when the
 //! number is exact, and otherwise after a while.
 //!
+//! Of another library's table, only rows that are claimed or marked can be told from those
+//! that are delivered.
+//!
 //! A relay that stands by says nothing: the one that is at work does.
 
 use std::sync::Arc;
@@ -81,10 +84,12 @@ async fn measure(
         None => open(settings).await?,
     };
     let measured = async {
-        match settings.claims() {
+        match settings.claims().or_else(|| settings.marks()) {
             Some(claims) => backlog::measure_claims(&ours.client, &claims)
                 .await
                 .map(Some),
+            // Only the slot knows.
+            None if !settings.contract.outbox.is_ours() => Ok(None),
             None => backlog::measure(&ours.client, &settings.contract, &settings.route).await,
         }
     };

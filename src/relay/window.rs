@@ -88,8 +88,17 @@ pub(super) struct Progress {
     pub(super) confirm: Option<PgLsn>,
     /// The newest mark that was reached, and its position.
     pub(super) mark: Option<Reached>,
-    /// Whether events lie between it and the position before.
-    pub(super) has_events: bool,
+    /// How many events lie between it and the position before.
+    pub(super) events: usize,
+}
+
+impl Progress {
+    /// What comes behind this.
+    pub(super) fn add(&mut self, later: Self) {
+        self.confirm = later.confirm.or(self.confirm);
+        self.mark = later.mark.or(self.mark.take());
+        self.events += later.events;
+    }
 }
 
 /// Why nothing more can be sent.
@@ -354,7 +363,7 @@ impl Window {
         Progress {
             confirm: Some(lsn),
             mark,
-            has_events: events > 0,
+            events,
         }
     }
 

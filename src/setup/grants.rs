@@ -35,6 +35,13 @@ const WRITER_HAS: &str = "SELECT has_schema_privilege($1::text::name, :'schema',
      AND (SELECT bool_and(has_function_privilege($1::text::name, oid, 'EXECUTE')) FROM pg_proc \
           WHERE proname = 'emit' AND pronamespace = quote_ident(:'schema')::regnamespace)";
 
+/// What a relay needs of another library's table, to mark its rows.
+const MARK: &str = "GRANT USAGE ON SCHEMA :\"table_schema\" TO :\"role\";\n\
+     GRANT SELECT, UPDATE ON :\"table_schema\".:\"table\" TO :\"role\";\n";
+const MARK_HAS: &str = "SELECT has_schema_privilege($1::text::name, :'table_schema', 'USAGE') \
+     AND has_table_privilege($1::text::name, quote_ident(:'table_schema') || '.' || quote_ident(:'table'), 'SELECT') \
+     AND has_table_privilege($1::text::name, quote_ident(:'table_schema') || '.' || quote_ident(:'table'), 'UPDATE')";
+
 /// Refuses roles that do not exist, before anything is done.
 pub(super) async fn check_roles(client: &Client, options: &SetupOptions) -> Result<()> {
     for role in [&options.relay_role, &options.writer_role]
@@ -73,6 +80,11 @@ pub(super) async fn apply(
         }
         let state = grant(client, contract, role, RELAY, RELAY_HAS).await?;
         report.add(format!("grants to relay role \"{role}\""), state);
+        if contract.outbox.preset.tracking().is_some() {
+            let state = grant(client, contract, role, MARK, MARK_HAS).await?;
+            let table = contract.outbox.quoted();
+            report.add(format!("{table}: grants to relay role \"{role}\""), state);
+        }
     }
     if let Some(role) = &options.writer_role {
         let state = grant(client, contract, role, WRITER, WRITER_HAS).await?;

@@ -8,6 +8,7 @@ use super::polling::{NOTIFY, XID_INDEX};
 use super::{LOCK, PATIENCE, Reading, SetupOptions};
 use crate::catalog::{Mode, PUBLICATION, SCHEMA_VERSION};
 use crate::contract::Contract;
+use crate::error::{Error, ErrorKind, Result};
 
 const SERVER: &str = include_str!("../../sql/server.sql");
 const SLOT: &str = include_str!("../../sql/slot.sql");
@@ -16,7 +17,18 @@ const POLLING: &str = include_str!("../../sql/polling.sql");
 /// What [`setup`](super::setup) does, as a script for `psql -f`, which can be run
 /// again. Not with `psql -1`: a slot cannot be made in a transaction that has
 /// written. For a slot, unless the options say otherwise.
-pub fn print_sql(contract: &Contract, options: &SetupOptions) -> String {
+///
+/// # Errors
+/// `Settings`: of another library's table, what lies before a slot is copied under the
+/// snapshot that the slot is made with, which a script cannot see.
+pub fn print_sql(contract: &Contract, options: &SetupOptions) -> Result<String> {
+    if !contract.outbox.is_ours() {
+        let message = format!(
+            "--table-preset {} fights --print: run `postbox setup` as a role that may replicate and create",
+            contract.outbox.preset.name()
+        );
+        return Err(Error::new(ErrorKind::Settings, message));
+    }
     let mode = match options.mode {
         Reading::By(mode) => mode,
         Reading::AsItWas | Reading::Auto => Mode::Wal,
@@ -72,7 +84,7 @@ pub fn print_sql(contract: &Contract, options: &SetupOptions) -> String {
         script.push_str(&contract.sql_with(WRITER, &[("role", role)]));
     }
     let _ = writeln!(script, "\nSELECT pg_advisory_unlock({LOCK});");
-    script
+    Ok(script)
 }
 
 /// `body`, run where the query says that something is missing.
@@ -122,7 +134,7 @@ mod tests {
 
     fn script(options: &SetupOptions) -> String {
         let contract = Contract::new("my \"box", "slot_1", "Pub").unwrap();
-        print_sql(&contract, options)
+        print_sql(&contract, options).unwrap()
     }
 
     #[test]

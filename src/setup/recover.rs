@@ -26,14 +26,17 @@ use tokio_postgres::types::Type;
 
 use super::slot::start::create_slot;
 use super::slot::{finish, identify_system, is_in_the_way, object, taken_over};
-use super::{ANSWER_MAX, Report, State, create_publication, lock, open_replication, publication};
+use super::{
+    ANSWER_MAX, Missed, Report, State, create_publication, lock, open_replication, publication,
+};
 use crate::catalog::{self, Checkpoint, Gap, Mode, Stored};
 use crate::contract::Contract;
 use crate::database::{Database, sort, within};
 use crate::error::{Error, ErrorKind, Result};
+use crate::source::BACKFILL_SEQ;
 
 /// Makes a lost slot anew, so that the next relay first sends what was committed
-/// since the last checkpoint. With `skip_missed` that is given up instead.
+/// since the last checkpoint, unless something else is to become of that.
 ///
 /// Does nothing where nothing is lost. Can be run again at any time, also after it
 /// was interrupted.
@@ -44,11 +47,7 @@ use crate::error::{Error, ErrorKind, Result};
 /// from, another took it over meanwhile, or the slot is another's. `Database`: the
 /// checkpoint belongs to another cluster. `Publication`: it is wrong, and the message
 /// has the statement that mends it.
-pub async fn recover(
-    database: &Database,
-    contract: &Contract,
-    skip_missed: bool,
-) -> Result<Report> {
+pub async fn recover(database: &Database, contract: &Contract, missed: Missed) -> Result<Report> {
     contract.validate()?;
     let mut session = database.connect("postbox recover").await?;
     let client = &mut session.client;
@@ -66,23 +65,18 @@ pub async fn recover(
     checkpoint.check_publication_name(contract)?;
     let mut report = Report::default();
     if finished && is_whole(client, contract, &checkpoint).await? {
-        let note = match (&checkpoint.gap, skip_missed) {
-            (Some(_), true) => Some(skip_rest(client, contract, checkpoint.epoch).await?),
+        let note = match (&checkpoint.gap, missed) {
+            (Some(_), Missed::Skip) => Some(skip_rest(client, contract, checkpoint.epoch).await?),
             _ => None,
         };
         report.add(publication(contract), State::AlreadyThere);
         report.add_with_note(object(contract), State::AlreadyThere, note);
         return Ok(report);
     }
-    make_slot(
-        database,
-        client,
-        contract,
-        &checkpoint,
-        skip_missed,
-        &mut report,
-    )
-    .await?;
+    if !contract.outbox.is_ours() && missed == Missed::Send {
+        return Err(unknown_rows(contract));
+    }
+    make_slot(database, client, contract, &checkpoint, missed, &mut report).await?;
     Ok(report)
 }
 
@@ -107,7 +101,8 @@ pub(super) async fn take_over_polling(
             false => return Err(is_in_the_way(contract, &slot)),
         }
     }
-    make_slot(database, client, contract, checkpoint, false, report).await
+    let missed = Missed::Send;
+    make_slot(database, client, contract, checkpoint, missed, report).await
 }
 
 /// Makes a slot, and what it was not there for yet a gap before it.
@@ -116,14 +111,14 @@ pub(super) async fn make_slot(
     client: &mut Client,
     contract: &Contract,
     checkpoint: &Checkpoint,
-    skip_missed: bool,
+    missed: Missed,
     report: &mut Report,
 ) -> Result<()> {
     let replication = Box::pin(open_replication(database, client, contract)).await?;
     let made = create_publication(client, contract).await?;
     catalog::check_publication(client, contract).await?;
     report.add(publication(contract), made);
-    let note = remake(client, replication, contract, checkpoint, skip_missed).await?;
+    let note = remake(client, replication, contract, checkpoint, missed).await?;
     report.add_with_note(object(contract), State::Created, Some(note));
     Ok(())
 }
@@ -134,6 +129,23 @@ fn unfinished_gap(contract: &Contract, gap: &Gap) -> Error {
         "relay \"{}\" has stopped amid what it was reading, at seq {}: start it with `--mode poll`, let it catch up, \
          stop it, and run the command again",
         contract.slot, gap.seq
+    );
+    Error::new(ErrorKind::Slot, message)
+}
+
+/// Of another library's table nobody can tell which rows are missing.
+fn unknown_rows(contract: &Contract) -> Error {
+    let (table, preset) = (contract.outbox.quoted(), contract.outbox.preset);
+    let resent = match preset.tracking() {
+        Some(_) => {
+            "--resend sends all rows first that are not marked published, which are few if the relay runs with --mark"
+        }
+        None => "--resend sends all rows first that are in the table, also those that were sent",
+    };
+    let message = format!(
+        "{} is lost, and rows of {table} do not say when they were committed, so that those which it did not give \
+         are not known: {resent}; --skip-missed leaves them unpublished",
+        object(contract)
     );
     Error::new(ErrorKind::Slot, message)
 }
@@ -155,7 +167,7 @@ async fn remake(
     mut replication: ReplicationClient,
     contract: &Contract,
     checkpoint: &Checkpoint,
-    skip_missed: bool,
+    missed: Missed,
 ) -> Result<String> {
     let system = identify_system(client, &mut replication).await?;
     let begin = contract.sql(
@@ -177,9 +189,10 @@ async fn remake(
     failpoint!("recovery_begun");
     let existing = catalog::find_slot(client, &contract.slot).await?;
     let (existing, since) = (existing.as_ref(), &checkpoint.snapshot);
-    let start = create_slot(client, &mut replication, contract, existing, since).await?;
+    let skips = missed == Missed::Skip;
+    let start = create_slot(client, &mut replication, contract, existing, since, !skips).await?;
     let rows = start.rows_before;
-    let gap = (rows > 0 && !skip_missed).then(|| Gap {
+    let gap = (rows > 0 && !skips).then(|| Gap {
         since: since.clone(),
         until: start.snapshot.clone(),
         seq: start.seq_before,
@@ -187,11 +200,15 @@ async fn remake(
     failpoint!("recovery_finishing");
     finish(client, contract, &system, &start, gap.as_ref()).await?;
     failpoint!("recovery_finished");
-    let missed = format!("rows committed since the last checkpoint: {rows}");
+    let found = match (contract.outbox.is_ours(), contract.outbox.preset.tracking()) {
+        (true, _) => format!("rows committed since the last checkpoint: {rows}"),
+        (false, Some(_)) => format!("rows that are not marked published: {rows}"),
+        (false, None) => format!("rows in the table: {rows}"),
+    };
     Ok(match (rows, gap) {
-        (0, _) => missed,
-        (_, Some(_)) => format!("{missed}; the relay sends them before all others"),
-        (_, None) => format!("{missed}; they stay unpublished"),
+        (0, _) => found,
+        (_, Some(_)) => format!("{found}; the relay sends them before all others"),
+        (_, None) => format!("{found}; they are not sent"),
     })
 }
 
@@ -199,7 +216,19 @@ async fn remake(
 /// checkpoint over since this epoch. One of this epoch that has lost its session may
 /// still write how far it came: the gap is taken as it is once its row is locked.
 async fn skip_rest(client: &Client, contract: &Contract, epoch: i64) -> Result<String> {
-    let sql = contract.sql(
+    let rest = match contract.outbox.is_ours() {
+        true => format!(
+            "{} AS o \
+             WHERE NOT pg_visible_in_snapshot(o.xid, skipped.since) \
+               AND pg_visible_in_snapshot(o.xid, skipped.until) AND o.seq > skipped.seq",
+            contract.outbox.quoted()
+        ),
+        false => format!(
+            "{} AS o WHERE o.{BACKFILL_SEQ} > skipped.seq",
+            contract.backfill_table()
+        ),
+    };
+    let sql = contract.sql(&format!(
         "WITH gap AS (
              SELECT name, snapshot AS since, second_snapshot AS until, coalesce(seq, 0) AS seq
              FROM :\"schema\".checkpoint
@@ -211,11 +240,8 @@ async fn skip_rest(client: &Client, contract: &Contract, epoch: i64) -> Result<S
                  updated_at = now()
              FROM gap WHERE c.name = gap.name RETURNING gap.*
          )
-         SELECT (SELECT count(*) FROM :\"schema\".outbox AS o
-                 WHERE NOT pg_visible_in_snapshot(o.xid, skipped.since)
-                   AND pg_visible_in_snapshot(o.xid, skipped.until) AND o.seq > skipped.seq)
-         FROM skipped",
-    );
+         SELECT (SELECT count(*) FROM {rest}) FROM skipped",
+    ));
     let rows = client
         .query_typed(&sql, &[(&epoch as _, Type::INT8)])
         .await

@@ -24,7 +24,7 @@ use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
 use self::start::{SEES_NOTHING, Start, create_slot};
-use super::{ANSWER_MAX, Backfill, Report, State};
+use super::{ANSWER_MAX, Backfill, Report, State, backfill};
 use crate::catalog::{self, Checkpoint, Gap, SlotState, Stored, System};
 use crate::contract::Contract;
 use crate::database::{sort, sort_replication, within};
@@ -42,6 +42,9 @@ pub(super) async fn check(
     let slot = slot.ok_or_else(|| checkpoint.slot_is_gone(contract))?;
     slot.check(&contract.slot)?;
     catalog::compare_publication(client, contract, &checkpoint).await?;
+    if checkpoint.gap.is_none() {
+        backfill::drop_copy(client, contract).await?;
+    }
     report.add(super::publication(contract), State::AlreadyThere);
     report.add(object(contract), State::AlreadyThere);
     Ok(())
@@ -86,7 +89,16 @@ pub(super) async fn create(
     }
     note_intention(client, contract).await?;
     let existing = existing.as_ref();
-    let start = create_slot(client, &mut replication, contract, existing, SEES_NOTHING).await?;
+    let copies = backfill == Backfill::Pending;
+    let start = create_slot(
+        client,
+        &mut replication,
+        contract,
+        existing,
+        SEES_NOTHING,
+        copies,
+    )
+    .await?;
     if start.rows_before > 0 && backfill == Backfill::Refuse {
         drop_slot(&mut replication, contract).await?;
         forget_intention(client, contract).await?;
@@ -239,7 +251,7 @@ fn rows_before_the_slot(contract: &Contract, rows: i64) -> Error {
             "{} has rows committed before the slot, which would never be published: {rows}; \
              `postbox setup --backfill pending` has the relay send them first, `--backfill none` leaves them \
              unpublished (nothing was kept of the slot)",
-            contract.table("outbox")
+            contract.outbox.quoted()
         ),
     )
 }

@@ -32,6 +32,7 @@ mod statements;
 
 pub use claims::{Claims, RENEW_INTERVAL, RENEWAL_MAX};
 pub use statements::ClaimSettings;
+pub(crate) use statements::{shape, unpublished};
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -45,7 +46,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tokio_postgres::types::{PgLsn, Type};
 
 use self::claims::Claim;
-use self::statements::{LEASE, ROWS, Statements, shape, warn_of_missing_index};
+use self::statements::{LEASE, ROWS, Statements, warn_of_missing_index};
 use super::columns::Unreadable;
 use super::messages::{Messages, Outbox};
 use super::{FORMATS, Item, Mark, Place, Position, Row};

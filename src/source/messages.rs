@@ -256,11 +256,10 @@ fn protocol(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::contract::Contract;
 
     fn messages() -> Messages {
         let mut messages = Messages::new(Outbox {
-            table: Table::of(&Contract::default()),
+            table: Table::of("postbox"),
             publication: "postbox".to_owned(),
             nonce: "secret".to_owned(),
         });

@@ -40,7 +40,7 @@ use tokio_postgres::types::{PgLsn, ToSql, Type};
 
 use super::catch_up::UNREAD;
 use super::messages::Outbox;
-use super::{FORMATS, Place, Row};
+use super::{BACKFILL_SEQ, FORMATS, Place, Row};
 use crate::catalog::{self, KEY_COLUMNS, Slices, System, TIMELINE};
 use crate::database::{Session, query_after, sort};
 use crate::error::{Error, ErrorKind, Result};
@@ -100,9 +100,35 @@ impl Pages {
         outbox: &Outbox,
         doing: &'static str,
     ) -> Result<(Self, Relation)> {
+        let table = outbox.table.quoted();
+        let statements = |columns: &[SourceColumn]| Statements::new(outbox, columns, Slices::ALL);
+        Self::open_with(session, system, outbox, &table, statements, doing).await
+    }
+
+    /// The same, of a copy of rows of another library's table, by their numbers: all of them
+    /// lie between any two snapshots. See `setup/backfill.rs`.
+    pub(super) async fn open_copy(
+        session: Session,
+        system: &System,
+        outbox: &Outbox,
+        copy: &str,
+        doing: &'static str,
+    ) -> Result<(Self, Relation)> {
+        let statements = |columns: &[SourceColumn]| Statements::of_copy(outbox, copy, columns);
+        Self::open_with(session, system, outbox, copy, statements, doing).await
+    }
+
+    async fn open_with(
+        session: Session,
+        system: &System,
+        outbox: &Outbox,
+        table: &str,
+        statements: impl FnOnce(&[SourceColumn]) -> Statements,
+        doing: &'static str,
+    ) -> Result<(Self, Relation)> {
         let found = catalog::system(&session.client).await?;
         system.check_same(&found, doing)?;
-        let columns = columns(&session.client, outbox).await;
+        let columns = columns(&session.client, table).await;
         let columns = columns.map_err(|error| sort(doing, error))?;
         let described = columns.iter().map(|column| column.described.clone());
         let relation = Relation {
@@ -112,7 +138,7 @@ impl Pages {
             columns: described.collect(),
         };
         let pages = Self {
-            statements: Arc::new(Statements::new(outbox, &columns, Slices::ALL)),
+            statements: Arc::new(statements(&columns)),
             table: Arc::new((outbox.clone(), columns)),
             session: Arc::new(session),
             timeline: system.timeline,
@@ -285,15 +311,10 @@ struct SourceColumn {
     varies: bool,
 }
 
-async fn columns(
-    client: &Client,
-    outbox: &Outbox,
-) -> Result<Vec<SourceColumn>, tokio_postgres::Error> {
+async fn columns(client: &Client, table: &str) -> Result<Vec<SourceColumn>, tokio_postgres::Error> {
     let sql = "SELECT attname::text, atttypid, attlen < 0 FROM pg_attribute \
                WHERE attrelid = $1::text::regclass AND attnum > 0 AND NOT attisdropped ORDER BY attnum";
-    let rows = client
-        .query_typed(sql, &[(&outbox.table.quoted(), Type::TEXT)])
-        .await?;
+    let rows = client.query_typed(sql, &[(&table, Type::TEXT)]).await?;
     let columns = rows.iter().map(|row| SourceColumn {
         described: Column {
             name: row.get(0),
@@ -329,9 +350,24 @@ impl Statements {
         );
         let until = " AND pg_visible_in_snapshot(r.xid, $6::text::pg_snapshot)";
         Self {
-            by_xid: page_of(&by_xid(""), columns),
-            by_xid_until: page_of(&by_xid(until), columns),
-            by_seq: page_of(&by_seq, columns),
+            by_xid: page_of(&by_xid(""), "seq", CREATED_AT, columns),
+            by_xid_until: page_of(&by_xid(until), "seq", CREATED_AT, columns),
+            by_seq: page_of(&by_seq, "seq", CREATED_AT, columns),
+        }
+    }
+
+    fn of_copy(outbox: &Outbox, copy: &str, columns: &[SourceColumn]) -> Self {
+        let created_at = outbox.table.quoted_column("created_at");
+        // When a row was committed of a table without a time nobody knows.
+        let created_at = created_at.map_or("now()".to_owned(), |name| format!("r.{name}"));
+        let rows = format!(
+            "SELECT r.* FROM {copy} AS r WHERE r.{BACKFILL_SEQ} > $3 ORDER BY r.{BACKFILL_SEQ}"
+        );
+        let page = page_of(&rows, BACKFILL_SEQ, &created_at, columns);
+        Self {
+            by_xid: page.clone(),
+            by_xid_until: page.clone(),
+            by_seq: page,
         }
     }
 }
@@ -343,8 +379,11 @@ fn key_columns(columns: &[SourceColumn]) -> Vec<String> {
     names.map(|name| format!("r.{name}")).collect()
 }
 
+/// The time of a row of ours.
+const CREATED_AT: &str = "r.created_at";
+
 /// As many of the rows as make a page, as text, each with how many there were.
-fn page_of(rows: &str, columns: &[SourceColumn]) -> String {
+fn page_of(rows: &str, seq: &str, created_at: &str, columns: &[SourceColumn]) -> String {
     let quoted = |column: &SourceColumn| escape_identifier(&column.described.name);
     let sizes: Vec<String> = columns
         .iter()
@@ -357,11 +396,11 @@ fn page_of(rows: &str, columns: &[SourceColumn]) -> String {
         .collect();
     // The names in quotes are not those of anybody's columns.
     format!(
-        "SELECT r.seq, CASE WHEN r.created_at < '10000-01-01Z' AND isfinite(r.created_at) \
-                       THEN (extract(epoch FROM r.created_at) * 1000000)::bigint ELSE 0 END, r.\"rows of page\", {texts} \
-         FROM (SELECT r.*, count(*) OVER () AS \"rows of page\", sum({sizes}) OVER (ORDER BY r.seq ROWS UNBOUNDED PRECEDING) - ({sizes}) AS \"bytes before\" \
+        "SELECT r.{seq}, CASE WHEN {created_at} < '10000-01-01Z' AND isfinite({created_at}) \
+                       THEN (extract(epoch FROM {created_at}) * 1000000)::bigint ELSE 0 END, r.\"rows of page\", {texts} \
+         FROM (SELECT r.*, count(*) OVER () AS \"rows of page\", sum({sizes}) OVER (ORDER BY r.{seq} ROWS UNBOUNDED PRECEDING) - ({sizes}) AS \"bytes before\" \
                FROM ({rows} LIMIT $4) AS r) AS r \
-         WHERE r.\"bytes before\" < $5 ORDER BY r.seq",
+         WHERE r.\"bytes before\" < $5 ORDER BY r.{seq}",
         texts = texts.join(", "),
         sizes = match sizes.is_empty() {
             true => "0".to_owned(),

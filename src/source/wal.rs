@@ -129,16 +129,25 @@ impl Stream {
         })
     }
 
-    /// Reads these rows from the table before any from the slot, which begins at
-    /// `end`. Only now that the slot is ours, as only one relay may send them.
+    /// Reads these rows from the table, or from the copy of them, before any from the slot,
+    /// which begins at `end`. Only now that the slot is ours, as only one relay may send them.
     ///
     /// # Errors
     /// If the table cannot be read.
-    pub async fn read_first(&mut self, database: &Database, gap: Gap, end: PgLsn) -> Result<()> {
+    pub(crate) async fn read_first(
+        &mut self,
+        database: &Database,
+        gap: Gap,
+        copy: Option<&str>,
+        end: PgLsn,
+    ) -> Result<()> {
         let doing = "read the outbox where the slot was lost";
         let session = database.connect("postbox gap").await?;
         let (system, outbox) = (&self.settings.system, &self.settings.outbox);
-        let (pages, relation) = Pages::open(session, system, outbox, doing).await?;
+        let (pages, relation) = match copy {
+            None => Pages::open(session, system, outbox, doing).await?,
+            Some(copy) => Pages::open_copy(session, system, outbox, copy, doing).await?,
+        };
         let seen = catalog::wait_until_seen(&pages.session().client, &gap.until).await;
         seen.map_err(|error| database::sort(doing, error))?;
         self.messages.describe(&relation);

@@ -9,8 +9,8 @@
 //! first heartbeat repeats rows rather than losing any. Or all are sent first, and those
 //! that the slot still holds twice.
 
-use tokio_postgres::Client;
 use tokio_postgres::types::PgLsn;
+use tokio_postgres::{Client, IsolationLevel};
 
 use super::object;
 use super::start::{SEES_NOTHING, Start};
@@ -18,11 +18,11 @@ use crate::catalog::{self, SlotState};
 use crate::contract::Contract;
 use crate::database::{sort, within};
 use crate::error::{Error, ErrorKind, Result};
-use crate::setup::{ANSWER_MAX, Backfill};
+use crate::setup::{ANSWER_MAX, Backfill, backfill};
 
 /// Where the slot begins for us, if it can be read without losing rows.
 pub(super) async fn take_over(
-    client: &Client,
+    client: &mut Client,
     contract: &Contract,
     slot: &SlotState,
     publication_is_new: bool,
@@ -40,10 +40,6 @@ pub(super) async fn take_over(
             ),
         ));
     }
-    let sql = contract.sql(
-        "SELECT pg_current_snapshot()::text, (SELECT count(*) FROM :\"schema\".outbox), \
-                :\"schema\".publication_identity(:'publication')",
-    );
     let doing = format!("read the outbox beside {}", object(contract));
     let ended = async {
         let ended = catalog::wait_until_ended(client).await;
@@ -51,9 +47,9 @@ pub(super) async fn take_over(
     };
     let waiting = "wait until all transactions that are open now have ended";
     within(ANSWER_MAX, waiting, ended).await?;
-    let row = client.query_one(&sql, &[]).await;
-    let row = row.map_err(|error| sort(doing, error))?;
-    let (snapshot, rows_before) = (row.get(0), row.get(1));
+    let (snapshot, rows_before, publication_identity) = look(client, contract, backfill)
+        .await
+        .map_err(|error| sort(doing, error))?;
     if rows_before > 0 && backfill == Backfill::Refuse {
         return Err(rows_beside_the_slot(contract, rows_before));
     }
@@ -65,8 +61,33 @@ pub(super) async fn take_over(
         },
         rows_before,
         seq_before: 0,
-        publication_identity: row.get(2),
+        publication_identity,
     })
+}
+
+/// The snapshot of now, how many rows it sees that may lie before the slot, and the
+/// publication's identity.
+async fn look(
+    client: &mut Client,
+    contract: &Contract,
+    backfill: Backfill,
+) -> Result<(String, i64, Option<String>), tokio_postgres::Error> {
+    let transaction = client
+        .build_transaction()
+        .isolation_level(IsolationLevel::RepeatableRead)
+        .start()
+        .await?;
+    let sql = contract.sql(
+        "SELECT pg_current_snapshot()::text, :\"schema\".publication_identity(:'publication')",
+    );
+    let row = transaction.query_one(&sql, &[]).await?;
+    let copies = !contract.outbox.is_ours() && backfill == Backfill::Pending;
+    let rows = match copies {
+        true => backfill::copy(&transaction, contract).await?,
+        false => backfill::count(&transaction, contract).await?,
+    };
+    transaction.commit().await?;
+    Ok((row.get(0), rows, row.get(1)))
 }
 
 /// Whether the publication was there at the slot's position. Every transaction
@@ -98,7 +119,7 @@ fn rows_beside_the_slot(contract: &Contract, rows: i64) -> Error {
              the slot over and leaves them unpublished, `--backfill pending` sends all of them first, also those that \
              the slot still holds",
             slot = contract.slot,
-            outbox = contract.table("outbox")
+            outbox = contract.outbox.quoted()
         ),
     )
 }

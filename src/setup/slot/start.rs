@@ -17,6 +17,7 @@ use crate::catalog::{self, SlotState};
 use crate::contract::Contract;
 use crate::database::{sort, sort_replication, within};
 use crate::error::{Error, ErrorKind, Result};
+use crate::setup::backfill;
 use crate::setup::{ANSWER_MAX, PATIENCE};
 
 /// Where a slot begins.
@@ -41,6 +42,9 @@ pub(in crate::setup) const SEES_NOTHING: &str = "3:3:";
 /// Makes the slot, in place of the one there is, and looks at what there was before it
 /// that the snapshot `since` does not see.
 ///
+/// Of a table of others it looks at all rows that are not published, and, if it `copies`,
+/// keeps them for the relay: see `setup/backfill.rs`.
+///
 /// Whether standbys keep a copy is not ours to choose: it is as it was. Of a slot that
 /// is gone, nobody knows.
 pub(in crate::setup) async fn create_slot(
@@ -49,6 +53,7 @@ pub(in crate::setup) async fn create_slot(
     contract: &Contract,
     existing: Option<&SlotState>,
     since: &str,
+    copies: bool,
 ) -> Result<Start> {
     if existing.is_some() {
         drop_slot(replication, contract).await?;
@@ -106,14 +111,16 @@ pub(in crate::setup) async fn create_slot(
         seen,
     )
     .await?;
-    look_before(client, contract, since, lsn, exported, snapshot)
-        .await
-        .map_err(|error| sort(&doing, error))
+    let start = match contract.outbox.is_ours() {
+        true => look_before(client, contract, since, lsn, exported, snapshot).await,
+        false => look_aside(client, contract, copies, lsn, exported, snapshot).await,
+    };
+    start.map_err(|error| sort(&doing, error))
 }
 
 /// The exported snapshot as text. Reads no table: see `catalog/snapshot.rs`.
 async fn text_of(client: &mut Client, exported: &str) -> Result<String, tokio_postgres::Error> {
-    let transaction = import(client, exported).await?;
+    let transaction = import(client, exported, true).await?;
     let sql = "SELECT pg_current_snapshot()::text";
     let row = transaction.query_one(sql, &[]).await?;
     transaction.commit().await?;
@@ -129,7 +136,7 @@ async fn look_before(
     exported: &str,
     snapshot: String,
 ) -> Result<Start, tokio_postgres::Error> {
-    let transaction = import(client, exported).await?;
+    let transaction = import(client, exported, true).await?;
     let unlimited = "SET LOCAL statement_timeout = 0";
     transaction.batch_execute(unlimited).await?;
     let sql = contract.sql(
@@ -147,15 +154,45 @@ async fn look_before(
     })
 }
 
+/// The same, of a table that does not say when a row was committed.
+async fn look_aside(
+    client: &mut Client,
+    contract: &Contract,
+    copies: bool,
+    lsn: PgLsn,
+    exported: &str,
+    snapshot: String,
+) -> Result<Start, tokio_postgres::Error> {
+    let transaction = import(client, exported, !copies).await?;
+    transaction
+        .batch_execute("SET LOCAL statement_timeout = 0")
+        .await?;
+    let rows_before = match copies {
+        true => backfill::copy(&transaction, contract).await?,
+        false => backfill::count(&transaction, contract).await?,
+    };
+    let sql = contract.sql("SELECT :\"schema\".publication_identity(:'publication')");
+    let row = transaction.query_one(&sql, &[]).await?;
+    transaction.commit().await?;
+    Ok(Start {
+        lsn,
+        snapshot,
+        rows_before,
+        seq_before: 0,
+        publication_identity: row.get(0),
+    })
+}
+
 /// A transaction that sees what the exported snapshot sees.
 async fn import<'c>(
     client: &'c mut Client,
     exported: &str,
+    read_only: bool,
 ) -> Result<Transaction<'c>, tokio_postgres::Error> {
     let transaction = client
         .build_transaction()
         .isolation_level(IsolationLevel::RepeatableRead)
-        .read_only(true)
+        .read_only(read_only)
         .start()
         .await?;
     let exported = postgres_protocol::escape::escape_literal(exported);

@@ -60,6 +60,30 @@ impl ClaimSettings {
         ))
     }
 
+    /// What marks rows published, whoever has claimed them: it takes two arrays, ids as text
+    /// and times of creation in microseconds since 1970.
+    ///
+    /// # Errors
+    /// `Database`: the table is not as its preset says.
+    pub(crate) async fn mark(&self, client: &Client) -> Result<String> {
+        let terms = Terms::new(self, "", self.tracking()?);
+        let id_type = shape(client, &self.table).await?.id_type;
+        let Terms {
+            table,
+            id,
+            created_at,
+            complete,
+            ..
+        } = &terms;
+        // The time as well, as it is in the key of a partitioned table.
+        Ok(format!(
+            "UPDATE {table} AS e SET {complete} FROM unnest($1::text[], $2::bigint[]) AS c(id, micros) \
+             WHERE {id} = c.id::{id_type} \
+               AND {created_at} = timestamptz 'epoch' + c.micros * interval '1 microsecond' AND {}",
+            unpublished(&self.table).expect("it is tracked")
+        ))
+    }
+
     /// How rows of the table say whether they are published.
     pub(super) fn tracking(&self) -> Result<Tracking> {
         self.table.preset.tracking().ok_or_else(|| {
@@ -454,19 +478,27 @@ impl Terms {
     }
 }
 
+/// Whether the row `e` is neither published nor given up, if rows of this table say that.
+pub(crate) fn unpublished(table: &Table) -> Option<String> {
+    Some(match table.preset.tracking()? {
+        Tracking::Status => format!("{} = 'pending'", column(table, "status")),
+        Tracking::Times => format!("{} IS NULL", column(table, "published_at")),
+    })
+}
+
 /// What a table is made of, where it is as its preset says.
-pub(super) struct Shape {
+pub(crate) struct Shape {
     /// The columns of an event's fields.
-    pub(super) columns: Vec<Column>,
+    pub(crate) columns: Vec<Column>,
     /// The type of the ids.
-    pub(super) id_type: String,
+    pub(crate) id_type: String,
 }
 
 /// Looks at the table, and refuses one that is not as its preset says.
 ///
 /// # Errors
 /// `Database`: it is missing, a column is, or has another type, or it has no primary key.
-pub(super) async fn shape(client: &Client, table: &Table) -> Result<Shape> {
+pub(crate) async fn shape(client: &Client, table: &Table) -> Result<Shape> {
     let doing = format!("look at {}", table.quoted());
     let sql = "SELECT a.attname::text, a.atttypid, format_type(a.atttypid, -1), t.typcategory::text, \
                       coalesce(a.attnum = ANY (i.indkey), false), i.indexrelid IS NOT NULL \
@@ -487,7 +519,7 @@ pub(super) async fn shape(client: &Client, table: &Table) -> Result<Shape> {
     let Some(first) = rows.first() else {
         return refuse("does not exist: name the table with --table".to_owned());
     };
-    if !first.get::<_, bool>(5) {
+    if !first.get::<_, bool>(5) && table.preset.tracking().is_some() {
         return refuse("has no primary key: claims need one, on its id".to_owned());
     }
     let mut columns: Vec<Column> = Vec::new();
@@ -521,7 +553,9 @@ pub(super) async fn shape(client: &Client, table: &Table) -> Result<Shape> {
         .iter()
         .filter(is_of_key)
         .map(|row| row.get::<_, &str>(0));
-    if let Some(other) = key.find(|name| !names.contains(name)) {
+    if let Some(other) = key.find(|name| !names.contains(name))
+        && table.preset.tracking().is_some()
+    {
         return refuse(format!(
             "has \"{other}\" in its primary key: claims need one on its id, or on id and created_at"
         ));

@@ -27,6 +27,7 @@ fn all_there(fixture: &Fixture) -> String {
         schema,
         slot,
         publication,
+        ..
     } = &fixture.contract;
     format!(
         "tables of schema \"{schema}\", version {SCHEMA_VERSION}: already there\n\

@@ -1,0 +1,156 @@
+//! Marks rows of another library's table published, where they came from a slot.
+//!
+//! A row is marked after the broker has it and before its position is confirmed: whatever
+//! becomes of this relay, no row that the slot will not give again is unmarked. So what
+//! `window.rs` says can be confirmed waits here, until the rows before it are marked, many
+//! in a statement. It is done in a session of its own, as a heartbeat must not wait for it.
+//!
+//! A row that is gone by then, or is marked already, is passed over.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use tokio::task::JoinSet;
+use tokio_postgres::types::Type;
+
+use super::window::Progress;
+use crate::database::{Session, sort, within};
+use crate::error::{Error, Result, joined};
+use crate::event::Event;
+use crate::health::SILENCE_MAX;
+use crate::source::claim::ClaimSettings;
+
+/// The most rows that one statement marks: few enough to be done long before it is given
+/// up.
+const ROWS_MAX: usize = 1000;
+
+/// Rows that were sent, and not marked yet.
+pub(super) struct Marks {
+    session: Arc<Session>,
+    statement: Arc<String>,
+    rows: VecDeque<Sent>,
+    /// What can be confirmed once so many of them, its `events`, are marked.
+    reached: Progress,
+    /// What can be confirmed once those are marked that are being written.
+    written: Progress,
+    writing: JoinSet<Result<()>>,
+}
+
+struct Sent {
+    id: String,
+    created_at: i64,
+}
+
+impl Marks {
+    /// Looks at the table, in a session that was opened for this.
+    ///
+    /// # Errors
+    /// If the table is not as its preset says.
+    pub(super) async fn open(session: Session, claims: &ClaimSettings) -> Result<Self> {
+        let statement = claims.mark(&session.client).await?;
+        Ok(Self {
+            session: Arc::new(session),
+            statement: Arc::new(statement),
+            rows: VecDeque::new(),
+            reached: Progress::default(),
+            written: Progress::default(),
+            writing: JoinSet::new(),
+        })
+    }
+
+    /// This event was sent, behind all that were before.
+    pub(super) fn sent(&mut self, event: &Event<'_>) {
+        self.rows.push_back(Sent {
+            id: event.id.to_owned(),
+            created_at: event.created_at.unix_micros(),
+        });
+    }
+
+    /// Whether so few wait that more may be sent.
+    pub(super) fn has_room(&self, rows_max: usize) -> bool {
+        // As many in flight, and as many on their way into the table.
+        self.rows.len() < rows_max.saturating_mul(2)
+    }
+
+    /// The next events that were sent are delivered, and with them this can be confirmed.
+    /// Says what of it need not wait.
+    pub(super) fn reach(&mut self, progress: Progress) -> Progress {
+        self.reached.add(progress);
+        if self.writing.is_empty() {
+            return self.write();
+        }
+        Progress::default()
+    }
+
+    /// All that were sent are delivered.
+    pub(super) fn reach_all(&mut self) -> Progress {
+        let events = self.rows.len() - self.reached.events;
+        self.reach(Progress {
+            events,
+            ..Progress::default()
+        })
+    }
+
+    /// Whether nothing waits to be marked of what is delivered.
+    pub(super) fn are_done(&self) -> bool {
+        self.writing.is_empty()
+    }
+
+    /// Waits until rows are marked, and says what can be confirmed. Cancel-safe.
+    ///
+    /// # Errors
+    /// If they could not be.
+    pub(super) async fn next(&mut self) -> Result<Progress> {
+        let Some(written) = self.writing.join_next().await else {
+            return std::future::pending().await;
+        };
+        joined(written)?;
+        let mut progress = std::mem::take(&mut self.written);
+        progress.add(self.write());
+        Ok(progress)
+    }
+
+    /// Begins to mark what is delivered by now; says what can be confirmed if that is
+    /// nothing.
+    fn write(&mut self) -> Progress {
+        let progress = std::mem::take(&mut self.reached);
+        if progress.events == 0 {
+            return progress;
+        }
+        let rows: Vec<Sent> = self.rows.drain(..progress.events).collect();
+        self.written = progress;
+        let (session, statement) = (Arc::clone(&self.session), Arc::clone(&self.statement));
+        self.writing.spawn(async move {
+            for rows in rows.chunks(ROWS_MAX) {
+                failpoint!("marking");
+                let written = mark(&session, &statement, rows);
+                within(SILENCE_MAX, DOING, written).await?;
+                failpoint!("marked");
+            }
+            Ok(())
+        });
+        Progress::default()
+    }
+}
+
+const DOING: &str = "mark rows published";
+
+async fn mark(session: &Session, statement: &str, rows: &[Sent]) -> Result<()> {
+    let ids: Vec<&str> = rows.iter().map(|row| row.id.as_str()).collect();
+    let times: Vec<i64> = rows.iter().map(|row| row.created_at).collect();
+    let parameters = [
+        (&ids as _, Type::TEXT_ARRAY),
+        (&times as _, Type::INT8_ARRAY),
+    ];
+    let marked = session.client.query_typed(statement, &parameters).await;
+    marked.map_err(|error| sort(DOING, error))?;
+    Ok(())
+}
+
+/// Waits for what is marked, where rows are.
+pub(super) async fn next(marks: Option<&mut Marks>) -> Result<Progress, Error> {
+    match marks {
+        Some(marks) => marks.next().await,
+        None => std::future::pending().await,
+    }
+}
