@@ -208,7 +208,7 @@ async fn remake(
     Ok(match (rows, gap) {
         (0, _) => found,
         (_, Some(_)) => format!("{found}; the relay sends them before all others"),
-        (_, None) => format!("{found}; they are not sent"),
+        (_, None) => format!("{found}; they stay unpublished"),
     })
 }
 

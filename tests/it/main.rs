@@ -31,4 +31,5 @@ mod safety;
 mod security;
 mod setup;
 mod stream;
+mod tables;
 mod takeover;

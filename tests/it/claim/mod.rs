@@ -6,7 +6,7 @@ mod order;
 mod packages;
 mod refused;
 mod shape;
-mod spakky;
+pub(crate) mod spakky;
 mod workers;
 
 use std::time::{Duration, Instant};
@@ -20,7 +20,7 @@ const OMNI_BOX: [&str; 4] = ["--mode", "poll", "--table-preset", "omni-box"];
 impl Fixture {
     /// On the servers that all tests share, with omni-box's table, through which the oracle
     /// writes. Nothing of ours is set up.
-    async fn omni_box() -> Self {
+    pub(crate) async fn omni_box() -> Self {
         let fixture = Self::empty().await;
         fixture.make_omni_box().await;
         fixture
@@ -33,7 +33,7 @@ impl Fixture {
     }
 
     /// How many rows have this status.
-    async fn rows_that_are(&self, what: &str) -> i64 {
+    pub(crate) async fn rows_that_are(&self, what: &str) -> i64 {
         let sql = format!("SELECT count(*) FROM outbox_events WHERE {what}");
         self.client.query_one(&sql, &[]).await.unwrap().get(0)
     }
@@ -61,7 +61,7 @@ impl Fixture {
     }
 
     /// So many rows of a hundred keys, committed at once, in the ledger.
-    async fn omni_box_backlog(&self, rows: i32, keys: i32) {
+    pub(crate) async fn omni_box_backlog(&self, rows: i32, keys: i32) {
         let sql = "WITH event AS ( \
                        INSERT INTO outbox_events (id, event_type, payload, status, attempts_made, max_attempts, \
                            scheduled_at, created_at, aggregate_type, aggregate_id, topic, partition_key) \
@@ -81,7 +81,7 @@ impl Fixture {
 }
 
 /// Starts a relay that claims rows, with these flags besides, and waits until it does.
-async fn claiming(fixture: &Fixture, flags: &[&str]) -> Relay {
+pub(crate) async fn claiming(fixture: &Fixture, flags: &[&str]) -> Relay {
     let mut relay = Relay::start(fixture, &[&OMNI_BOX, flags].concat());
     relay.wait_for_log("polling, by claims").await;
     relay

@@ -12,7 +12,7 @@ pub(super) const SPAKKY: [&str; 4] = ["--mode", "poll", "--table-preset", "spakk
 impl Fixture {
     /// On the servers that all tests share, with spakky's table, through which the oracle
     /// writes.
-    pub(super) async fn spakky() -> Self {
+    pub(crate) async fn spakky() -> Self {
         let fixture = Self::empty().await;
         let sql = include_str!("spakky.sql");
         fixture.client.batch_execute(sql).await.unwrap();
@@ -34,7 +34,7 @@ impl Fixture {
     }
 
     /// How many rows of spakky's table are so.
-    pub(super) async fn messages_that_are(&self, what: &str) -> i64 {
+    pub(crate) async fn messages_that_are(&self, what: &str) -> i64 {
         let sql = format!("SELECT count(*) FROM spakky_event_outbox WHERE {what}");
         self.client.query_one(&sql, &[]).await.unwrap().get(0)
     }
@@ -63,7 +63,7 @@ pub(super) async fn claiming(fixture: &Fixture, flags: &[&str]) -> Relay {
 }
 
 /// Whether all is well but for the keys, which there are none of.
-fn is_clean_without_keys(verdict: &Verdict, duplicates_max: usize) -> bool {
+pub(crate) fn is_clean_without_keys(verdict: &Verdict, duplicates_max: usize) -> bool {
     verdict.misplaced.len() == verdict.records
         && verdict.lost.is_empty()
         && verdict.ghosts.is_empty()

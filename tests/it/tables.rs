@@ -1,0 +1,375 @@
+//! Tables of others, read from a slot: in the order of commits, and untouched unless rows
+//! are to be marked.
+
+use std::time::Duration;
+
+use postbox::oracle::{Load, Verdict};
+
+use crate::claim::claiming;
+use crate::claim::spakky::is_clean_without_keys;
+use crate::support::{Fixture, Relay, SMALL_WINDOW, WINDOW, wait_until};
+
+/// The fixtures' view by which the oracle writes is in the schema `postbox`.
+const OMNI_BOX: [&str; 4] = ["--schema", "box", "--table-preset", "omni-box"];
+const MARK: [&str; 5] = ["--schema", "box", "--table-preset", "omni-box", "--mark"];
+const SPAKKY: [&str; 5] = ["--schema", "box", "--table-preset", "spakky", "--mark"];
+
+impl Fixture {
+    fn set_up_table(&self, flags: &[&str]) -> String {
+        self.setup(flags).results().to_owned()
+    }
+
+    /// Waits until all is confirmed, stops the relay, and asks the oracle.
+    async fn judge_slot(&self, relay: Relay) -> Verdict {
+        self.wait_for_confirmation().await;
+        relay.drain().await;
+        self.verdict().await
+    }
+
+    async fn rows_of(&self, table: &str) -> i64 {
+        let sql = format!("SELECT count(*) FROM {table}");
+        self.client.query_one(&sql, &[]).await.unwrap().get(0)
+    }
+
+    fn copy(&self) -> String {
+        format!("box.backfill_{}", self.contract.slot)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_arrive_in_commit_order_and_are_not_touched() {
+    let fixture = Fixture::omni_box().await;
+    let set_up = fixture.set_up_table(&OMNI_BOX);
+    assert!(set_up.contains("replication slot"), "{set_up}");
+    assert!(fixture.set_up_table(&OMNI_BOX).contains("already there"));
+    let relay = Relay::streaming(&fixture, &OMNI_BOX).await;
+    let writers = fixture.writers(Load {
+        rollback_percent: 20,
+        savepoint_percent: 20,
+        ..fixture.load()
+    });
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    writers.stop().await.unwrap();
+    let verdict = fixture.judge_slot(relay).await;
+    assert!(verdict.committed > 200 && verdict.is_clean(0), "{verdict}");
+    let touched = "status <> 'pending' OR locked_at IS NOT NULL OR attempts_made > 0";
+    assert_eq!(fixture.rows_that_are(touched).await, 0);
+}
+
+/// As its own worker would have left them: `updated_at`, `completed_at` and no lock.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_are_marked_published() {
+    let fixture = Fixture::omni_box().await;
+    fixture.set_up_table(&OMNI_BOX);
+    let relay = Relay::streaming(&fixture, &MARK).await;
+    let writers = fixture.writers(fixture.steady_load());
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    writers.stop().await.unwrap();
+    let verdict = fixture.judge_slot(relay).await;
+    assert!(verdict.committed > 200 && verdict.is_clean(0), "{verdict}");
+    let marked = "status = 'completed' AND completed_at >= created_at AND updated_at >= completed_at \
+                  AND locked_by IS NULL";
+    assert_eq!(
+        fixture.rows_that_are(marked).await,
+        verdict.committed as i64
+    );
+}
+
+/// Whatever a crash comes between: a row that is confirmed is marked.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_crash_leaves_no_row_behind_unmarked() {
+    for (step, passage) in [
+        ("delivered", 300),
+        ("marking", 3),
+        ("marked", 3),
+        ("confirmed", 3),
+    ] {
+        let fixture = Fixture::omni_box().await;
+        fixture.set_up_table(&OMNI_BOX);
+        let writers = fixture.writers(fixture.steady_load());
+        let flags = [&MARK[..], &SMALL_WINDOW].concat();
+        let mut command = Relay::command(&fixture, &flags);
+        let failpoint = format!("{step}={}*off->panic", passage - 1);
+        let mut relay = Relay::spawn(command.env("FAILPOINTS", failpoint));
+        assert_eq!(relay.exit_code().await, -1, "{step}: {}", relay.log());
+        writers.stop().await.unwrap();
+        let relay = Relay::streaming(&fixture, &flags).await;
+        let verdict = fixture.judge_slot(relay).await;
+        println!("{step}: repeated at most {WINDOW}: {verdict}");
+        assert!(verdict.is_clean(WINDOW), "{step}: {verdict}");
+        assert_eq!(
+            fixture.rows_that_are("status <> 'completed'").await,
+            0,
+            "{step}"
+        );
+    }
+}
+
+/// A row of the table is locked: what it holds up is not confirmed, and nothing is lost.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_row_that_cannot_be_marked_yet_is_not_confirmed() {
+    let fixture = Fixture::omni_box().await;
+    fixture.set_up_table(&OMNI_BOX);
+    fixture.insert("a", "{\"n\": 1}").await;
+    let end = fixture.wal_end().await;
+    let lock = "BEGIN; SELECT FROM outbox_events FOR UPDATE";
+    let other = crate::support::connect(&fixture.database_url).await;
+    other.batch_execute(lock).await.unwrap();
+    let relay = Relay::streaming(&fixture, &MARK).await;
+    wait_until("it is delivered", async || fixture.keys().await == ["a"]).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert!(fixture.confirmed().await < end);
+    other.batch_execute("ROLLBACK").await.unwrap();
+    fixture.wait_for_confirmation().await;
+    relay.drain().await;
+    assert_eq!(fixture.rows_that_are("status = 'completed'").await, 1);
+}
+
+/// As omni-box's partitioned table: its primary key is created_at and id.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_partitioned_table_is_read_and_marked_too() {
+    let fixture = Fixture::omni_box().await;
+    let partition = "ALTER TABLE outbox_events RENAME TO plain; \
+                     CREATE TABLE outbox_events (LIKE plain, PRIMARY KEY (created_at, id)) PARTITION BY RANGE (created_at); \
+                     CREATE TABLE old PARTITION OF outbox_events FOR VALUES FROM (MINVALUE) TO ('2026-01-01'); \
+                     CREATE TABLE new PARTITION OF outbox_events FOR VALUES FROM ('2026-01-01') TO (MAXVALUE)";
+    fixture.client.batch_execute(partition).await.unwrap();
+    fixture.omni_box_backlog(2_000, 30).await;
+    let set_up = fixture.set_up_table(&[&OMNI_BOX[..], &["--backfill", "pending"]].concat());
+    assert!(
+        set_up.contains("before it: 2000; they are sent first"),
+        "{set_up}"
+    );
+    fixture.omni_box_backlog(1_000, 30).await;
+    let relay = Relay::streaming(&fixture, &MARK).await;
+    let verdict = fixture.judge_slot(relay).await;
+    assert!(
+        verdict.committed == 3_000 && verdict.lost.is_empty() && verdict.duplicates == 0,
+        "{verdict}"
+    );
+    assert_eq!(fixture.rows_that_are("status = 'completed'").await, 3_000);
+}
+
+/// Those that are published or given up stay as they are; what becomes of a row later is
+/// of no matter.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_before_the_slot_are_sent_first_if_they_are_pending() {
+    let fixture = Fixture::omni_box().await;
+    fixture.omni_box_backlog(5_000, 10).await;
+    let done = "UPDATE outbox_events SET status = 'completed', completed_at = now() WHERE (payload ->> 'n')::int <= 500; \
+                UPDATE outbox_events SET status = 'failed' WHERE (payload ->> 'n')::int BETWEEN 501 AND 600; \
+                DELETE FROM postbox_oracle.ledger WHERE version <= 600";
+    fixture.client.batch_execute(done).await.unwrap();
+    let refused = fixture.setup(&OMNI_BOX);
+    let complaint = refused.complaint(4);
+    assert!(
+        complaint.contains("\"public\".\"outbox_events\" has rows committed before the slot")
+            && complaint.contains(": 4400;"),
+        "{complaint}"
+    );
+    let pending = [&OMNI_BOX[..], &["--backfill", "pending"]].concat();
+    fixture.set_up_table(&pending);
+    assert_eq!(fixture.rows_of(&fixture.copy()).await, 4_400);
+    let deleted = "DELETE FROM outbox_events WHERE (payload ->> 'n')::int > 4000";
+    fixture.client.batch_execute(deleted).await.unwrap();
+    // Amid the copy, twice.
+    for _ in 0..2 {
+        let mut command = Relay::command(&fixture, &[&MARK[..], &SMALL_WINDOW].concat());
+        let mut relay = Relay::spawn(command.env("FAILPOINTS", "delivered=1500*off->panic"));
+        assert_eq!(relay.exit_code().await, -1, "{}", relay.log());
+    }
+    let relay = Relay::streaming(&fixture, &MARK).await;
+    fixture.insert("k0", "{\"n\": 9000}").await;
+    let entered = "INSERT INTO postbox_oracle.ledger SELECT id, partition_key, 9000 FROM outbox_events \
+                   WHERE payload ->> 'n' = '9000'";
+    fixture.client.batch_execute(entered).await.unwrap();
+    let verdict = fixture.judge_slot(relay).await;
+    println!("{verdict}");
+    assert!(
+        verdict.committed == 4_401 && verdict.is_clean(2 * (WINDOW + 1024)),
+        "{verdict}"
+    );
+    assert_eq!(fixture.rows_that_are("status = 'pending'").await, 0);
+    assert_eq!(fixture.rows_of(&fixture.copy()).await, 0);
+    fixture.set_up_table(&OMNI_BOX);
+    let gone = format!("to_regclass('{}') IS NULL", fixture.copy());
+    let row = fixture
+        .client
+        .query_one(&format!("SELECT {gone}"), &[])
+        .await
+        .unwrap();
+    assert!(row.get::<_, bool>(0));
+}
+
+/// Stop those who claim, set the slot up, start the relay: under load.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slot_takes_over_from_claims_without_loss_or_repetition() {
+    let fixture = Fixture::omni_box().await;
+    let relay = claiming(&fixture, &[]).await;
+    let writers = fixture.writers(fixture.steady_load());
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    relay.drain().await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let set_up = fixture.set_up_table(&[&OMNI_BOX[..], &["--backfill", "pending"]].concat());
+    assert!(set_up.contains("they are sent first"), "{set_up}");
+    let relay = Relay::streaming(&fixture, &MARK).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    writers.stop().await.unwrap();
+    let verdict = fixture.judge_slot(relay).await;
+    assert!(verdict.committed > 200 && verdict.is_clean(0), "{verdict}");
+    assert_eq!(fixture.rows_that_are("status <> 'completed'").await, 0);
+}
+
+/// And back: what is marked is not claimed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn claims_take_over_from_a_slot_that_marks() {
+    let fixture = Fixture::omni_box().await;
+    fixture.set_up_table(&OMNI_BOX);
+    let relay = Relay::streaming(&fixture, &MARK).await;
+    let writers = fixture.writers(fixture.steady_load());
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    relay.drain().await;
+    let relay = claiming(&fixture, &[]).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    writers.stop().await.unwrap();
+    wait_until("all is completed", async || {
+        fixture.rows_that_are("status <> 'completed'").await == 0
+    })
+    .await;
+    relay.drain().await;
+    let verdict = fixture.verdict().await;
+    assert!(verdict.committed > 200 && verdict.is_clean(0), "{verdict}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_of_spakky_are_read_and_marked() {
+    let fixture = Fixture::spakky().await;
+    for key in ["before", "before too"] {
+        fixture.insert(key, "{\"n\": 1}").await;
+    }
+    fixture.client.batch_execute("INSERT INTO postbox_oracle.ledger SELECT id, headers ->> 'key', 1 FROM spakky_event_outbox").await.unwrap();
+    fixture.set_up_table(&[&SPAKKY[..4], &["--backfill", "pending"]].concat());
+    let relay = Relay::streaming(&fixture, &SPAKKY).await;
+    let writers = fixture.writers(fixture.steady_load());
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    writers.stop().await.unwrap();
+    let verdict = fixture.judge_slot(relay).await;
+    assert!(
+        verdict.committed > 100 && is_clean_without_keys(&verdict, 0),
+        "{verdict}"
+    );
+    assert_eq!(fixture.messages_that_are("published_at IS NULL").await, 0);
+}
+
+/// A slot that is lost: the table does not say which rows it has not given, but for those
+/// that are marked.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_lost_slot_missed_is_sent_again_or_skipped_as_is_chosen() {
+    let fixture = Fixture::omni_box().await;
+    fixture.set_up_table(&OMNI_BOX);
+    let relay = Relay::streaming(&fixture, &MARK).await;
+    fixture.insert("before", "{\"n\": 1}").await;
+    fixture.wait_for_confirmation().await;
+    relay.drain().await;
+    fixture.drop_slot().await;
+    fixture.insert("missed", "{\"n\": 1}").await;
+    let complaint = fixture.recover(&OMNI_BOX);
+    let complaint = complaint.complaint(4);
+    assert!(
+        complaint.contains("--resend") && complaint.contains("--skip-missed"),
+        "{complaint}"
+    );
+    let recovery = fixture.recover(&[&OMNI_BOX[..], &["--resend"]].concat());
+    assert!(
+        recovery
+            .results()
+            .contains("not marked published: 1; the relay sends them"),
+        "{}",
+        recovery.results()
+    );
+    let relay = Relay::streaming(&fixture, &MARK).await;
+    fixture.wait_for_confirmation().await;
+    relay.drain().await;
+    assert_eq!(fixture.keys().await, ["before", "missed"]);
+    fixture.drop_slot().await;
+    fixture.insert("skipped", "{\"n\": 1}").await;
+    let recovery = fixture.recover(&[&OMNI_BOX[..], &["--skip-missed"]].concat());
+    assert!(
+        recovery.results().contains("they stay unpublished"),
+        "{}",
+        recovery.results()
+    );
+    fixture.insert("after", "{\"n\": 1}").await;
+    let relay = Relay::streaming(&fixture, &MARK).await;
+    fixture.wait_for_confirmation().await;
+    relay.drain().await;
+    assert_eq!(fixture.keys().await, ["after", "before", "missed"]);
+}
+
+/// With roles that have what set-up gives them and no more.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_of_least_rights_reads_the_copy_and_marks() {
+    let mut fixture = Fixture::omni_box().await;
+    let (role, server) = fixture.role("relay").await;
+    fixture.omni_box_backlog(100, 10).await;
+    let flags = [&OMNI_BOX[..], &["--grant-to", &role]].concat();
+    // Roles first, then what they are to read.
+    fixture.set_up_table(&[&flags[..], &["--backfill", "none"]].concat());
+    fixture.drop_slot().await;
+    let recovery = fixture.recover(&[&OMNI_BOX[..], &["--resend"]].concat());
+    assert!(
+        recovery.results().contains(": 100; the relay"),
+        "{}",
+        recovery.results()
+    );
+    fixture.database_url = format!("{server}/{}", fixture.contract.slot);
+    let relay = Relay::streaming(&fixture, &MARK).await;
+    fixture.wait_for_confirmation().await;
+    assert_eq!(fixture.rows_of(&fixture.copy()).await, 0);
+    let log = relay.log();
+    relay.drain().await;
+    assert!(!log.contains("WARN"), "{log}");
+    assert_eq!(fixture.rows_that_are("status <> 'completed'").await, 0);
+    assert_eq!(fixture.keys().await.len(), 100);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_cannot_be_set_up_is_refused_and_nothing_is_touched() {
+    let fixture = Fixture::omni_box().await;
+    let role = fixture.role("writer").await.0;
+    for (flags, code, expected) in [
+        (&["--mode", "poll"][..], 2, "needs no set-up to be polled"),
+        (&["--mode", "auto"], 2, "needs no set-up to be polled"),
+        (&["--adopt"], 2, "fights --adopt"),
+        (&["--notify", "true"], 2, "fights --notify"),
+        (&["--print"], 2, "fights --print"),
+        (&["--grant-writer-to", &role], 2, "fights --grant-writer-to"),
+        (&["--table", "nowhere"], 3, "does not exist"),
+        (&["--column", "payload=body"], 3, "has no column \"body\""),
+        (&["--slot", &"s".repeat(60)], 2, "longer than 54 bytes"),
+    ] {
+        let refused = fixture.setup(&[&OMNI_BOX[..], flags].concat());
+        let complaint = refused.complaint(code);
+        assert!(complaint.contains(expected), "{complaint}");
+    }
+    let without_key = "ALTER TABLE outbox_events DROP CONSTRAINT outbox_events_pkey";
+    fixture.client.batch_execute(without_key).await.unwrap();
+    let refused = fixture.setup(&OMNI_BOX);
+    let complaint = refused.complaint(3);
+    assert!(complaint.contains("has no primary key"), "{complaint}");
+    let row = fixture
+        .client
+        .query_one("SELECT to_regnamespace('box') IS NULL", &[])
+        .await
+        .unwrap();
+    assert!(row.get::<_, bool>(0));
+    let mut relay = Relay::start(&fixture, &OMNI_BOX);
+    assert_eq!(relay.exit_code().await, 4, "{}", relay.log());
+    assert!(
+        relay
+            .log()
+            .contains("or read the table by claims, with --mode poll"),
+        "{}",
+        relay.log()
+    );
+}
