@@ -79,13 +79,14 @@ impl ContractArguments {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Tables of others")]
 pub(super) struct TableArguments {
-    /// Whose table is read: postbox, omni-box (outbox_events) or spakky (spakky_event_outbox). The last
-    /// two need --mode poll.
+    /// Whose table is read: postbox, omni-box (outbox_events), spakky (spakky_event_outbox) or debezium
+    /// (outbox). omni-box and spakky need --mode poll, debezium --mode wal.
     ///
-    /// Records are then what its own relay would send: format and headers that are not said are its own,
-    /// and they are not compressed unless -X compression.codec=lz4 says so, which not all of its consumers
-    /// can read. Rows of omni-box's and spakky's tables are claimed, sent and completed as their own
-    /// workers do, beside them if need be; nothing has to be set up for that.
+    /// Records are then what its own relay would send: format, route and headers that are not said are its
+    /// own, and they are not compressed unless -X compression.codec=lz4 says so, which not all of its
+    /// consumers can read. Rows of omni-box's and spakky's tables are claimed, sent and completed as their
+    /// own workers do, beside them if need be; nothing has to be set up for that. debezium is the table of
+    /// its Outbox Event Router, whose publication may be of other tables too.
     #[arg(
         long,
         env = "POSTBOX_TABLE_PRESET",

@@ -190,6 +190,7 @@ impl<'r> Attempt<'r> {
             source: connected.source,
             encoder: Encoder::new(settings.format, settings.route.clone())
                 .with_headers(settings.headers)
+                .placing(settings.table.placements())
                 .keyed(settings.table.is_keyed()),
             window: Window::new(
                 connected.publisher,
