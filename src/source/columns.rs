@@ -14,6 +14,8 @@ pub(super) struct Columns {
     /// Columns that become headers besides, in the headers' order.
     placed: Vec<Placed>,
     payload: PayloadType,
+    /// Whether `created_at` is without a time zone: it is in UTC, as others take it too.
+    created_at_is_local: bool,
     /// Whether each row must name an aggregate and a type.
     names_aggregate_and_type: bool,
     /// The columns' names.
@@ -84,6 +86,7 @@ mod type_oid {
     pub(super) const BYTEA: u32 = 17;
     pub(super) const JSON: u32 = 114;
     pub(super) const JSONB: u32 = 3802;
+    pub(super) const TIMESTAMP: u32 = 1114;
 }
 
 impl Field {
@@ -165,7 +168,7 @@ impl Columns {
                 None => missing = missing.or(Some(&placement.column)),
             }
         }
-        let payload = place("payload").map(|column| relation.columns[column].type_oid);
+        let type_of = |field| place(field).map(|column| relation.columns[column].type_oid);
         let names = relation.columns.iter().map(|column| column.name.clone());
         Self {
             fields,
@@ -174,7 +177,8 @@ impl Columns {
             names_aggregate_and_type: table.preset.names_aggregate_and_type(),
             names: names.collect(),
             missing: missing.map(str::to_owned),
-            payload: match payload {
+            created_at_is_local: type_of("created_at") == Some(type_oid::TIMESTAMP),
+            payload: match type_of("payload") {
                 Some(type_oid::JSON | type_oid::JSONB) => PayloadType::Json,
                 Some(type_oid::BYTEA) => PayloadType::Bytea,
                 _ => PayloadType::Text,
@@ -221,6 +225,7 @@ impl Columns {
             causation_id: fields.get(Field::CausationId),
             traceparent: fields.get(Field::Traceparent),
             created_at: match fields.get(Field::CreatedAt) {
+                Some(text) if self.created_at_is_local => Timestamp::parse(&format!("{text}+00"))?,
                 Some(text) => Timestamp::parse(text)?,
                 None => committed_at,
             },
