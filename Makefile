@@ -17,6 +17,7 @@ test: ## Run all tests, on real Postgres and Kafka.
 	@test -n "$$DATABASE_URL" -a -n "$$KAFKA_BROKERS" || dev/fetch
 	@dev/fetch pgbouncer || echo "going on without PgBouncer" >&2
 	@dev/bootstrap python && dev/fetch omni-box spakky || echo "going on without omni-box and spakky" >&2
+	@dev/fetch connect || echo "going on without Debezium" >&2
 	cargo test --locked
 	cargo test --locked --no-default-features --lib
 

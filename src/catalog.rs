@@ -49,7 +49,7 @@ pub(crate) use polling::{check_order, has_xid_index};
 pub(crate) use publication::{PUBLICATION, exists as publication_exists};
 pub(crate) use slices::{KEY_COLUMNS, slice_of};
 pub(crate) use slot::{MAY_REPLICATE, what_prevents_a_slot};
-pub(crate) use snapshot::{wait_until_ended, wait_until_seen};
+pub(crate) use snapshot::{wait_until_ended, wait_until_seen, wait_until_visible};
 
 /// The oldest Postgres whose pgoutput sends logical messages.
 const VERSION_MIN: i32 = 140_000;

@@ -3,9 +3,9 @@
 //! | part | content |
 //! |---|---|
 //! | topic | the row's `topic`, else the route, by default the aggregate type |
-//! | key | the row's `partition_key`, else its `aggregate_id`, in UTF-8; none where the table has no keys |
+//! | key | the row's `partition_key`, else its `aggregate_id`, in UTF-8; none where table or row has none |
 //! | timestamp | the row's `created_at`, in milliseconds |
-//! | headers | by [`HeaderStyle`] |
+//! | headers | by [`HeaderStyle`], and by [`Placement`] |
 //! | value | by [`Format`]; a NULL payload is a null value (a tombstone) in each |
 //!
 //! A payload is copied, never parsed and printed again: spaces, the order of its
@@ -24,6 +24,7 @@ use std::str::FromStr;
 use serde::de::IgnoredAny;
 
 use crate::event::{Event, Payload};
+use crate::table::Placement;
 
 /// What a record's value looks like.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -63,6 +64,9 @@ pub enum Refused {
         "\"{0}\" is not a topic name: Kafka allows 1 to 249 of the characters a-z A-Z 0-9 . _ - and neither \".\" nor \"..\""
     )]
     Topic(String),
+    /// The row does not say what the record is made of; and what needs it.
+    #[error("the row has no {0}, which {1} needs")]
+    Unsaid(&'static str, &'static str),
     /// The row's headers are not an object.
     #[error("the column \"headers\" is not a JSON object: {0}")]
     Headers(serde_json::Error),
@@ -104,6 +108,8 @@ pub struct Encoder {
     format: Format,
     route: Route,
     headers: HeaderStyle,
+    /// The headers that are made of columns.
+    placed: Vec<String>,
     is_keyed: bool,
     topic: String,
     value: Vec<u8>,
@@ -116,6 +122,7 @@ impl Encoder {
             format,
             route,
             headers: HeaderStyle::default(),
+            placed: Vec::new(),
             is_keyed: true,
             topic: String::new(),
             value: Vec::new(),
@@ -126,6 +133,16 @@ impl Encoder {
     #[must_use]
     pub fn with_headers(self, headers: HeaderStyle) -> Self {
         Self { headers, ..self }
+    }
+
+    /// The same, with a header more for each of these columns.
+    #[must_use]
+    pub fn placing(self, placements: &[Placement]) -> Self {
+        let names = placements.iter().map(|placed| placed.header.clone());
+        Self {
+            placed: names.collect(),
+            ..self
+        }
     }
 
     /// The same, whose records have a key or have none.
@@ -142,19 +159,19 @@ impl Encoder {
         self.topic.clear();
         match event.topic {
             Some(topic) => self.topic.push_str(topic),
-            None => self.route.write(event, &mut self.topic),
+            None => self.route.write(event, &mut self.topic)?,
         }
         if !route::is_topic_name(&self.topic) {
             return Err(Refused::Topic(self.topic.clone()));
         }
-        let headers = headers::of(event, self.headers)?;
         let value = match event.payload {
             None => None,
             Some(payload) => Some(self.write_value(event, payload)?),
         };
+        let headers = headers::of(event, self.headers, &self.placed)?;
         Ok(Record {
             topic: &self.topic,
-            key: self.is_keyed.then(|| event.key()),
+            key: event.key().filter(|_| self.is_keyed),
             value: match value {
                 None => None,
                 Some(Value::Written) => Some(&self.value),
@@ -176,20 +193,23 @@ impl Encoder {
                 return Ok(Value::Payload(text));
             }
             (Format::Raw, Payload::Hex(hex)) => self.value = bytes_of_hex(hex)?,
-            (Format::Envelope, payload) => self.write_envelope(event, json(payload)?.as_ref()),
+            (Format::Envelope, payload) => self.write_envelope(event, json(payload)?.as_ref())?,
             (Format::Versioned, payload) => self.write_versioned(event, json(payload)?.as_ref()),
         }
         Ok(Value::Written)
     }
 
-    fn write_envelope(&mut self, event: &Event<'_>, payload: &[u8]) {
+    fn write_envelope(&mut self, event: &Event<'_>, payload: &[u8]) -> Result<(), Refused> {
         let out = &mut self.value;
+        let said = |field, value: Option<_>| value.ok_or(Refused::Unsaid(field, "the envelope"));
+        let event_type = said("event_type", event.event_type)?;
+        let aggregate_id = said("aggregate_id", event.aggregate_id)?;
         write_field(out, b"{\"id\":", event.id);
         let version = event.schema_version.unwrap_or("1.0.0");
         write_field(out, b",\"schema_version\":", version);
-        write_field(out, b",\"event_type\":", event.event_type);
+        write_field(out, b",\"event_type\":", event_type);
         write_field(out, b",\"aggregate_type\":", event.aggregate_type);
-        write_field(out, b",\"aggregate_id\":", event.aggregate_id);
+        write_field(out, b",\"aggregate_id\":", aggregate_id);
         out.extend_from_slice(b",\"payload\":");
         out.extend_from_slice(payload);
         write!(out, ",\"timestamp\":\"{}\"", event.created_at).expect(IN_MEMORY);
@@ -203,6 +223,7 @@ impl Encoder {
             }
         }
         out.push(b'}');
+        Ok(())
     }
 
     fn write_versioned(&mut self, event: &Event<'_>, payload: &[u8]) {
@@ -263,8 +284,8 @@ mod tests {
             seq: Some("7"),
             id: "0b9e7f64-6f0e-4a9a-8a39-0f9d0f6a7c11",
             aggregate_type: "order",
-            aggregate_id: "42",
-            event_type: "order_placed",
+            aggregate_id: Some("42"),
+            event_type: Some("order_placed"),
             topic: None,
             partition_key: None,
             payload: Some(Payload::Json(r#"{"b": 1,  "a": 2, "a": 3}"#)),
@@ -275,6 +296,7 @@ mod tests {
             causation_id: None,
             traceparent: None,
             created_at: Timestamp::parse("2026-03-01 12:00:00.25+00").unwrap(),
+            placed: Vec::new(),
         }
     }
 
@@ -383,6 +405,63 @@ mod tests {
     fn records_of_a_table_without_keys_have_none() {
         let mut encoder = Encoder::new(Format::Raw, Route::default()).keyed(false);
         assert_eq!(encoder.encode(&event()).unwrap().key, None);
+    }
+
+    #[test]
+    fn placed_columns_follow_the_id_in_their_order() {
+        let placements = ["b:header:second", "a:header"].map(|text| text.parse().unwrap());
+        let event = Event {
+            placed: vec![Some("2"), None],
+            headers: Some(r#"{"own": "1", "second": "row"}"#),
+            ..event()
+        };
+        let headers = |style| {
+            let mut encoder = Encoder::new(Format::Raw, Route::default())
+                .with_headers(style)
+                .placing(&placements);
+            let record = encoder.encode(&event).unwrap();
+            let headers = record.headers.iter();
+            headers
+                .map(|header| (header.name.to_string(), header.value.is_some()))
+                .collect::<Vec<_>>()
+        };
+        let named = |names: &[(&str, bool)]| {
+            let names = names.iter();
+            names
+                .map(|(name, is_set)| ((*name).to_owned(), *is_set))
+                .collect::<Vec<_>>()
+        };
+        let placed = [("id", true), ("second", true), ("a", false)];
+        assert_eq!(headers(HeaderStyle::Debezium), named(&placed));
+        // What is placed wins over the row's own, as ours do.
+        let beside_others = [
+            ("id", true),
+            ("event_type", true),
+            ("second", true),
+            ("a", false),
+            ("own", true),
+        ];
+        assert_eq!(headers(HeaderStyle::Postbox), named(&beside_others));
+    }
+
+    #[test]
+    fn what_a_row_does_not_say_is_missed_only_where_it_is_needed() {
+        let event = Event {
+            aggregate_id: None,
+            event_type: None,
+            ..event()
+        };
+        let encoder = |format, route: &str| Encoder::new(format, route.parse().unwrap());
+        let mut raw = encoder(Format::Raw, "{aggregate_type}").with_headers(HeaderStyle::Debezium);
+        assert_eq!(raw.encode(&event).unwrap().key, None);
+        for (format, route) in [
+            (Format::Envelope, "{aggregate_type}"),
+            (Format::Raw, "{aggregate_type}.{event_type}"),
+        ] {
+            let mut encoder = encoder(format, route);
+            let refused = encoder.encode(&event).unwrap_err();
+            assert!(matches!(refused, Refused::Unsaid("event_type", _)));
+        }
     }
 
     #[test]

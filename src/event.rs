@@ -12,10 +12,10 @@ pub struct Event<'a> {
     pub id: &'a str,
     /// The kind of thing that the event is about, such as `order`.
     pub aggregate_type: &'a str,
-    /// Which of its kind.
-    pub aggregate_id: &'a str,
-    /// What happened to it, such as `order_placed`.
-    pub event_type: &'a str,
+    /// Which of its kind. Rows of Debezium's tables may name none.
+    pub aggregate_id: Option<&'a str>,
+    /// What happened to it, such as `order_placed`. Debezium's tables need not say.
+    pub event_type: Option<&'a str>,
     /// The topic, if the row overrides the route.
     pub topic: Option<&'a str>,
     /// What is kept in order, if not the aggregate.
@@ -36,6 +36,9 @@ pub struct Event<'a> {
     pub traceparent: Option<&'a str>,
     /// When the row was written.
     pub created_at: Timestamp,
+    /// The values of the columns that become headers besides, in the order of
+    /// [`Table::placements`](crate::table::Table::placements).
+    pub placed: Vec<Option<&'a str>>,
 }
 
 /// A body, by the type of the column it came from.
@@ -50,8 +53,8 @@ pub enum Payload<'a> {
 }
 
 impl<'a> Event<'a> {
-    /// What is kept in order: the partition key, else the aggregate's id.
-    pub fn key(&self) -> &'a str {
-        self.partition_key.unwrap_or(self.aggregate_id)
+    /// What is kept in order, if anything: the partition key, else the aggregate's id.
+    pub fn key(&self) -> Option<&'a str> {
+        self.partition_key.or(self.aggregate_id)
     }
 }

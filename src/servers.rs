@@ -1,6 +1,6 @@
 //! Throw-away Postgres and Kafka for the demo, the tests and the benches.
 //!
-//! `dev/postgres` and `dev/kafka` each supervise one server and are driven by
+//! `dev/postgres`, `dev/kafka` and others each supervise one server and are driven by
 //! lines: commands on stdin, an answer on stdout. When we end, however we end,
 //! their stdin closes, and they stop the server and remove its folder.
 
@@ -69,6 +69,15 @@ impl Server {
     pub fn second_broker(first: &Self, settings: &[&str]) -> Result<Self> {
         let join = ["--join", first.fact("controller")];
         Self::start("kafka", &[&join, settings].concat())
+    }
+
+    /// Starts a Kafka Connect before these brokers with Debezium connectors, each
+    /// `--connector NAME` and its settings, `name=value`.
+    ///
+    /// # Errors
+    /// If one of them does not stream, or Debezium is not to be had; its log is on stderr.
+    pub fn debezium(brokers: &str, connectors: &[&str]) -> Result<Self> {
+        Self::start("debezium", &[&[brokers], connectors].concat())
     }
 
     /// What the server told about itself, such as `port`, `url`, `brokers`.

@@ -70,6 +70,8 @@ pub struct Row {
     pub place: Place,
     /// When its transaction was committed, by the server's clock.
     pub committed_at: Timestamp,
+    /// Its transaction, without epoch; 0 where the row was read from a table.
+    pub xid: u32,
 }
 
 /// A row's place in the stream, the same after every restart: WAL positions of

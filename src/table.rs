@@ -8,16 +8,24 @@
 //! | `postbox` | `postbox.outbox` | no | `partition_key`, else `aggregate_id` | envelope | ours, the row's |
 //! | `omni-box` | `outbox_events` | `status`, `locked_at`, `attempts_made` … | `partition_key` | envelope | the row's, theirs |
 //! | `spakky` | `spakky_event_outbox` | `published_at`, `claimed_at`, `retry_count` | none | payload | the row's |
+//! | `debezium` | `outbox` | no | `aggregateid` | payload | `id` |
 //!
 //! A column that has another name is named one by one; a field without a column is one
-//! that no row has.
+//! that no row has. Any column may become a header besides: see [`Placement`].
+//!
+//! Debezium's table can be read from a slot only: nothing in it says in what order its rows
+//! were committed, nor which of them were published.
+
+mod placement;
+
+pub use placement::Placement;
 
 use std::str::FromStr;
 
 use postgres_protocol::escape::escape_identifier;
 
 use crate::contract::check_name;
-use crate::envelope::{Format, HeaderStyle};
+use crate::envelope::{Format, HeaderStyle, Route};
 use crate::error::{Error, ErrorKind, Result};
 
 /// A table as those who made it left it.
@@ -30,14 +38,17 @@ pub enum Preset {
     OmniBox,
     /// spakky-outbox 6: `spakky_event_outbox`.
     Spakky,
+    /// What Debezium's Outbox Event Router reads, unless it is told otherwise: `outbox`.
+    Debezium,
 }
 
 impl Preset {
     /// All of them, by the names they have on the command line.
-    pub const ALL: [(&'static str, Self); 3] = [
+    pub const ALL: [(&'static str, Self); 4] = [
         ("postbox", Self::Postbox),
         ("omni-box", Self::OmniBox),
         ("spakky", Self::Spakky),
+        ("debezium", Self::Debezium),
     ];
 
     /// As it is written on the command line.
@@ -48,7 +59,7 @@ impl Preset {
     /// Its table, if none is named.
     fn table(self) -> &'static str {
         match self {
-            Self::Postbox => "outbox",
+            Self::Postbox | Self::Debezium => "outbox",
             Self::OmniBox => "outbox_events",
             Self::Spakky => "spakky_event_outbox",
         }
@@ -58,17 +69,29 @@ impl Preset {
     pub fn format(self) -> Format {
         match self {
             Self::Postbox | Self::OmniBox => Format::Envelope,
-            Self::Spakky => Format::Raw,
+            Self::Spakky | Self::Debezium => Format::Raw,
+        }
+    }
+
+    /// Where an event goes whose row does not say, if nothing is said.
+    ///
+    /// # Panics
+    /// Never: it is a route.
+    pub fn route(self) -> Route {
+        match self {
+            Self::Postbox | Self::OmniBox | Self::Spakky => Route::default(),
+            Self::Debezium => "outbox.event.{aggregate_type}".parse().expect("a route"),
         }
     }
 
     /// How batches of its records are compressed, if nothing is said and it is not as ours
     /// are: consumers of these need what no one had to install for them. aiokafka does not
-    /// read what is compressed, but by gzip, without a library more.
+    /// read what is compressed, but by gzip, without a library more. Connect compresses
+    /// nothing unless it is told to.
     pub fn compression(self) -> Option<&'static str> {
         match self {
             Self::Postbox => None,
-            Self::OmniBox | Self::Spakky => Some("none"),
+            Self::OmniBox | Self::Spakky | Self::Debezium => Some("none"),
         }
     }
 
@@ -78,6 +101,7 @@ impl Preset {
             Self::Postbox => HeaderStyle::Postbox,
             Self::OmniBox => HeaderStyle::OmniBox,
             Self::Spakky => HeaderStyle::None,
+            Self::Debezium => HeaderStyle::Debezium,
         }
     }
 
@@ -86,14 +110,26 @@ impl Preset {
         match self {
             Self::OmniBox => Some(Tracking::Status),
             Self::Spakky => Some(Tracking::Times),
-            Self::Postbox => None,
+            Self::Postbox | Self::Debezium => None,
         }
     }
 
-    /// Whether it is read through a publication that another program made, with other
-    /// tables and changes in it, which are passed over.
-    pub fn shares_publication(self) -> bool {
-        false
+    /// Whether its rows can be read from the table itself.
+    pub fn can_be_polled(self) -> bool {
+        self != Self::Debezium
+    }
+
+    /// Whether the publication may publish more than what is inserted into its table, which
+    /// is passed over then: one that Debezium made is of all tables and of all that happens
+    /// to them.
+    pub(crate) fn shares_publication(self) -> bool {
+        self == Self::Debezium
+    }
+
+    /// Whether each of its events is about an aggregate and has a type. Debezium's router
+    /// makes records without a key of rows that name none, and never reads a type.
+    pub(crate) fn names_aggregate_and_type(self) -> bool {
+        self != Self::Debezium
     }
 
     /// Fields that have a column, and its name.
@@ -154,6 +190,13 @@ impl Preset {
                 ("claimed_at", "claimed_at"),
                 ("retry_count", "retry_count"),
             ],
+            Self::Debezium => &[
+                ("id", "id"),
+                ("aggregate_type", "aggregatetype"),
+                ("aggregate_id", "aggregateid"),
+                ("event_type", "type"),
+                ("payload", "payload"),
+            ],
         }
     }
 }
@@ -163,9 +206,9 @@ impl FromStr for Preset {
 
     fn from_str(name: &str) -> Result<Self, String> {
         let found = Self::ALL.into_iter().find(|(known, _)| *known == name);
-        found
-            .map(|(_, preset)| preset)
-            .ok_or_else(|| format!("unknown preset \"{name}\": use postbox, omni-box or spakky"))
+        found.map(|(_, preset)| preset).ok_or_else(|| {
+            format!("unknown preset \"{name}\": use postbox, omni-box, spakky or debezium")
+        })
     }
 }
 
@@ -189,6 +232,7 @@ pub struct Table {
     pub name: String,
     /// Fields whose columns have other names than the preset says.
     columns: Vec<(String, String)>,
+    placements: Vec<Placement>,
 }
 
 impl Table {
@@ -215,6 +259,7 @@ impl Table {
             schema: schema.to_owned(),
             name: name.to_owned(),
             columns: columns.to_vec(),
+            placements: Vec::new(),
         };
         if preset == Preset::Postbox && table != Self::of(our_schema) {
             let message = "--table and --column are for tables of others: with --table-preset postbox the table is \
@@ -235,7 +280,19 @@ impl Table {
             schema: schema.to_owned(),
             name: Preset::Postbox.table().to_owned(),
             columns: Vec::new(),
+            placements: Vec::new(),
         }
+    }
+
+    /// The same, of which these columns become headers too.
+    #[must_use]
+    pub fn placing(self, placements: Vec<Placement>) -> Self {
+        Self { placements, ..self }
+    }
+
+    /// The columns that become headers, in the headers' order.
+    pub fn placements(&self) -> &[Placement] {
+        &self.placements
     }
 
     /// A column may be named for each field of an event, and for what the preset has besides.
@@ -341,6 +398,13 @@ mod tests {
             let refused = Table::new(preset, "postbox", name, &columns).unwrap_err();
             assert_eq!(refused.kind(), ErrorKind::Settings, "{refused}");
         }
+    }
+
+    #[test]
+    fn routes_are_those_of_each_preset() {
+        let topic = |preset: Preset| preset.route().topic_of("order", "placed");
+        assert_eq!(topic(Preset::OmniBox), "order");
+        assert_eq!(topic(Preset::Debezium), "outbox.event.order");
     }
 
     #[test]

@@ -42,6 +42,23 @@ pub(crate) async fn wait_until_ended(client: &Client) -> Result<(), tokio_postgr
     wait_until(client, sql, &now).await
 }
 
+/// Waits until ordinary sessions see what these transactions have written, which a slot has
+/// given as committed. They are told without epoch: none began two billion before or behind
+/// the next.
+pub(crate) async fn wait_until_visible(
+    client: &Client,
+    xids: &[u32],
+) -> Result<(), tokio_postgres::Error> {
+    let xids: Vec<String> = xids.iter().map(u32::to_string).collect();
+    let sql = "SELECT coalesce(bool_and(x.xid < s.next AND x.xid <> ALL (s.running)), true) \
+               FROM (SELECT pg_snapshot_xmax(now)::text::bigint AS next, \
+                            ARRAY(SELECT r::text::bigint FROM pg_snapshot_xip(now) AS r) AS running \
+                     FROM (SELECT pg_current_snapshot() AS now) AS s) AS s, \
+                    LATERAL (SELECT x + (s.next + 2147483648 - x) / 4294967296 * 4294967296 AS xid \
+                             FROM unnest($1::text::bigint[]) AS x) AS x";
+    wait_until(client, sql, &format!("{{{}}}", xids.join(","))).await
+}
+
 /// Waits until this query, of one text, says yes.
 async fn wait_until(client: &Client, sql: &str, text: &str) -> Result<(), tokio_postgres::Error> {
     loop {

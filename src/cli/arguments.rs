@@ -83,14 +83,16 @@ impl ContractArguments {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Tables of others")]
 struct TableArguments {
-    /// Whose table is read: postbox, omni-box (outbox_events) or spakky (spakky_event_outbox).
+    /// Whose table is read: postbox, omni-box (outbox_events), spakky (spakky_event_outbox) or debezium
+    /// (outbox).
     ///
-    /// Records are then what its own relay would send: format and headers that are not said are its own,
-    /// and they are not compressed unless -X compression.codec=lz4 says so, which not all of its consumers
-    /// can read. With --mode poll, rows of omni-box's and spakky's tables are claimed, sent and completed as
-    /// their own workers do, beside them if need be, and nothing has to be set up for that. With --mode wal
-    /// they are read from a slot, in commit order and without touching them unless --mark says so, and no
-    /// other worker may send them.
+    /// Records are then what its own relay would send: format, route and headers that are not said are its
+    /// own, and they are not compressed unless -X compression.codec=lz4 says so, which not all of its
+    /// consumers can read. With --mode poll, rows of omni-box's and spakky's tables are claimed, sent and
+    /// completed as their own workers do, beside them if need be, and nothing has to be set up for that.
+    /// With --mode wal they are read from a slot, in commit order and without touching them unless --mark
+    /// says so, and no other worker may send them. debezium, the table of its Outbox Event Router, needs
+    /// --mode wal; its publication may be of other tables too.
     #[arg(
         long,
         env = "POSTBOX_TABLE_PRESET",

@@ -13,7 +13,7 @@ use postbox::health::Health;
 use postbox::http::{self, Endpoints};
 use postbox::metrics::Metrics;
 use postbox::relay::{Relay, RelaySettings};
-use postbox::table::Preset;
+use postbox::table::{Placement, Preset};
 use postbox::{Error, ErrorKind};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -72,26 +72,35 @@ pub(super) struct RelayCommand {
 #[command(next_help_heading = "Records")]
 struct RecordArguments {
     /// What a record's value is: envelope (a JSON object around the payload), raw (the payload), or
-    /// versioned ({"schema_version","payload"}). Without it, that of the preset: raw for spakky, else
-    /// envelope.
+    /// versioned ({"schema_version","payload"}). Without it, that of the preset: raw for spakky and
+    /// debezium, else envelope.
     #[arg(long, env = "POSTBOX_FORMAT", value_name = "FORMAT")]
     format: Option<Format>,
 
     /// The topic of an event whose row names none; {aggregate_type} and {event_type} stand for the
     /// event's. A topic's name is 1 to 249 of a-z, A-Z, 0-9, ".", "_" and "-".
-    #[arg(
-        long,
-        env = "POSTBOX_ROUTE",
-        default_value = "{aggregate_type}",
-        value_name = "TEMPLATE"
-    )]
-    route: Route,
+    ///
+    /// [default: {aggregate_type}; for debezium outbox.event.{aggregate_type}]
+    // Not a default of clap's, as it is that of the preset.
+    #[arg(long, env = "POSTBOX_ROUTE", value_name = "TEMPLATE")]
+    route: Option<Route>,
 
     /// Which headers a record has beside the row's own: postbox (id, event_type, …), omni-box (event_id,
     /// event_type, …), debezium (id, and none of the row's) or none. Without it, those of the preset;
     /// for spakky none.
     #[arg(long, env = "POSTBOX_HEADERS", value_name = "WHOSE")]
     headers: Option<HeaderStyle>,
+
+    /// Columns that become headers too, after these: COLUMN:header, or COLUMN:header:NAME for another
+    /// name, parted by commas, as in table.fields.additional.placement of Debezium's router; NULL is a
+    /// null header. Not with claims.
+    #[arg(
+        long,
+        env = "POSTBOX_PLACEMENT",
+        value_delimiter = ',',
+        value_name = "COLUMN:header[:NAME]"
+    )]
+    placement: Vec<Placement>,
 }
 
 #[derive(Debug, Args)]
@@ -273,7 +282,9 @@ impl RelayCommand {
     pub(super) fn run(&self) -> anyhow::Result<()> {
         self.tuning.check()?;
         self.check_shards()?;
-        let contract = self.contract.resolve()?;
+        let mut contract = self.contract.resolve()?;
+        let placements = self.records.placement.clone();
+        contract.outbox = contract.outbox.placing(placements);
         let preset = contract.outbox.preset;
         self.check_preset(preset)?;
         let settings = RelaySettings {
@@ -288,7 +299,7 @@ impl RelayCommand {
             },
             database: self.database.resolve()?,
             format: self.records.format.unwrap_or(preset.format()),
-            route: self.records.route.clone(),
+            route: self.records.route.clone().unwrap_or(preset.route()),
             headers: self.records.headers.unwrap_or(preset.headers()),
             in_flight_max: self.tuning.in_flight_max as usize,
             in_flight_bytes_max: self.tuning.in_flight_bytes_max as usize,
@@ -315,7 +326,8 @@ impl RelayCommand {
         }
     }
 
-    /// Rows of a table that tracks their status are claimed, and in no other way read.
+    /// Rows of a table that tracks their status are claimed, and in no other way read; of
+    /// some tables nothing can be read but their changes.
     fn check_preset(&self, preset: Preset) -> postbox::Result<()> {
         let refuse = |why: &str| {
             let message = format!("--table-preset {} {why}", preset.name());
@@ -325,7 +337,16 @@ impl RelayCommand {
             return refuse("fights --mark: its rows have no column for that");
         }
         match (preset.tracking(), self.mode, self.tuning.shards) {
-            (None, ..) | (_, ModeArgument::Wal, _) | (_, ModeArgument::Poll, None) => Ok(()),
+            (None, ModeArgument::Poll | ModeArgument::Auto, _) if !preset.can_be_polled() => {
+                refuse(
+                    "needs --mode wal: its rows say neither when they were committed nor whether they are published",
+                )
+            }
+            (None, ..) | (_, ModeArgument::Wal, _) => Ok(()),
+            (_, ModeArgument::Poll, None) if self.records.placement.is_empty() => Ok(()),
+            (_, ModeArgument::Poll, None) => {
+                refuse("fights --placement: rows that are claimed are read without it")
+            }
             (_, ModeArgument::Poll, Some(_)) => refuse(
                 "fights --shards: its rows are claimed one by one, by as many relays as you start",
             ),

@@ -26,8 +26,8 @@ impl Header<'_> {
     }
 }
 
-/// Which headers a record has. The event's own values win over headers of the same
-/// name in its row.
+/// Which headers a record has, beside those that are made of columns, which follow `id` and
+/// the like. The event's own values win over headers of the same name in its row.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub enum HeaderStyle {
     /// `id`, `event_type`, then those that are set of `schema_version`, `trace_id`,
@@ -39,7 +39,7 @@ pub enum HeaderStyle {
     /// that are set of `schema_version`, `trace_id`, `correlation_id`, `causation_id`. A
     /// header of the row that has one of these names keeps its place.
     OmniBox,
-    /// As Debezium's outbox router: `id` alone.
+    /// As Debezium's outbox router: `id`, and none of the row's.
     Debezium,
     /// The row's own alone.
     None,
@@ -61,9 +61,14 @@ impl FromStr for HeaderStyle {
     }
 }
 
-/// The headers of an event's record. A row has none of its own where the column is NULL, or
-/// a JSON null, which libraries write for it: omni-box does.
-pub(super) fn of<'a>(event: &Event<'a>, style: HeaderStyle) -> Result<Vec<Header<'a>>, Refused> {
+/// The headers of an event's record; those of `placed` columns, by name, follow ours. A row
+/// has none of its own where the column is NULL, or a JSON null, which libraries write for it:
+/// omni-box does.
+pub(super) fn of<'a>(
+    event: &Event<'a>,
+    style: HeaderStyle,
+    placed: &'a [String],
+) -> Result<Vec<Header<'a>>, Refused> {
     let id = match style {
         HeaderStyle::OmniBox => "event_id",
         _ => "id",
@@ -74,7 +79,7 @@ pub(super) fn of<'a>(event: &Event<'a>, style: HeaderStyle) -> Result<Vec<Header
     };
     let all = [
         (id, Some(event.id)),
-        ("event_type", Some(event.event_type)),
+        ("event_type", event.event_type),
         ("schema_version", event.schema_version),
         ("trace_id", event.trace_id),
         ("correlation_id", event.correlation_id),
@@ -92,6 +97,11 @@ pub(super) fn of<'a>(event: &Event<'a>, style: HeaderStyle) -> Result<Vec<Header
             value: Some((*value)?.into()),
         })
     });
+    let placed = placed.iter().zip(&event.placed);
+    let ours = ours.chain(placed.map(|(name, value)| Header {
+        name: name.into(),
+        value: value.map(Cow::from),
+    }));
     let own = match event.headers {
         Some(object) if style != HeaderStyle::Debezium && object.trim_ascii() != "null" => {
             own(object).map_err(Refused::Headers)?

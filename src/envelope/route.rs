@@ -2,6 +2,7 @@
 
 use std::str::FromStr;
 
+use super::Refused;
 use crate::event::Event;
 
 /// A topic name with places for an event's fields, such as
@@ -73,8 +74,15 @@ impl FromStr for Route {
 
 impl Route {
     /// Appends the event's topic to `topic`.
-    pub(super) fn write(&self, event: &Event<'_>, topic: &mut String) {
-        self.write_of(event.aggregate_type, event.event_type, topic);
+    pub(super) fn write(&self, event: &Event<'_>, topic: &mut String) -> Result<(), Refused> {
+        let event_type = match event.event_type {
+            None if self.0.contains(&Part::EventType) => {
+                return Err(Refused::Unsaid("event_type", "the route"));
+            }
+            event_type => event_type.unwrap_or_default(),
+        };
+        self.write_of(event.aggregate_type, event_type, topic);
+        Ok(())
     }
 
     /// The topic of an event with these fields whose row does not say.

@@ -6,8 +6,9 @@ use std::collections::{HashMap, HashSet};
 use serde::de::IgnoredAny;
 use serde_json::value::RawValue;
 
-use crate::envelope::{Encoder, Format, Record, Refused, Route};
+use crate::envelope::{Encoder, Format, HeaderStyle, Record, Refused, Route};
 use crate::event::{Event, Payload};
+use crate::table::Placement;
 use crate::timestamp::Timestamp;
 
 /// Between fields; not part of any text in UTF-8.
@@ -15,9 +16,10 @@ const END: u8 = 0xff;
 /// A field that is NULL.
 const NULL: &[u8] = &[0xfe];
 
-/// The record of an event passes [`check`]. The fields stand in the order in which
-/// they are taken below, with [`END`] between them; the first tells the payload's
-/// type: `j`, `t` or `h`.
+/// The record of an event passes [`check`], and with placed columns it has their headers.
+/// The fields stand in the order in which they are taken below, with [`END`] between them;
+/// the first tells the payload's type: `j`, `t` or `h`; after the route come headers of
+/// placed columns, each a name and a value.
 pub fn event(bytes: &[u8]) {
     let fields: Vec<_> = bytes.split(|byte| *byte == END).collect();
     let fields: Vec<Option<Cow<'_, str>>> = fields
@@ -27,11 +29,11 @@ pub fn event(bytes: &[u8]) {
     let mut rest = fields.iter().map(|field| field.as_deref());
     let mut next = || rest.next().flatten();
     let payload_type = next().unwrap_or_default();
-    let event = Event {
+    let mut event = Event {
         id: next().unwrap_or_default(),
         aggregate_type: next().unwrap_or_default(),
-        aggregate_id: next().unwrap_or_default(),
-        event_type: next().unwrap_or_default(),
+        aggregate_id: next(),
+        event_type: next(),
         created_at: next()
             .and_then(|text| Timestamp::parse(text).ok())
             .unwrap_or(Timestamp::from_unix_micros(0)),
@@ -49,11 +51,38 @@ pub fn event(bytes: &[u8]) {
         causation_id: next(),
         traceparent: next(),
         seq: None,
+        placed: Vec::new(),
     };
     check(&event);
     if let Some(route) = next().and_then(|route| route.parse::<Route>().ok()) {
         let _ = Encoder::new(Format::Raw, route).encode(&event);
     }
+    let mut placements = Vec::new();
+    while let Some(name) = rest.next() {
+        placements.push(Placement {
+            column: String::new(),
+            header: name.unwrap_or_default().to_owned(),
+        });
+        event.placed.push(rest.next().flatten());
+    }
+    check_placed(&event, &placements);
+}
+
+/// The headers of Debezium's router are the id and the placed columns, in their order, also
+/// where names repeat.
+fn check_placed(event: &Event<'_>, placements: &[Placement]) {
+    let mut encoder = Encoder::new(Format::Raw, Route::default())
+        .with_headers(HeaderStyle::Debezium)
+        .placing(placements);
+    let Ok(record) = encoder.encode(event) else {
+        return;
+    };
+    let found = record.headers.iter();
+    let found = found.map(|header| (&*header.name, header.value.as_deref()));
+    let names = placements.iter().map(|placed| &*placed.header);
+    let expected = names.zip(event.placed.iter().copied());
+    let expected = std::iter::once(("id", Some(event.id))).chain(expected);
+    assert!(found.eq(expected), "{:?}", record.headers);
 }
 
 /// A record is made of the event in each format, or refused for a reason that can
@@ -74,7 +103,7 @@ pub(super) fn check(event: &Event<'_>) {
 fn check_record(event: &Event<'_>, format: Format, record: &Record<'_>) {
     assert_eq!(record.topic, event.topic.unwrap_or(event.aggregate_type));
     assert!(is_topic_name(record.topic));
-    assert_eq!(record.key, Some(event.key()));
+    assert_eq!(record.key, event.key());
     check_headers(event, record);
     let payload = event.payload.map(bytes_of);
     let (Some(payload), Some(value)) = (payload.as_deref(), record.value) else {
@@ -90,9 +119,9 @@ fn check_record(event: &Event<'_>, format: Format, record: &Record<'_>) {
                 object.schema_version.as_deref(),
                 Some(event.schema_version.unwrap_or("1.0.0"))
             );
-            assert_eq!(object.event_type, event.event_type);
+            assert_eq!(Some(&*object.event_type), event.event_type);
             assert_eq!(object.aggregate_type, event.aggregate_type);
-            assert_eq!(object.aggregate_id, event.aggregate_id);
+            assert_eq!(Some(&*object.aggregate_id), event.aggregate_id);
             assert_eq!(object.trace_id.as_deref(), event.trace_id);
             assert_eq!(object.correlation_id.as_deref(), event.correlation_id);
             assert_eq!(object.causation_id.as_deref(), event.causation_id);
@@ -143,7 +172,7 @@ fn check_payload(value: &[u8], payload: &[u8]) {
 fn check_headers(event: &Event<'_>, record: &Record<'_>) {
     let ours = [
         ("id", Some(event.id)),
-        ("event_type", Some(event.event_type)),
+        ("event_type", event.event_type),
         ("schema_version", event.schema_version),
         ("trace_id", event.trace_id),
         ("correlation_id", event.correlation_id),
@@ -186,6 +215,8 @@ fn own_names(object: &str) -> Option<HashSet<String>> {
 fn check_refusal(event: &Event<'_>, refused: &Refused) {
     match refused {
         Refused::Topic(topic) => assert!(!is_topic_name(topic)),
+        Refused::Unsaid("aggregate_id", _) => assert!(event.aggregate_id.is_none()),
+        Refused::Unsaid(..) => assert!(event.event_type.is_none()),
         Refused::Headers(_) => assert!(own_names(event.headers.unwrap()).is_none()),
         Refused::Payload(_) => assert!(!is_json(&bytes_of(event.payload.unwrap()))),
         Refused::Hex => assert!(matches!(event.payload, Some(Payload::Hex(_)))),

@@ -194,6 +194,7 @@ impl<'r> Attempt<'r> {
             marks: connected.marks,
             encoder: Encoder::new(settings.format, settings.route.clone())
                 .with_headers(settings.headers)
+                .placing(settings.contract.outbox.placements())
                 .keyed(settings.contract.outbox.is_keyed()),
             window: Window::new(
                 connected.publisher,
@@ -452,7 +453,7 @@ impl<'r> Attempt<'r> {
         match self.window.send(&row, &record, destination) {
             Ok(()) => {
                 if let Some(marks) = &mut self.marks {
-                    marks.sent(&event);
+                    marks.sent(&event, row.xid);
                 }
                 Ok(())
             }

@@ -395,6 +395,7 @@ fn read(row: &tokio_postgres::Row, id: &str) -> Row {
         },
         // When it was committed the table does not say.
         committed_at: Timestamp::from_unix_micros(row.get(7)),
+        xid: 0,
     }
 }
 

@@ -2,7 +2,7 @@
 
 use crate::event::{Event, Payload};
 use crate::pgoutput::{Relation, Tuple, Value};
-use crate::table::Table;
+use crate::table::{Preset, Table};
 use crate::timestamp::{Timestamp, TimestampError};
 
 /// The fields of a table's columns, in the columns' order.
@@ -11,9 +11,24 @@ pub(super) struct Columns {
     fields: Vec<Option<Field>>,
     /// Fields that share a column with one of those: which, and with which.
     shared: Vec<(Field, Field)>,
+    /// Columns that become headers besides, in the headers' order.
+    placed: Vec<Placed>,
     payload: PayloadType,
+    /// Whether `created_at` is without a time zone: it is in UTC, as others take it too.
+    created_at_is_local: bool,
+    /// Whether each row must name an aggregate and a type.
+    names_aggregate_and_type: bool,
+    /// The columns' names.
+    names: Vec<String>,
     /// A column that every event needs and this table does not have.
-    missing: Option<&'static str>,
+    missing: Option<String>,
+}
+
+/// A column that becomes a header.
+#[derive(Debug, Clone, Copy)]
+struct Placed {
+    column: usize,
+    is_boolean: bool,
 }
 
 /// Why a row cannot be read as an event.
@@ -21,13 +36,13 @@ pub(super) struct Columns {
 pub enum Unreadable {
     /// A column that every event needs is not in the table.
     #[error("the outbox has no column \"{0}\"")]
-    Missing(&'static str),
+    Missing(String),
     /// A column that every event needs is NULL.
     #[error("the column \"{0}\" is NULL")]
-    Null(&'static str),
+    Null(String),
     /// The value is not text in UTF-8.
     #[error("the column \"{0}\" is not text in UTF-8")]
-    NotText(&'static str),
+    NotText(String),
     /// The row's time cannot be carried by a record.
     #[error("the column \"created_at\": {0}")]
     CreatedAt(#[from] TimestampError),
@@ -67,9 +82,11 @@ enum Field {
 
 /// Types by their fixed oid: `pg_type.dat` in the server's source.
 mod type_oid {
+    pub(super) const BOOL: u32 = 16;
     pub(super) const BYTEA: u32 = 17;
     pub(super) const JSON: u32 = 114;
     pub(super) const JSONB: u32 = 3802;
+    pub(super) const TIMESTAMP: u32 = 1114;
 }
 
 impl Field {
@@ -95,13 +112,14 @@ impl Field {
         Self::ALL[self as usize].0
     }
 
-    /// Whether an event is impossible without it. A missing payload would make
+    /// Whether an event is impossible without its column. A missing payload would make
     /// every event a tombstone.
-    fn is_required(self) -> bool {
-        matches!(
-            self,
-            Self::Id | Self::AggregateType | Self::AggregateId | Self::EventType | Self::Payload
-        )
+    fn is_required(self, preset: Preset) -> bool {
+        match self {
+            Self::Id | Self::AggregateType | Self::AggregateId | Self::Payload => true,
+            Self::EventType => preset.names_aggregate_and_type(),
+            _ => false,
+        }
     }
 }
 
@@ -112,10 +130,6 @@ struct Fields<'a>([Option<&'a str>; Field::ALL.len()]);
 impl<'a> Fields<'a> {
     fn get(&self, field: Field) -> Option<&'a str> {
         self.0[field as usize]
-    }
-
-    fn required(&self, field: Field) -> Result<&'a str, Unreadable> {
-        self.get(field).ok_or(Unreadable::Null(field.name()))
     }
 }
 
@@ -137,16 +151,34 @@ impl Columns {
                     None => fields[column] = Some(field),
                     Some(first) => shared.push((field, first)),
                 },
-                None if field.is_required() => missing = missing.or(Some(name)),
+                None if field.is_required(table.preset) => {
+                    missing = missing.or(Some(table.column(name).unwrap_or(name)));
+                }
                 None => {}
             }
         }
-        let payload = place("payload").map(|column| relation.columns[column].type_oid);
+        let mut placed = Vec::new();
+        for placement in table.placements() {
+            let mut columns = relation.columns.iter();
+            match columns.position(|column| column.name == placement.column) {
+                Some(column) => placed.push(Placed {
+                    column,
+                    is_boolean: relation.columns[column].type_oid == type_oid::BOOL,
+                }),
+                None => missing = missing.or(Some(&placement.column)),
+            }
+        }
+        let type_of = |field| place(field).map(|column| relation.columns[column].type_oid);
+        let names = relation.columns.iter().map(|column| column.name.clone());
         Self {
             fields,
             shared,
-            missing,
-            payload: match payload {
+            placed,
+            names_aggregate_and_type: table.preset.names_aggregate_and_type(),
+            names: names.collect(),
+            missing: missing.map(str::to_owned),
+            created_at_is_local: type_of("created_at") == Some(type_oid::TIMESTAMP),
+            payload: match type_of("payload") {
                 Some(type_oid::JSON | type_oid::JSONB) => PayloadType::Json,
                 Some(type_oid::BYTEA) => PayloadType::Bytea,
                 _ => PayloadType::Text,
@@ -161,16 +193,24 @@ impl Columns {
         row: &Tuple<'a>,
         committed_at: Timestamp,
     ) -> Result<Event<'a>, Unreadable> {
-        if let Some(name) = self.missing {
-            return Err(Unreadable::Missing(name));
+        if let Some(name) = &self.missing {
+            return Err(Unreadable::Missing(name.clone()));
         }
         let fields = self.values(row)?;
+        let required = |field| {
+            let value = fields.get(field);
+            value.ok_or_else(|| Unreadable::Null(self.column_of(field)))
+        };
+        let named = |field| match self.names_aggregate_and_type {
+            true => required(field).map(Some),
+            false => Ok(fields.get(field)),
+        };
         Ok(Event {
             seq: fields.get(Field::Seq),
-            id: fields.required(Field::Id)?,
-            aggregate_type: fields.required(Field::AggregateType)?,
-            aggregate_id: fields.required(Field::AggregateId)?,
-            event_type: fields.required(Field::EventType)?,
+            id: required(Field::Id)?,
+            aggregate_type: required(Field::AggregateType)?,
+            aggregate_id: named(Field::AggregateId)?,
+            event_type: named(Field::EventType)?,
             topic: fields.get(Field::Topic),
             partition_key: fields.get(Field::PartitionKey),
             payload: fields.get(Field::Payload).map(|text| match self.payload {
@@ -185,10 +225,55 @@ impl Columns {
             causation_id: fields.get(Field::CausationId),
             traceparent: fields.get(Field::Traceparent),
             created_at: match fields.get(Field::CreatedAt) {
+                Some(text) if self.created_at_is_local => Timestamp::parse(&format!("{text}+00"))?,
                 Some(text) => Timestamp::parse(text)?,
                 None => committed_at,
             },
+            placed: self.placed(row)?,
         })
+    }
+
+    /// The values of the columns that become headers: as Postgres prints them, but for
+    /// booleans, which Connect prints in full.
+    fn placed<'a>(&self, row: &Tuple<'a>) -> Result<Vec<Option<&'a str>>, Unreadable> {
+        if self.placed.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut placed = vec![None; self.placed.len()];
+        for (column, value) in row.values().enumerate() {
+            for (value_placed, place) in placed.iter_mut().zip(&self.placed) {
+                if place.column == column {
+                    *value_placed = match (place.is_boolean, self.text(column, value)?) {
+                        (true, Some("t")) => Some("true"),
+                        (true, Some("f")) => Some("false"),
+                        (_, text) => text,
+                    };
+                }
+            }
+        }
+        Ok(placed)
+    }
+
+    /// A value as text, unless it is NULL.
+    fn text<'a>(&self, column: usize, value: Value<'a>) -> Result<Option<&'a str>, Unreadable> {
+        let text = match value {
+            Value::Null => return Ok(None),
+            Value::Text(text) => std::str::from_utf8(text).ok(),
+            Value::Unchanged | Value::Binary(_) => None,
+        };
+        let name = || self.names.get(column).cloned().unwrap_or_default();
+        text.map(Some).ok_or_else(|| Unreadable::NotText(name()))
+    }
+
+    /// The name of a field's column.
+    fn column_of(&self, field: Field) -> String {
+        let mut shared = self.shared.iter();
+        let shared = shared.find(|(other, _)| *other == field);
+        let field = shared.map_or(field, |(_, first)| *first);
+        let mut fields = self.fields.iter();
+        let column = fields.position(|known| *known == Some(field));
+        let name = column.and_then(|column| self.names.get(column));
+        name.map_or(field.name(), String::as_str).to_owned()
     }
 
     /// The row's id and number as far as they can be read: for an error.
@@ -208,18 +293,10 @@ impl Columns {
 
     fn values<'a>(&self, row: &Tuple<'a>) -> Result<Fields<'a>, Unreadable> {
         let mut fields = Fields::default();
-        for (field, value) in self.fields.iter().zip(row.values()) {
-            let Some(field) = *field else { continue };
-            fields.0[field as usize] = match value {
-                Value::Null => None,
-                Value::Text(text) => {
-                    let text = std::str::from_utf8(text);
-                    Some(text.map_err(|_| Unreadable::NotText(field.name()))?)
-                }
-                Value::Unchanged | Value::Binary(_) => {
-                    return Err(Unreadable::NotText(field.name()));
-                }
-            };
+        for (column, (field, value)) in self.fields.iter().zip(row.values()).enumerate() {
+            if let Some(field) = *field {
+                fields.0[field as usize] = self.text(column, value)?;
+            }
         }
         for (field, first) in &self.shared {
             fields.0[*field as usize] = fields.get(*first);
@@ -231,11 +308,117 @@ impl Columns {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pgoutput::{Column, Message, decode, encode_insert};
 
     #[test]
     fn each_field_finds_its_own_name() {
         for (name, field) in Field::ALL {
             assert_eq!(field.name(), name);
+        }
+    }
+
+    const TEXT: u32 = 25;
+
+    fn debezium(columns: &[(&str, u32)], placements: &[&str]) -> Columns {
+        let placements = placements.iter().map(|text| text.parse().unwrap());
+        let table = Table::new(Preset::Debezium, "postbox", None, &[]).unwrap();
+        let columns = columns.iter().map(|(name, type_oid)| Column {
+            name: (*name).to_owned(),
+            type_oid: *type_oid,
+        });
+        let relation = Relation {
+            id: 7,
+            schema: "public".to_owned(),
+            name: "outbox".to_owned(),
+            columns: columns.collect(),
+        };
+        Columns::of(&relation, &table.placing(placements.collect()))
+    }
+
+    /// Reads a row with these values.
+    fn read<T>(
+        columns: &Columns,
+        values: &[Option<&str>],
+        look: impl FnOnce(Result<Event<'_>, Unreadable>) -> T,
+    ) -> T {
+        let values = values.iter().map(|value| match value {
+            Some(text) => Value::Text(text.as_bytes()),
+            None => Value::Null,
+        });
+        let bytes = encode_insert(7, values);
+        let Message::Insert(insert) = decode(&bytes).unwrap() else {
+            panic!("not an insert");
+        };
+        look(columns.read(&insert.row, Timestamp::from_unix_micros(0)))
+    }
+
+    const ROUTER: [(&str, u32); 6] = [
+        ("id", TEXT),
+        ("aggregatetype", TEXT),
+        ("aggregateid", TEXT),
+        ("payload", type_oid::JSONB),
+        ("is_test", type_oid::BOOL),
+        ("type", TEXT),
+    ];
+
+    #[test]
+    fn placed_columns_come_in_the_order_of_their_headers() {
+        let placements = [
+            "type:header:eventType",
+            "is_test:header",
+            "type:header",
+            "id:header:key",
+        ];
+        let columns = debezium(&ROUTER, &placements);
+        let row = [
+            Some("1"),
+            Some("order"),
+            Some("42"),
+            Some("{}"),
+            Some("f"),
+            None,
+        ];
+        read(&columns, &row, |event| {
+            let event = event.unwrap();
+            assert_eq!(event.placed, [None, Some("false"), None, Some("1")]);
+            assert_eq!(event.event_type, None);
+        });
+    }
+
+    #[test]
+    fn a_column_that_is_missing_is_named_as_the_table_would_have_it() {
+        let without = |name: &str, placements: &[&str]| {
+            let columns = ROUTER.into_iter().filter(|(known, _)| *known != name);
+            let columns = debezium(&columns.collect::<Vec<_>>(), placements);
+            let row = [Some("t"); 5];
+            read(&columns, &row, |event| {
+                event.map(|_| ()).map_err(|error| error.to_string())
+            })
+        };
+        for name in ["id", "aggregatetype", "aggregateid", "payload"] {
+            let expected = format!("the outbox has no column \"{name}\"");
+            assert_eq!(without(name, &[]), Err(expected));
+        }
+        assert_eq!(without("type", &[]), Ok(()));
+        let expected = "the outbox has no column \"type\"".to_owned();
+        assert_eq!(without("type", &["type:header"]), Err(expected));
+    }
+
+    #[test]
+    fn only_the_aggregate_and_the_type_may_be_null() {
+        let columns = debezium(&ROUTER, &[]);
+        for (null, expected) in [
+            (0, Some("the column \"id\" is NULL")),
+            (1, Some("the column \"aggregatetype\" is NULL")),
+            (2, None),
+            (5, None),
+        ] {
+            let mut row = [Some("1"); 6];
+            row[null] = None;
+            let refused = read(&columns, &row, |event| {
+                event.err().map(|error| error.to_string())
+            });
+            assert_eq!(refused.as_deref(), expected);
         }
     }
 }

@@ -19,6 +19,18 @@
 //!   behind rows that are still to come, so it is not.
 //! - `XLogData`'s own positions say how much WAL was sent, not what is complete.
 //!   They are not used.
+//!
+//! # What is published besides
+//!
+//! Our publication is of inserts into the outbox alone, and anything else in it is an error:
+//! somebody has changed it. One that Debezium made is mostly of all tables, and what comes of
+//! others, or is no insert, is passed over, as its router does. The protocol does not say
+//! which table is a partition of which. So rows of a partition that are published under
+//! its name would be passed over too: whoever checks the publication must see to it that it
+//! publishes a partitioned outbox by its root.
+//!
+//! Of a partitioned outbox the server describes the partition, too, and sends its rows
+//! under the name of the root. So not what is described is an error, but a row of it.
 
 use std::collections::HashMap;
 
@@ -55,11 +67,15 @@ pub struct Outbox {
 pub struct Messages {
     outbox: Outbox,
     tables: HashMap<u32, Columns>,
+    /// Other tables that were described, by their names: partitions, and those of a
+    /// publication that is not the relay's alone.
+    others: HashMap<u32, String>,
     transaction: Option<Transaction>,
 }
 
 /// The transaction that is being read.
 struct Transaction {
+    xid: u32,
     commit_lsn: PgLsn,
     committed_at: Timestamp,
     rows: u64,
@@ -72,6 +88,7 @@ impl Messages {
         Self {
             outbox,
             tables: HashMap::new(),
+            others: HashMap::new(),
             transaction: None,
         }
     }
@@ -95,10 +112,11 @@ impl Messages {
         match message {
             ReplicationEvent::Begin {
                 final_lsn,
+                xid,
                 commit_time_micros,
-                ..
             } => {
                 self.transaction = Some(Transaction {
+                    xid,
                     commit_lsn: pg_lsn(final_lsn),
                     committed_at: Timestamp::from_postgres_micros(commit_time_micros),
                     rows: 0,
@@ -167,19 +185,39 @@ impl Messages {
         // An INSERT is decoded when it becomes an event, so that a row that
         // cannot be read can still be named.
         if bytes.first() == Some(&b'I') {
-            return self.row(bytes).map(Some);
+            return match self.other_table_of(&bytes) {
+                None => self.row(bytes).map(Some),
+                Some(_) if self.outbox.table.preset.shares_publication() => Ok(None),
+                Some(other) => Err(self.another_table(other)),
+            };
         }
+        let is_shared = self.outbox.table.preset.shares_publication();
         match pgoutput::decode(&bytes).map_err(protocol)? {
-            Message::Relation(relation) => {
-                self.check_table(&relation)?;
+            Message::Relation(relation) if self.is_outbox(&relation) => {
+                self.others.remove(&relation.id);
                 self.describe(&relation);
             }
+            Message::Relation(relation) => {
+                let name = format!("{}.{}", relation.schema, relation.name);
+                self.others.insert(relation.id, name);
+            }
+            Message::Update(_) | Message::Delete(_) | Message::Truncate(_) if is_shared => {}
             Message::Update(_) => return Err(self.published("updates")),
             Message::Delete(_) => return Err(self.published("deletes")),
             Message::Truncate(_) => return Err(self.published("truncates")),
             Message::Insert(_) | Message::Ignored => {}
         }
         Ok(None)
+    }
+
+    /// The other table that an INSERT is into, in which the table's id comes first.
+    fn other_table_of(&self, insert: &[u8]) -> Option<&str> {
+        if self.others.is_empty() {
+            return None;
+        }
+        let id = insert.get(1..)?.first_chunk()?;
+        let other = self.others.get(&u32::from_be_bytes(*id));
+        other.map(String::as_str)
     }
 
     fn row(&mut self, bytes: Bytes) -> Result<Item> {
@@ -195,20 +233,23 @@ impl Messages {
                 ordinal,
             },
             committed_at: transaction.committed_at,
+            xid: transaction.xid,
         }))
     }
 
-    fn check_table(&self, relation: &Relation) -> Result<()> {
-        let ours = (&self.outbox.table.schema, &self.outbox.table.name);
-        if (&relation.schema, &relation.name) == ours {
-            return Ok(());
-        }
+    fn is_outbox(&self, relation: &Relation) -> bool {
+        let table = &self.outbox.table;
+        relation.schema == table.schema && relation.name == table.name
+    }
+
+    fn another_table(&self, other: &str) -> Error {
+        let table = &self.outbox.table;
         let message = format!(
-            "publication \"{}\" publishes \"{}.{}\" too, or partitions under their own names: it must \
+            "publication \"{}\" publishes \"{other}\" too, or partitions under their own names: it must \
              publish \"{}.{}\" alone, with publish_via_partition_root = true",
-            self.outbox.publication, relation.schema, relation.name, ours.0, ours.1
+            self.outbox.publication, table.schema, table.name
         );
-        Err(Error::new(ErrorKind::Publication, message))
+        Error::new(ErrorKind::Publication, message)
     }
 
     fn published(&self, what: &str) -> Error {
@@ -256,31 +297,42 @@ fn protocol(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::table::Preset;
 
     fn messages() -> Messages {
+        messages_of(Table::of("postbox"))
+    }
+
+    fn messages_of(table: Table) -> Messages {
+        let described = relation(7, &table.schema, &table.name);
         let mut messages = Messages::new(Outbox {
-            table: Table::of("postbox"),
+            table,
             publication: "postbox".to_owned(),
             nonce: "secret".to_owned(),
         });
-        assert!(
-            messages
-                .accept(data(&relation("outbox")))
-                .unwrap()
-                .is_none()
-        );
+        assert!(messages.accept(data(&described)).unwrap().is_none());
         messages
     }
 
     /// A table with the one column `id`.
-    fn relation(table: &str) -> Vec<u8> {
-        let mut bytes = b"R\0\0\0\x07postbox\0".to_vec();
-        bytes.extend(table.as_bytes());
-        bytes.extend(b"\0d\0\x01\0id\0\0\0\0\x19\xff\xff\xff\xff");
-        bytes
+    fn relation(id: u8, schema: &str, table: &str) -> Vec<u8> {
+        let name = [schema.as_bytes(), b"\0", table.as_bytes()].concat();
+        let columns = b"\0d\0\x01\0id\0\0\0\0\x19\xff\xff\xff\xff";
+        [b"R\0\0\0", &[id][..], &name, columns].concat()
     }
 
     const ROW: &[u8] = b"I\0\0\0\x07N\0\x01t\0\0\0\x01a";
+    const ROW_OF_ANOTHER: &[u8] = b"I\0\0\0\x08N\0\x01t\0\0\0\x01a";
+    /// An update, a delete and a truncate.
+    const CHANGES: [&[u8]; 3] = [
+        b"U\0\0\0\x07N\0\x01t\0\0\0\x01a",
+        b"D\0\0\0\x07K\0\x01t\0\0\0\x01a",
+        b"T\0\0\0\x01\0\0\0\0\x07",
+    ];
+
+    fn of_debezium() -> Messages {
+        messages_of(Table::new(Preset::Debezium, "postbox", None, &[]).unwrap())
+    }
 
     fn data(bytes: &[u8]) -> ReplicationEvent {
         ReplicationEvent::XLogData {
@@ -366,7 +418,11 @@ mod tests {
 
     #[test]
     fn another_table_in_the_publication_stops_the_stream() {
-        let error = messages().accept(data(&relation("orders"))).unwrap_err();
+        let described = relation(8, "postbox", "orders");
+        let mut messages = messages();
+        messages.accept(data(&described)).unwrap();
+        messages.accept(begin(100)).unwrap();
+        let error = messages.accept(data(ROW_OF_ANOTHER)).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Publication);
         assert!(
             error.chain().contains("\"postbox.orders\""),
@@ -376,10 +432,41 @@ mod tests {
     }
 
     #[test]
-    fn an_update_stops_the_stream() {
-        let update = b"U\0\0\0\x07N\0\x01t\0\0\0\x01a";
-        let error = messages().accept(data(update)).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Publication);
+    fn what_is_no_insert_stops_the_stream() {
+        for change in CHANGES {
+            let error = messages().accept(data(change)).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Publication);
+        }
+    }
+
+    #[test]
+    fn what_else_is_in_a_shared_publication_is_passed_over() {
+        let mut messages = of_debezium();
+        messages.accept(begin(100)).unwrap();
+        let described = relation(8, "public", "orders");
+        for message in [&described[..], ROW_OF_ANOTHER].into_iter().chain(CHANGES) {
+            let passed_over = messages.accept(data(message)).unwrap();
+            assert!(passed_over.is_none(), "{passed_over:?}");
+        }
+        let Some(Item::Row(row)) = messages.accept(data(ROW)).unwrap() else {
+            panic!("not a row");
+        };
+        // The rows before it are none of the outbox.
+        assert_eq!(row.place.ordinal, 0);
+        let end = messages.accept(commit(100, 108)).unwrap();
+        assert_eq!(position_of(end), Some(108));
+    }
+
+    #[test]
+    fn a_table_that_takes_the_name_of_the_outbox_is_the_outbox() {
+        let mut messages = of_debezium();
+        messages.accept(begin(100)).unwrap();
+        for (name, is_row) in [("new_outbox", false), ("outbox", true), ("old", false)] {
+            let described = relation(8, "public", name);
+            messages.accept(data(&described)).unwrap();
+            let item = messages.accept(data(ROW_OF_ANOTHER)).unwrap();
+            assert_eq!(item.is_some(), is_row, "{name}");
+        }
     }
 
     #[test]

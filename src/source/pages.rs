@@ -429,6 +429,7 @@ fn row(row: &tokio_postgres::Row) -> Row {
         },
         // When it was committed the table does not say.
         committed_at: Timestamp::from_unix_micros(row.get(1)),
+        xid: 0,
     }
 }
 

@@ -14,6 +14,7 @@ mod claim;
 mod cli;
 mod compose;
 mod corpus;
+mod debezium;
 mod emit;
 mod errors;
 mod examples;

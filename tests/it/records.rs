@@ -8,8 +8,8 @@ use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 
 use crate::support::{Fixture, Relay, wait_until};
 
-/// The first `count` records of a topic with one key, in order.
-fn consume(fixture: &Fixture, topic: &str, count: usize) -> Vec<OwnedMessage> {
+/// The first `count` records of a topic, those of a key in order.
+pub(crate) fn consume(fixture: &Fixture, topic: &str, count: usize) -> Vec<OwnedMessage> {
     let consumer: BaseConsumer = ClientConfig::new()
         .set("bootstrap.servers", &fixture.brokers)
         .set("group.id", "it")

@@ -322,7 +322,7 @@ async fn a_relay_of_least_rights_reads_the_copy_and_marks() {
         "{}",
         recovery.results()
     );
-    fixture.database_url = format!("{server}/{}", fixture.contract.slot);
+    fixture.database_url = server;
     let relay = Relay::streaming(&fixture, &MARK).await;
     fixture.wait_for_confirmation().await;
     assert_eq!(fixture.rows_of(&fixture.copy()).await, 0);

@@ -60,8 +60,8 @@ impl ClaimSettings {
         ))
     }
 
-    /// What marks rows published, whoever has claimed them: it takes two arrays, ids as text
-    /// and times of creation in microseconds since 1970.
+    /// What marks rows published, whoever has claimed them, and says how many: it takes two
+    /// arrays, ids as text and times of creation in microseconds since 1970.
     ///
     /// # Errors
     /// `Database`: the table is not as its preset says.
@@ -77,9 +77,10 @@ impl ClaimSettings {
         } = &terms;
         // The time as well, as it is in the key of a partitioned table.
         Ok(format!(
-            "UPDATE {table} AS e SET {complete} FROM unnest($1::text[], $2::bigint[]) AS c(id, micros) \
+            "WITH marked AS (UPDATE {table} AS e SET {complete} FROM unnest($1::text[], $2::bigint[]) AS c(id, micros) \
              WHERE {id} = c.id::{id_type} \
-               AND {created_at} = timestamptz 'epoch' + c.micros * interval '1 microsecond' AND {}",
+               AND {created_at} = timestamptz 'epoch' + c.micros * interval '1 microsecond' AND {} \
+             RETURNING 1) SELECT count(*) FROM marked",
             unpublished(&self.table).expect("it is tracked")
         ))
     }

@@ -61,7 +61,7 @@ fn flags_that_do_not_go_together_are_refused() {
         ),
         (
             &["--table-preset", "omnibox"],
-            "unknown preset \"omnibox\": use postbox, omni-box or spakky",
+            "unknown preset \"omnibox\": use postbox, omni-box, spakky or debezium",
         ),
         (
             &["--table", "events"],

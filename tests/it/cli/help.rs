@@ -25,11 +25,12 @@ fn flags(help: &str) -> Vec<(&str, &str)> {
 }
 
 /// Flags that have no default: what they name only their users know.
-const WITHOUT_DEFAULT: [&str; 14] = [
+const WITHOUT_DEFAULT: [&str; 15] = [
     "table",
     "column",
     "format",
     "headers",
+    "placement",
     "database-url",
     "brokers",
     "kafka-property",
@@ -52,7 +53,7 @@ fn http_is_for_this_machine_alone_unless_told_otherwise() {
 
 #[test]
 fn help_tells_of_each_flag_its_variable_its_default_and_its_unit() {
-    for (command, count) in [("relay", 27), ("setup", 13), ("demo", 6)] {
+    for (command, count) in [("relay", 28), ("setup", 13), ("demo", 6)] {
         let output = run(&mut postbox(&[command, "--help"]));
         let help = output.results();
         let flags = flags(help);

@@ -55,6 +55,44 @@ fn settings_that_cannot_work_are_refused_in_words() {
             &[],
             &["\"no spaces\" does not make a topic name"],
         ),
+        // Debezium's table.
+        (
+            &["--table-preset", "debezium", "--mode", "poll"],
+            &[],
+            &["--table-preset debezium needs --mode wal: its rows say neither"],
+        ),
+        (
+            &["--table-preset", "debezium", "--mode", "auto"],
+            &[],
+            &["--table-preset debezium needs --mode wal"],
+        ),
+        (
+            &["--placement", "type:header:eventType,tenant:envelope"],
+            &[],
+            &["'tenant:envelope'", "use tenant:header, or leave it out"],
+        ),
+        (
+            &["--placement", "shard:partition"],
+            &[],
+            &["a partition is that of the key; use shard:header, or leave it out"],
+        ),
+        (
+            &[],
+            &[("POSTBOX_PLACEMENT", "type")],
+            &["a placement is COLUMN:header or COLUMN:header:NAME"],
+        ),
+        (
+            &[
+                "--table-preset",
+                "spakky",
+                "--mode",
+                "poll",
+                "--placement",
+                "id:header",
+            ],
+            &[],
+            &["--table-preset spakky fights --placement"],
+        ),
         // Kafka.
         (
             &[],
