@@ -119,8 +119,10 @@ async fn find(client: &Client, contract: &Contract) -> Result<Option<Shape>> {
                       coalesce(bool_or(num_nonnulls(to_jsonb(r) ->> 'prqual', to_jsonb(r) ->> 'prattrs') > 0), false), \
                       string_agg(r.prrelid::regclass::text, ', ') FILTER (WHERE r.prrelid IS DISTINCT FROM outbox), \
                       p.oid, \
-                      EXISTS (SELECT FROM pg_publication_tables AS t WHERE t.pubname = p.pubname \
-                              AND to_regclass(format('%I.%I', t.schemaname, t.tablename)) = outbox) \
+                      EXISTS (SELECT FROM pg_publication_tables AS t, pg_class AS c \
+                              JOIN pg_namespace AS n ON n.oid = c.relnamespace \
+                              WHERE t.pubname = p.pubname AND c.oid = outbox AND t.tablename = c.relname \
+                                AND t.schemaname = n.nspname) \
                FROM to_regclass($2) AS outbox, pg_publication AS p \
                LEFT JOIN pg_publication_rel AS r ON r.prpubid = p.oid \
                WHERE p.pubname = $1::text::name GROUP BY p.oid, outbox";

@@ -453,7 +453,7 @@ impl<'r> Attempt<'r> {
         match self.window.send(&row, &record, destination) {
             Ok(()) => {
                 if let Some(marks) = &mut self.marks {
-                    marks.sent(&event, row.xid);
+                    marks.sent(&event, row.xid, self.window.end());
                 }
                 Ok(())
             }
@@ -518,7 +518,7 @@ impl<'r> Attempt<'r> {
     fn settle(&mut self) -> Result<()> {
         let (progress, stop) = self.window.settle();
         let progress = match &mut self.marks {
-            Some(marks) => marks.reach(progress),
+            Some(marks) => marks.reach(progress, self.window.head()),
             None => progress,
         };
         self.confirm(progress);
@@ -629,10 +629,7 @@ impl<'r> Attempt<'r> {
             // If it takes longer, or fails: then they are repeated.
             let settled = timeout(PARTING_MAX, settled).await;
             if let Ok(Ok(())) = settled {
-                // Rows behind the last position are not marked.
-                if self.marks.is_none()
-                    && let Some(mark) = self.source.mark_before_last()
-                {
+                if let Some(mark) = self.source.mark_before_last() {
                     // The last row may be the one that cannot go out.
                     self.control.reached((mark, self.source.confirmed()), true);
                 }
@@ -660,14 +657,6 @@ impl<'r> Attempt<'r> {
 
     /// Everything is delivered: see to it that Postgres knows.
     async fn finish(&mut self, deadline: Option<Instant>) -> Result<()> {
-        if let Some(marks) = &mut self.marks {
-            // What lies behind the last position, too, where that is within a gap.
-            let mut progress = marks.reach_all();
-            while !marks.are_done() {
-                progress.add(marks.next().await?);
-            }
-            self.confirm(progress);
-        }
         let confirmed = self.source.confirmed();
         if let Some(mark) = self.source.mark() {
             self.control.reached((mark, confirmed), true);

@@ -3,7 +3,7 @@
 //! A row is marked after the broker has it and before its position is confirmed: whatever
 //! becomes of this relay, no row that the slot will not give again is unmarked. So what
 //! `window.rs` says can be confirmed waits here, until the rows before it are marked, many
-//! in a statement. It is done in a session of its own, as a heartbeat must not wait for it.
+//! in a statement. Rows are marked amid a transaction, too, as one may have millions. It is done in a session of its own, as a heartbeat must not wait for it.
 //!
 //! # What is misleading
 //!
@@ -37,7 +37,9 @@ pub(super) struct Marks {
     session: Arc<Session>,
     statement: Arc<String>,
     rows: VecDeque<Sent>,
-    /// What can be confirmed once so many of them, its `events`, are marked.
+    /// Of those, the first are delivered: up to this end of the window.
+    delivered: u64,
+    /// What can be confirmed once those are marked.
     reached: Progress,
     /// What can be confirmed once those are marked that are being written.
     written: Progress,
@@ -45,6 +47,8 @@ pub(super) struct Marks {
 }
 
 struct Sent {
+    /// Where the window ended when it was sent.
+    end: u64,
     id: String,
     created_at: i64,
     xid: u32,
@@ -61,15 +65,17 @@ impl Marks {
             session: Arc::new(session),
             statement: Arc::new(statement),
             rows: VecDeque::new(),
+            delivered: 0,
             reached: Progress::default(),
             written: Progress::default(),
             writing: JoinSet::new(),
         })
     }
 
-    /// This event was sent, behind all that were before.
-    pub(super) fn sent(&mut self, event: &Event<'_>, xid: u32) {
+    /// This event was sent, and with it the window ends here.
+    pub(super) fn sent(&mut self, event: &Event<'_>, xid: u32, end: u64) {
         self.rows.push_back(Sent {
+            end,
             xid,
             id: event.id.to_owned(),
             created_at: event.created_at.unix_micros(),
@@ -82,23 +88,15 @@ impl Marks {
         self.rows.len() < rows_max.saturating_mul(2)
     }
 
-    /// The next events that were sent are delivered, and with them this can be confirmed.
-    /// Says what of it need not wait.
-    pub(super) fn reach(&mut self, progress: Progress) -> Progress {
+    /// All events are delivered up to this end of the window, and with them this can be
+    /// confirmed. Says what need not wait.
+    pub(super) fn reach(&mut self, progress: Progress, delivered: u64) -> Progress {
+        self.delivered = delivered;
         self.reached.add(progress);
         if self.writing.is_empty() {
             return self.write();
         }
         Progress::default()
-    }
-
-    /// All that were sent are delivered.
-    pub(super) fn reach_all(&mut self) -> Progress {
-        let events = self.rows.len() - self.reached.events;
-        self.reach(Progress {
-            events,
-            ..Progress::default()
-        })
     }
 
     /// Whether nothing waits to be marked of what is delivered.
@@ -124,10 +122,11 @@ impl Marks {
     /// nothing.
     fn write(&mut self) -> Progress {
         let progress = std::mem::take(&mut self.reached);
-        if progress.events == 0 {
+        let delivered = self.rows.partition_point(|row| row.end <= self.delivered);
+        if delivered == 0 {
             return progress;
         }
-        let rows: Vec<Sent> = self.rows.drain(..progress.events).collect();
+        let rows: Vec<Sent> = self.rows.drain(..delivered).collect();
         self.written = progress;
         let (session, statement) = (Arc::clone(&self.session), Arc::clone(&self.statement));
         self.writing.spawn(async move {

@@ -194,6 +194,16 @@ impl Window {
         Some(self.queue.get(self.queue.head())?.sent_at)
     }
 
+    /// How many entries have left it: all before are delivered.
+    pub(super) fn head(&self) -> u64 {
+        self.queue.head()
+    }
+
+    /// How many entries it has taken.
+    pub(super) fn end(&self) -> u64 {
+        self.queue.end()
+    }
+
     /// Whether anything is left that is not confirmed.
     pub(super) fn has_work(&self) -> bool {
         !self.queue.is_empty()
