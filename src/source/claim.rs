@@ -25,7 +25,8 @@
 //!
 //! Others take a claim for dead when it is older than a timeout, by default five minutes.
 //! Ours are written so old that they end after ten seconds, and are renewed meanwhile: what
-//! a relay that was killed has claimed is free again soon.
+//! a relay that was killed has claimed is free again soon. We reckon from before a claim was
+//! asked for; a row whose claim may be over by that is not sent before it is renewed.
 
 mod claims;
 mod statements;
@@ -197,8 +198,11 @@ impl Claimer {
                     self.ask();
                 }
             }
+            if !self.rows.is_empty() {
+                self.claims.fresh().await;
+            }
             if let Some(claimed) = self.rows.pop_front() {
-                self.given = self.claims.give()?;
+                self.given = self.claims.give();
                 self.last_key = claimed.key;
                 self.unmarked += 1;
                 return Ok(Item::Row(claimed.row));

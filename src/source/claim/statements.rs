@@ -147,9 +147,7 @@ impl Terms {
         let table = &settings.table;
         let e = |field: &str| column(table, field);
         let set = |field: &str| bare(table, field);
-        // By the clock of the write, as a claim may take long. (As a token it must be one for all.)
         let lease = claimed_at(settings, &format!("interval '{} ms'", LEASE.as_millis()));
-        let lease_by_clock = lease.replacen("now()", "clock_timestamp()", 1);
         let key =
             (table.column("partition_key").is_some()).then(|| [e("topic"), e("partition_key")]);
         let common = |token: &str| {
@@ -194,7 +192,7 @@ impl Terms {
                     ),
                     order: e("scheduled_at"),
                     claim: format!(
-                        "{} = {lease_by_clock}, {} = {}, {} = now()",
+                        "{} = {lease}, {} = {}, {} = now()",
                         set("locked_at"),
                         set("locked_by"),
                         escape_literal(worker),
