@@ -47,7 +47,7 @@ use tokio::time::{Instant, timeout};
 use tokio_postgres::types::{PgLsn, Type};
 
 use self::claims::Claim;
-use self::statements::{LEASE, ROWS, Statements, shape, warn_of_missing_index};
+use self::statements::{BYTES, LEASE, ROWS, Statements, shape, warn_of_missing_index};
 use super::columns::Unreadable;
 use super::messages::{Messages, Outbox};
 use super::pause::{Found, Pause};
@@ -135,8 +135,7 @@ impl Claimer {
         let session = database.connect_pooled("postbox claims").await?;
         let shape = shape(&session.client, table).await?;
         warn_of_missing_index(&session.client, table).await?;
-        let statements =
-            Statements::new(settings, worker, tracking, &shape.columns, &shape.id_type);
+        let statements = Statements::new(settings, worker, tracking, &shape);
         let mut messages = Messages::new(outbox);
         messages.describe(&Relation {
             id: RELATION,
@@ -188,7 +187,7 @@ impl Claimer {
                     mark: Some(Mark::Claims(self.given)),
                 }));
             }
-            if self.claiming.is_empty() && self.rows.len() < ROWS as usize / 2 {
+            if self.claiming.is_empty() && self.wants_more() {
                 if self.rows.is_empty() {
                     self.pause.over(pending()).await;
                     // A row that was refused holds its key only once that is written.
@@ -223,6 +222,12 @@ impl Claimer {
             Poll::Ready(item) => item.map(Some),
             Poll::Pending => Ok(None),
         }
+    }
+
+    /// Whether less than half a claim is left, by rows and by bytes.
+    fn wants_more(&self) -> bool {
+        let bytes = self.rows.iter().map(|claimed| claimed.row.bytes.len());
+        self.rows.len() < ROWS as usize / 2 && bytes.sum::<usize>() < BYTES / 2
     }
 
     fn ask(&mut self) {

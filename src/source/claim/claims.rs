@@ -384,3 +384,48 @@ fn parameters(arrays: &Arrays) -> Vec<(&(dyn ToSql + Sync), Type)> {
         (&arrays.tokens, Type::TEXT_ARRAY),
     ]
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::timeout;
+
+    use super::super::statements::{ClaimSettings, Shape};
+    use super::*;
+    use crate::contract::Contract;
+    use crate::table::{Preset, Tracking};
+
+    fn claims_of_age(age: Duration) -> Claims {
+        let table = Table::new(Preset::OmniBox, &Contract::default(), None, &[]).expect("a table");
+        let settings = ClaimSettings {
+            table: table.clone(),
+            timeout: Duration::from_secs(300),
+            attempts_max: 5,
+        };
+        let shape = Shape {
+            columns: Vec::new(),
+            id_type: "uuid".to_owned(),
+            error_type: "text".to_owned(),
+        };
+        let statements = Statements::new(&settings, "me", Tracking::Status, &shape);
+        let claims = Claims::new(statements, table);
+        claims.add([Claim {
+            id: "1".to_owned(),
+            created_at: String::new(),
+            token: "me".to_owned(),
+            since: Instant::now().checked_sub(age).expect("a time before"),
+            is_refused: false,
+        }]);
+        claims
+    }
+
+    #[tokio::test]
+    async fn a_row_whose_claim_may_be_over_waits_until_it_is_renewed() {
+        claims_of_age(CLAIM_MAX / 2).fresh().await;
+        let old = claims_of_age(CLAIM_MAX);
+        let moment = Duration::from_millis(50);
+        assert!(timeout(moment, old.fresh()).await.is_err());
+        old.state().held[0].since = Instant::now();
+        old.written.notify_one();
+        old.fresh().await;
+    }
+}
