@@ -20,6 +20,7 @@ mod gather;
 mod meter;
 mod pace;
 mod partitions;
+mod refused_topics;
 mod share;
 mod window;
 
