@@ -21,6 +21,7 @@ mod marks;
 mod meter;
 mod pace;
 mod partitions;
+mod refused_topics;
 mod share;
 mod window;
 

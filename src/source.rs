@@ -10,6 +10,7 @@ mod columns;
 mod gap;
 mod messages;
 mod pages;
+mod pause;
 pub mod poll;
 pub mod wal;
 

@@ -1,7 +1,6 @@
 //! One attempt: from opening the slot until something breaks or the relay is
 //! told to stop.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,6 +16,7 @@ use super::division::{DRAIN_MAX, Watch, served};
 use super::gather::Gather;
 use super::marks::{self, Marks};
 use super::partitions::OPEN_MAX;
+use super::refused_topics::RefusedTopics;
 use super::window::{Progress, Stop, Window};
 use super::{BACKOFF_MAX, Relay};
 use crate::database::within;
@@ -41,9 +41,7 @@ pub(super) struct Attempt<'r> {
     resolved_topic: Option<Topic>,
     resolving: JoinSet<Result<Topic>>,
     resolving_name: Option<String>,
-    /// Topics that were refused, since when and why: not asked about for each row that is
-    /// put off.
-    refused_topics: HashMap<String, (Instant, String)>,
+    refused_topics: RefusedTopics,
     probing: JoinSet<Result<()>>,
     /// Writes a last fence, when the relay is told to stop.
     fencing: JoinSet<Option<String>>,
@@ -84,9 +82,6 @@ const FROZEN_MIN: Duration = Duration::from_secs(2);
 
 /// After how long without a delivery the brokers are asked for a sign of life.
 const PROBE_INTERVAL: Duration = Duration::from_secs(4);
-
-/// How long a topic that was refused is not asked about again.
-const REFUSED_TOPIC_MAX: Duration = Duration::from_secs(10);
 
 /// How small a refused batch makes the next ones.
 const BATCH_BYTES_MIN: usize = 16_384;
@@ -130,8 +125,14 @@ impl<'r> Attempt<'r> {
                 result = attempt.control.hand_over().await.map(|()| Ended::Divided);
                 true
             }
-            _ => attempt.control.release().await,
+            Ok(Ended::Stopped) => attempt.control.release().await,
+            Err(_) => {
+                // Another may send it next: no more of it is to leave here.
+                attempt.window.publisher.purge();
+                attempt.control.release().await
+            }
         };
+        failpoint!("released");
         let unstored = match result {
             Err(_) if !attempt.is_stored() => attempt.relay.unstored.max(attempt.window.last_sent),
             _ => None,
@@ -206,7 +207,7 @@ impl<'r> Attempt<'r> {
             resolved_topic: None,
             resolving: JoinSet::new(),
             resolving_name: None,
-            refused_topics: HashMap::new(),
+            refused_topics: RefusedTopics::default(),
             probing: JoinSet::new(),
             fencing: JoinSet::new(),
             last_fence: None,
@@ -433,10 +434,8 @@ impl<'r> Attempt<'r> {
             }
         };
         let Some(destination) = self.window.publisher.destination(&record) else {
-            if let Some((since, why)) = self.refused_topics.get(record.topic)
-                && since.elapsed() < REFUSED_TOPIC_MAX
-            {
-                let error = poison(&self.source, &row, why.as_str());
+            if let Some(why) = self.refused_topics.why(record.topic, Instant::now()) {
+                let error = poison(&self.source, &row, why);
                 return self.refuse(error);
             }
             self.resolving_name = Some(record.topic.to_owned());
@@ -503,8 +502,8 @@ impl<'r> Attempt<'r> {
             }
             (Err(error), Some(row)) if error.kind() == ErrorKind::Event => {
                 let name = self.resolving_name.take().unwrap_or_default();
-                let why = (Instant::now(), error.chain());
-                self.refused_topics.insert(name, why);
+                self.refused_topics
+                    .insert(name, error.chain(), Instant::now());
                 let error = poison(&self.source, row, error);
                 self.held = None;
                 self.refuse(error)

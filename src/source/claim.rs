@@ -25,7 +25,8 @@
 //!
 //! Others take a claim for dead when it is older than a timeout, by default five minutes.
 //! Ours are written so old that they end after ten seconds, and are renewed meanwhile: what
-//! a relay that was killed has claimed is free again soon.
+//! a relay that was killed has claimed is free again soon. We reckon from before a claim was
+//! asked for; a row whose claim may be over by that is not sent before it is renewed.
 
 mod claims;
 mod statements;
@@ -35,6 +36,7 @@ pub use statements::ClaimSettings;
 pub(crate) use statements::{shape, unpublished};
 
 use std::collections::{HashMap, HashSet, VecDeque};
+use std::future::pending;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::pin::pin;
 use std::sync::Arc;
@@ -42,13 +44,14 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, timeout};
 use tokio_postgres::types::{PgLsn, Type};
 
 use self::claims::Claim;
-use self::statements::{LEASE, ROWS, Statements, warn_of_missing_index};
+use self::statements::{BYTES, LEASE, ROWS, Statements, warn_of_missing_index};
 use super::columns::Unreadable;
 use super::messages::{Messages, Outbox};
+use super::pause::{Found, Pause};
 use super::{FORMATS, Item, Mark, Place, Position, Row};
 use crate::database::{Database, Session, query_after, sort};
 use crate::error::{Result, joined};
@@ -82,12 +85,9 @@ pub struct Claimer {
     messages: Messages,
     is_keyed: bool,
     doing: String,
-    interval_min: Duration,
-    interval_max: Duration,
     rows: VecDeque<Claimed>,
     claiming: JoinSet<Result<Answer>>,
-    asked_at: Instant,
-    pause: Duration,
+    pause: Pause,
     /// Keys whose rows are all held, as of late.
     passed_over: Vec<String>,
     passed_over_since: Instant,
@@ -136,8 +136,7 @@ impl Claimer {
         let session = database.connect_pooled("postbox claims").await?;
         let shape = shape(&session.client, table).await?;
         warn_of_missing_index(&session.client, table).await?;
-        let statements =
-            Statements::new(settings, worker, tracking, &shape.columns, &shape.id_type);
+        let statements = Statements::new(settings, worker, tracking, &shape);
         let mut messages = Messages::new(outbox);
         messages.describe(&Relation {
             id: RELATION,
@@ -145,21 +144,17 @@ impl Claimer {
             name: table.name.clone(),
             columns: shape.columns,
         });
-        let now = Instant::now();
         Ok(Self {
             session: Arc::new(session),
             claims: Arc::new(Claims::new(statements, table.clone())),
             messages,
             is_keyed: table.column("partition_key").is_some(),
             doing: format!("claim rows of {}", table.quoted()),
-            interval_min: intervals.0,
-            interval_max: intervals.1,
             rows: VecDeque::new(),
             claiming: JoinSet::new(),
-            asked_at: now,
-            pause: Duration::ZERO,
+            pause: Pause::new(intervals.0, intervals.1),
             passed_over: Vec::new(),
-            passed_over_since: now,
+            passed_over_since: Instant::now(),
             took: Duration::ZERO,
             refused: HashSet::new(),
             last_key: None,
@@ -193,19 +188,21 @@ impl Claimer {
                     mark: Some(Mark::Claims(self.given)),
                 }));
             }
-            if self.claiming.is_empty() && self.rows.len() < ROWS as usize / 2 {
-                let due = self.asked_at + self.pause;
+            if self.claiming.is_empty() && self.wants_more() {
                 if self.rows.is_empty() {
-                    sleep_until(due).await;
+                    self.pause.over(pending()).await;
                     // A row that was refused holds its key only once that is written.
                     self.claims.settled().await;
                     self.ask();
-                } else if Instant::now() >= due && self.claims.is_settled() {
+                } else if self.pause.is_over() && self.claims.is_settled() {
                     self.ask();
                 }
             }
+            if !self.rows.is_empty() {
+                self.claims.fresh().await;
+            }
             if let Some(claimed) = self.rows.pop_front() {
-                self.given = self.claims.give()?;
+                self.given = self.claims.give();
                 self.last_key = claimed.key;
                 self.unmarked += 1;
                 return Ok(Item::Row(claimed.row));
@@ -228,13 +225,19 @@ impl Claimer {
         }
     }
 
+    /// Whether less than half a claim is left, by rows and by bytes.
+    fn wants_more(&self) -> bool {
+        let bytes = self.rows.iter().map(|claimed| claimed.row.bytes.len());
+        self.rows.len() < ROWS as usize / 2 && bytes.sum::<usize>() < BYTES / 2
+    }
+
     fn ask(&mut self) {
         self.refused.clear();
         if self.passed_over_since.elapsed() > HELD_MAX.max(self.took * 20) {
             self.passed_over.clear();
             self.passed_over_since = Instant::now();
         }
-        self.asked_at = Instant::now();
+        self.pause.look();
         let (session, claims) = (Arc::clone(&self.session), Arc::clone(&self.claims));
         let held = self.passed_over.clone();
         let (is_keyed, doing) = (self.is_keyed, self.doing.clone());
@@ -243,7 +246,8 @@ impl Claimer {
     }
 
     fn answered(&mut self, answer: Answer) {
-        self.took = self.asked_at.elapsed();
+        let asked_at = self.pause.looked_at();
+        self.took = asked_at.elapsed();
         let is_all = answer.due < ROWS;
         if is_all {
             self.passed_over.clear();
@@ -252,14 +256,13 @@ impl Claimer {
             self.passed_over.extend(answer.held);
         }
         let (rows, claims): (Vec<_>, Vec<_>) = answer.rows.into_iter().unzip();
-        self.pause = match rows.is_empty() {
-            // There are more than were looked at.
-            false if !is_all => Duration::ZERO,
-            false => self.interval_min,
-            true if !is_all => self.interval_min,
-            true => (self.pause * 2).clamp(self.interval_min, self.interval_max),
-        };
-        let is_whole = (self.leftovers_until).is_none_or(|until| self.asked_at > until);
+        self.pause.found(match (rows.is_empty(), is_all) {
+            (false, false) => Found::Many,
+            (false, true) => Found::Rows,
+            (true, false) => Found::NothingYet,
+            (true, true) => Found::Nothing,
+        });
+        let is_whole = (self.leftovers_until).is_none_or(|until| asked_at > until);
         self.has_caught_up |= is_all && is_whole;
         self.claims.add(claims);
         self.rows.extend(rows);
@@ -321,7 +324,7 @@ impl Claimer {
     /// Whether an answer of the server has been outstanding for so long that it is worth
     /// telling.
     pub fn is_asking(&self) -> bool {
-        !self.claiming.is_empty() && self.asked_at.elapsed() > LONG
+        !self.claiming.is_empty() && self.pause.looked_at().elapsed() > LONG
     }
 
     /// Whether everything that was there at the start has been given: also what a relay

@@ -22,16 +22,15 @@
 //!
 //! # How soon
 //!
-//! Where there is something, it asks again after the shortest pause; where there is
-//! nothing, after twice the pause before, up to the longest. A notification of the
-//! trigger that set-up can make ends the pause.
+//! After a pause (`pause.rs`), which a notification of the trigger ends that set-up can
+//! make.
 
 use std::pin::pin;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::Instant;
 use tokio_postgres::types::{PgLsn, Type};
 
 use super::catch_up::{CatchUp, Step};
@@ -39,6 +38,7 @@ use super::columns::Unreadable;
 use super::gap::GapReader;
 use super::messages::{Messages, Outbox};
 use super::pages::{Answer, Pages};
+use super::pause::{Found, Pause};
 use super::{Item, Mark, Position, Row};
 use crate::catalog::{Checkpoint, Gap, Slices, Standing, System};
 use crate::database::{Database, Session, sort};
@@ -66,7 +66,7 @@ pub struct PollSettings {
 pub struct Poller {
     pages: Pages,
     messages: Messages,
-    settings: PollSettings,
+    heartbeat_interval: Duration,
     /// Everything that this snapshot sees was given.
     since: String,
     gap: Option<GapReader>,
@@ -74,12 +74,9 @@ pub struct Poller {
     catch_up: CatchUp,
     /// A question, and its answer.
     asking: JoinSet<Result<Answer>>,
-    asked_at: Instant,
+    pause: Pause,
     /// When `since` last moved.
     moved_at: Instant,
-    pause: Duration,
-    /// A notification has ended the pause.
-    is_woken: bool,
     fenced_at: Instant,
     /// Whether the first question has been asked, and answered in full.
     has_asked: bool,
@@ -106,7 +103,7 @@ impl Poller {
         listen(&session, &settings.outbox).await?;
         let (system, outbox) = (&settings.system, &settings.outbox);
         let (pages, relation) = Pages::open(session, system, outbox, DOING).await?;
-        let mut messages = Messages::new(settings.outbox.clone());
+        let mut messages = Messages::new(settings.outbox);
         messages.describe(&relation);
         let now = Instant::now();
         Ok(Self {
@@ -115,14 +112,12 @@ impl Poller {
             gap: None,
             catch_up: CatchUp::default(),
             asking: JoinSet::new(),
-            asked_at: now,
+            pause: Pause::new(settings.interval_min, settings.interval_max),
             moved_at: now,
-            pause: Duration::ZERO,
-            is_woken: false,
             fenced_at: now,
             has_asked: false,
             has_caught_up: false,
-            settings,
+            heartbeat_interval: settings.heartbeat_interval,
             pages,
         })
     }
@@ -193,9 +188,8 @@ impl Poller {
                 continue;
             }
             if self.asking.is_empty() {
-                self.pause().await;
-                self.is_woken = false;
-                self.asked_at = Instant::now();
+                self.pause.over(self.pages.session().notified()).await;
+                self.pause.look();
                 let (pages, since) = (self.pages.clone(), self.since.clone());
                 let flush = self.moved_at.elapsed() >= STANDSTILL_MAX;
                 let answer = async move { pages.first(&since, flush).await };
@@ -231,17 +225,6 @@ impl Poller {
         }
     }
 
-    /// Waits until it is time to ask.
-    async fn pause(&mut self) {
-        if !self.is_woken {
-            tokio::select! {
-                () = sleep_until(self.asked_at + self.pause) => return,
-                () = self.pages.session().notified() => self.is_woken = true,
-            }
-        }
-        sleep_until(self.asked_at + self.settings.interval_min).await;
-    }
-
     /// Begins to give what is there. If nothing is, and it is time to say so: that.
     fn answered(&mut self, answer: Answer) -> Option<Item> {
         let Answer {
@@ -250,10 +233,10 @@ impl Poller {
             page,
         } = answer;
         let is_first = !std::mem::replace(&mut self.has_asked, true);
-        let settings = &self.settings;
+        let asked_at = self.pause.looked_at();
         if let Some(first) = page.rows.first() {
-            self.pause = settings.interval_min;
-            self.fenced_at = self.asked_at;
+            self.pause.found(Found::Rows);
+            self.fenced_at = asked_at;
             let gap = Gap {
                 since: self.since.clone(),
                 until: now,
@@ -267,16 +250,16 @@ impl Poller {
             return None;
         }
         self.has_caught_up = true;
-        self.pause = (self.pause * 2).clamp(settings.interval_min, settings.interval_max);
+        self.pause.found(Found::Nothing);
         if !is_flushed {
             return None;
         }
         self.since = now;
-        self.moved_at = self.asked_at;
-        if self.fenced_at.elapsed() < settings.heartbeat_interval {
+        self.moved_at = asked_at;
+        if self.fenced_at.elapsed() < self.heartbeat_interval {
             return None;
         }
-        self.fenced_at = self.asked_at;
+        self.fenced_at = asked_at;
         Some(Item::Position(Position {
             lsn: PgLsn::from(0),
             mark: Some(Mark::Fence(self.since.clone())),
@@ -318,7 +301,7 @@ impl Poller {
     /// Whether an answer of the server has been outstanding for so long that it is worth
     /// telling.
     pub fn is_asking(&self) -> bool {
-        !self.asking.is_empty() && self.asked_at.elapsed() > LONG
+        !self.asking.is_empty() && self.pause.looked_at().elapsed() > LONG
     }
 
     /// Whether everything that was there at the start has been given.

@@ -130,6 +130,30 @@ async fn a_record_is_what_the_wire_contract_says() {
     relay.drain().await;
 }
 
+/// As Debezium's outbox router: neither what else is known of the event, nor what the row has.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_record_with_debeziums_headers_has_its_id_and_nothing_else() {
+    let fixture = Fixture::new().await;
+    let relay = Relay::streaming(&fixture, &["--headers", "debezium"]).await;
+    let sql = "INSERT INTO postbox.outbox (id, aggregate_type, aggregate_id, event_type, payload, headers,
+                   schema_version, trace_id, correlation_id, causation_id, traceparent)
+               VALUES ('0b9e7f64-6f0e-4a9a-8a39-0f9d0f6a7c11', $1, '42', 'order_placed', '{}',
+                   '{\"source\": \"web\", \"id\": \"not ours\"}', '2.0', 't-1', 'c-1', 'c-2', '00-ab-cd-01')";
+    fixture
+        .client
+        .execute(sql, &[&fixture.topic])
+        .await
+        .unwrap();
+    let record = consume(&fixture, &fixture.topic, 1).remove(0);
+    let headers: Vec<_> = record.headers().unwrap().iter().collect();
+    let [id] = &headers[..] else {
+        panic!("{headers:?}");
+    };
+    let expected = b"0b9e7f64-6f0e-4a9a-8a39-0f9d0f6a7c11";
+    assert_eq!((id.key, id.value), ("id", Some(&expected[..])));
+    relay.drain().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_null_payload_is_a_tombstone() {
     let fixture = Fixture::new().await;

@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use postbox::oracle::Load;
 use tokio_postgres::types::PgLsn;
 
 use crate::support::{Fixture, Relay, wait_until};
@@ -11,14 +10,7 @@ use crate::support::{Fixture, Relay, wait_until};
 async fn steady_load_arrives_complete_in_order_and_once() {
     let fixture = Fixture::new().await;
     let relay = Relay::streaming(&fixture, &[]).await;
-    let writers = fixture.writers(Load {
-        rollback_percent: 20,
-        savepoint_percent: 20,
-        ..fixture.load()
-    });
-    tokio::time::sleep(Duration::from_secs(4)).await;
-    assert!(writers.rolled_back() > 0);
-    writers.stop().await.unwrap();
+    fixture.write_for_a_while().await;
     let verdict = fixture.judge(relay).await;
     assert!(verdict.committed > 500 && verdict.is_clean(0), "{verdict}");
 }

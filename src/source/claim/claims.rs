@@ -21,15 +21,23 @@ use crate::table::Table;
 /// How often claims are renewed.
 pub const RENEW_INTERVAL: Duration = Duration::from_secs(3);
 
-/// A claim that is older is renewed at the next beat. With the interval, and what a renewal
-/// may take, it is less than a claim lasts.
+/// A claim that is older is renewed at the next beat.
 const RENEW_AGE: Duration = Duration::from_secs(1);
 
-/// How long a renewal may take: with the interval, less than a claim lasts.
+/// How long a renewal may take.
 pub const RENEWAL_MAX: Duration = Duration::from_secs(5);
 
 /// How old a claim may be whose row is sent: less than it lasts.
 const CLAIM_MAX: Duration = LEASE.saturating_sub(Duration::from_secs(1));
+
+// One that was just too young to be renewed is renewed by then.
+const _: () = assert!(
+    RENEW_AGE
+        .saturating_add(RENEW_INTERVAL)
+        .saturating_add(RENEWAL_MAX)
+        .as_millis()
+        <= CLAIM_MAX.as_millis()
+);
 
 /// How often claims of others that have run out are given back.
 const STALE_INTERVAL: Duration = Duration::from_secs(10);
@@ -48,7 +56,7 @@ pub struct Claims {
     writing: tokio::sync::Mutex<()>,
     /// Something was refused or is to be given back.
     pub(crate) news: Notify,
-    /// That was written.
+    /// That was written, or claims were renewed.
     written: Notify,
 }
 
@@ -129,19 +137,27 @@ impl Claims {
         tokens.into_iter().map(str::to_owned).collect()
     }
 
-    /// The first row that was not given is given now. Returns how many were.
-    ///
-    /// # Errors
-    /// `SlotInUse` if its claim may be over.
-    pub(super) fn give(&self) -> Result<u64> {
-        let mut state = self.state();
+    /// Whether the first row that was not given is ours for certain. Its claim may be over
+    /// if it took long, or if this process did not run.
+    fn is_fresh(&self) -> bool {
+        let state = self.state();
         let next = state.held.get(state.given);
-        if next.is_none_or(|claim| claim.since.elapsed() > CLAIM_MAX) {
-            let message = format!("a claim on {} may be over", self.table.quoted());
-            return Err(Error::new(ErrorKind::SlotInUse, message));
+        next.is_none_or(|claim| claim.since.elapsed() <= CLAIM_MAX)
+    }
+
+    /// Waits until it is: until its claim is renewed. If that is somebody else's by then,
+    /// the renewal says so. Cancel-safe.
+    pub(super) async fn fresh(&self) {
+        while !self.is_fresh() {
+            self.written.notified().await;
         }
+    }
+
+    /// The first row that was not given is given now. Returns how many were.
+    pub(super) fn give(&self) -> u64 {
+        let mut state = self.state();
         state.given += 1;
-        Ok(state.done + state.given as u64)
+        state.done + state.given as u64
     }
 
     /// Of the rows that were not given, these go back.
@@ -244,7 +260,7 @@ impl Claims {
         Ok(())
     }
 
-    /// Makes claims last that are older than the interval, and gives back those of others
+    /// Makes claims last that are no longer young, and gives back those of others
     /// that have run out.
     ///
     /// # Errors
@@ -263,6 +279,7 @@ impl Claims {
         };
         if !arrays.ids.is_empty() {
             self.renew_these(client, &arrays).await?;
+            self.written.notify_one();
         }
         if let Some(sql) = &self.statements.release_stale
             && is_time
@@ -297,7 +314,8 @@ impl Claims {
         let state = &mut *guard;
         let refused = state.refused.iter_mut().map(|(claim, _)| claim);
         let others = refused.chain(&mut state.returned);
-        for claim in state.held.iter_mut().chain(others) {
+        let held = state.held.iter_mut().filter(|claim| !claim.is_refused);
+        for claim in held.chain(others) {
             let row = (claim.id.as_str(), claim.created_at.as_str());
             if let Some(token) = tokens.remove(&row) {
                 token.clone_into(&mut claim.token);
@@ -365,4 +383,49 @@ fn parameters(arrays: &Arrays) -> Vec<(&(dyn ToSql + Sync), Type)> {
         (&arrays.created_at, Type::TEXT_ARRAY),
         (&arrays.tokens, Type::TEXT_ARRAY),
     ]
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::timeout;
+
+    use super::super::statements::{ClaimSettings, Shape};
+    use super::*;
+    use crate::contract::Contract;
+    use crate::table::{Preset, Tracking};
+
+    fn claims_of_age(age: Duration) -> Claims {
+        let table = Table::new(Preset::OmniBox, &Contract::default(), None, &[]).expect("a table");
+        let settings = ClaimSettings {
+            table: table.clone(),
+            timeout: Duration::from_secs(300),
+            attempts_max: 5,
+        };
+        let shape = Shape {
+            columns: Vec::new(),
+            id_type: "uuid".to_owned(),
+            error_type: "text".to_owned(),
+        };
+        let statements = Statements::new(&settings, "me", Tracking::Status, &shape);
+        let claims = Claims::new(statements, table);
+        claims.add([Claim {
+            id: "1".to_owned(),
+            created_at: String::new(),
+            token: "me".to_owned(),
+            since: Instant::now().checked_sub(age).expect("a time before"),
+            is_refused: false,
+        }]);
+        claims
+    }
+
+    #[tokio::test]
+    async fn a_row_whose_claim_may_be_over_waits_until_it_is_renewed() {
+        claims_of_age(CLAIM_MAX / 2).fresh().await;
+        let old = claims_of_age(CLAIM_MAX);
+        let moment = Duration::from_millis(50);
+        assert!(timeout(moment, old.fresh()).await.is_err());
+        old.state().held[0].since = Instant::now();
+        old.written.notify_one();
+        old.fresh().await;
+    }
 }

@@ -2,8 +2,10 @@
 
 mod backlog;
 mod crash;
+mod lease;
 mod order;
 mod packages;
+mod races;
 mod refused;
 mod shape;
 pub(crate) mod spakky;
@@ -11,11 +13,15 @@ mod workers;
 
 use std::time::{Duration, Instant};
 
-use postbox::oracle::{self, Load, Verdict};
+use postbox::oracle::{self, Verdict};
 
-use crate::support::{Fixture, PATIENCE, Relay};
+use crate::support::{Fixture, PATIENCE, Relay, wait_until};
 
 const OMNI_BOX: [&str; 4] = ["--mode", "poll", "--table-preset", "omni-box"];
+
+/// With these flags the first rows are completed at once, and later ones ten seconds later,
+/// or at the end: until then they stay claimed.
+const LATE_MARKS: [&str; 4] = ["--status-interval", "10s", "--wal-sender-timeout", "20s"];
 
 impl Fixture {
     /// On the servers that all tests share, with omni-box's table, through which the oracle
@@ -26,10 +32,29 @@ impl Fixture {
         fixture
     }
 
+    /// The same on servers of its own.
+    async fn omni_box_with_servers() -> Self {
+        let fixture = Self::with_servers(&[], &[]).await;
+        let drop = "DROP SCHEMA postbox CASCADE; DROP SCHEMA postbox_oracle CASCADE";
+        fixture.client.batch_execute(drop).await.unwrap();
+        fixture.make_omni_box().await;
+        fixture
+    }
+
     async fn make_omni_box(&self) {
         let sql = include_str!("omni_box.sql");
         self.client.batch_execute(sql).await.unwrap();
         oracle::prepare(&self.client, "postbox").await.unwrap();
+    }
+
+    /// As omni-box's partitioned table: its primary key is created_at and id.
+    async fn partition_omni_box(&self) {
+        let partition = "ALTER TABLE outbox_events RENAME TO plain; \
+                         CREATE TABLE outbox_events (LIKE plain INCLUDING DEFAULTS, PRIMARY KEY (created_at, id)) \
+                         PARTITION BY RANGE (created_at); \
+                         CREATE TABLE old PARTITION OF outbox_events FOR VALUES FROM (MINVALUE) TO ('2026-01-01'); \
+                         CREATE TABLE new PARTITION OF outbox_events FOR VALUES FROM ('2026-01-01') TO (MAXVALUE)";
+        self.client.batch_execute(partition).await.unwrap();
     }
 
     /// How many rows have this status.
@@ -91,15 +116,7 @@ pub(crate) async fn claiming(fixture: &Fixture, flags: &[&str]) -> Relay {
 async fn steady_load_arrives_complete_in_order_and_once() {
     let fixture = Fixture::omni_box().await;
     let relay = claiming(&fixture, &[]).await;
-    let writers = fixture.writers(Load {
-        rollback_percent: 20,
-        savepoint_percent: 20,
-        pause_percent: 10,
-        ..fixture.load()
-    });
-    tokio::time::sleep(Duration::from_secs(4)).await;
-    assert!(writers.rolled_back() > 0);
-    writers.stop().await.unwrap();
+    fixture.write_for_a_while().await;
     let verdict = fixture.judge_claims(relay).await;
     assert!(verdict.committed > 500 && verdict.is_clean(0), "{verdict}");
 }
@@ -116,4 +133,23 @@ async fn backlogs_of_few_and_of_many_keys_arrive_in_order_and_once() {
         println!("20,000 rows of {keys} keys in {:?}", since.elapsed());
         assert!(verdict.is_clean(0), "{keys} keys: {verdict}");
     }
+}
+
+/// By what they take in memory, not by what they take on the disk, where they are compressed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_more_large_rows_are_claimed_than_memory_is_meant_to_hold() {
+    let fixture = Fixture::omni_box().await;
+    let large = format!("{{\"filler\": \"{}\"}}", "x".repeat(500_000));
+    fixture.insert_many("a", &large, 60).await;
+    // The first is in flight until the test is over.
+    let flags = ["--in-flight-max", "1", "-X", "linger.ms=60000"];
+    let relay = claiming(&fixture, &flags).await;
+    wait_until("some are claimed", async || {
+        fixture.rows_that_are("locked_by IS NOT NULL").await > 0
+    })
+    .await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let claimed = fixture.rows_that_are("locked_by IS NOT NULL").await;
+    assert!((10..=18).contains(&claimed), "{claimed}");
+    relay.kill();
 }

@@ -1,7 +1,7 @@
 //! What holds a key back, and what does not.
 
-use super::claiming;
-use crate::support::{Fixture, connect, wait_until};
+use super::{OMNI_BOX, claiming};
+use crate::support::{Fixture, Relay, connect, wait_until};
 
 /// Rows of two keys, `a` twice; the first of `a` is in this state.
 async fn first_of_a(fixture: &Fixture, state: &str) {
@@ -125,7 +125,59 @@ async fn thousands_of_rows_of_a_key_that_is_held_hold_up_no_other() {
     );
 }
 
+/// Not even where claims are slow, so that it takes a while to pass them all over.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn thousands_of_rows_of_many_keys_that_are_held_hold_up_no_other() {
+    let fixture = Fixture::omni_box().await;
+    // Of each key a claim finds more than it can look at.
+    fixture.omni_box_backlog(6_060, 6).await;
+    // One key after the other, the first row of each claimed.
+    let hold = "UPDATE outbox_events SET scheduled_at = created_at + right(partition_key, 1)::integer * interval '1 minute'; \
+                UPDATE outbox_events SET locked_at = now(), locked_by = 'another' WHERE (payload ->> 'n')::integer <= 6";
+    fixture.client.batch_execute(hold).await.unwrap();
+    fixture.insert("b", "{}").await;
+    let mut command = Relay::command(&fixture, &OMNI_BOX);
+    let relay = Relay::spawn(command.env("FAILPOINTS", "claiming_rows=sleep(300)"));
+    wait_for_keys(&fixture, &["b"]).await;
+    drop(relay);
+}
+
+/// It is not claimed, and nothing behind it; nor is the table looked at all the time.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn thousands_of_rows_behind_one_that_is_locked_hold_up_no_other_and_keep_nobody_busy() {
+    let fixture = Fixture::omni_box().await;
+    fixture.omni_box_backlog(1_500, 1).await;
+    fixture.insert("b", "{}").await;
+    let locker = connect(&fixture.database_url).await;
+    let lock = "BEGIN; SELECT FROM outbox_events WHERE payload ->> 'n' = '1' FOR UPDATE";
+    locker.batch_execute(lock).await.unwrap();
+    let relay = claiming(&fixture, &["--poll-interval-max", "2s"]).await;
+    wait_for_keys(&fixture, &["b"]).await;
+    // The server counts late.
+    let pause = std::time::Duration::from_secs(3);
+    tokio::time::sleep(pause).await;
+    let before = fixture.transactions().await;
+    tokio::time::sleep(pause).await;
+    let transactions = fixture.transactions().await - before;
+    // Two claims each two seconds, and what else a relay asks.
+    println!("{transactions} transactions in {pause:?}");
+    assert!(transactions < 20, "{transactions}");
+    locker.batch_execute("ROLLBACK").await.unwrap();
+    fixture.enter_payloads_in_ledger().await;
+    let verdict = fixture.judge_claims(relay).await;
+    assert!(
+        verdict.committed == 1_501 && verdict.is_clean(0),
+        "{verdict}"
+    );
+}
+
 impl Fixture {
+    /// How many transactions there were in the test's database.
+    async fn transactions(&self) -> i64 {
+        let sql = "SELECT xact_commit + xact_rollback FROM pg_stat_database WHERE datname = current_database()";
+        self.client.query_one(sql, &[]).await.unwrap().get(0)
+    }
+
     /// Enters what is not in the oracle's ledger, in the order of creation.
     pub(super) async fn enter_payloads_in_ledger(&self) {
         let sql = "INSERT INTO postbox_oracle.ledger \

@@ -115,15 +115,10 @@ async fn other_names_are_told_one_by_one() {
     relay.drain().await;
 }
 
-/// As omni-box's partitioned table: its primary key is created_at and id.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_partitioned_table_is_claimed_from_too() {
     let fixture = Fixture::omni_box().await;
-    let partition = "ALTER TABLE outbox_events RENAME TO plain; \
-                     CREATE TABLE outbox_events (LIKE plain, PRIMARY KEY (created_at, id)) PARTITION BY RANGE (created_at); \
-                     CREATE TABLE old PARTITION OF outbox_events FOR VALUES FROM (MINVALUE) TO ('2026-01-01'); \
-                     CREATE TABLE new PARTITION OF outbox_events FOR VALUES FROM ('2026-01-01') TO (MAXVALUE)";
-    fixture.client.batch_execute(partition).await.unwrap();
+    fixture.partition_omni_box().await;
     fixture.omni_box_backlog(3_000, 30).await;
     let relay = claiming(&fixture, &[]).await;
     let verdict = fixture.judge_claims(relay).await;
@@ -142,5 +137,37 @@ async fn headers_that_are_a_json_null_are_none() {
     fixture.client.batch_execute(null).await.unwrap();
     let relay = claiming(&fixture, &[]).await;
     wait_until("it is delivered", async || fixture.keys().await == ["a"]).await;
+    relay.drain().await;
+}
+
+/// Ids that end in blanks, which a comparison with text would miss.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ids_may_be_of_a_fixed_length() {
+    let fixture = Fixture::omni_box().await;
+    fixture.insert("a", "{}").await;
+    let change =
+        "DROP VIEW postbox.outbox; ALTER TABLE outbox_events ALTER COLUMN id TYPE char(40)";
+    fixture.client.batch_execute(change).await.unwrap();
+    let relay = claiming(&fixture, &[]).await;
+    fixture.wait_until_completed().await;
+    relay.drain().await;
+    assert_eq!(fixture.keys().await, ["a"]);
+}
+
+/// What does not fit is cut.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_column_of_the_last_error_may_be_narrow() {
+    let fixture = Fixture::omni_box().await;
+    let change = "ALTER TABLE outbox_events ALTER COLUMN last_error TYPE varchar(20)";
+    fixture.client.batch_execute(change).await.unwrap();
+    fixture.insert("a", "{}").await;
+    let bad = "UPDATE outbox_events SET topic = 'not a topic'";
+    fixture.client.batch_execute(bad).await.unwrap();
+    let relay = claiming(&fixture, &[]).await;
+    wait_until("it is put off", async || {
+        let put_off = "attempts_made = 1 AND length(last_error) = 20";
+        fixture.rows_that_are(put_off).await == 1
+    })
+    .await;
     relay.drain().await;
 }

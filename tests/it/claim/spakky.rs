@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use postbox::oracle::{self, Load, Verdict};
+use postbox::oracle::{self, Verdict};
 
 use crate::support::{Fixture, Relay, WINDOW, wait_until};
 
@@ -21,7 +21,7 @@ impl Fixture {
     }
 
     /// The same with one column more, which has the key, and is null for some.
-    async fn spakky_with_key() -> Self {
+    pub(super) async fn spakky_with_key() -> Self {
         let fixture = Self::spakky().await;
         let sql = "ALTER TABLE spakky_event_outbox ADD COLUMN customer text; \
                    CREATE INDEX ON spakky_event_outbox (event_name, customer, created_at); \
@@ -74,14 +74,7 @@ pub(crate) fn is_clean_without_keys(verdict: &Verdict, duplicates_max: usize) ->
 async fn steady_load_arrives_complete_and_once() {
     let fixture = Fixture::spakky().await;
     let relay = claiming(&fixture, &[]).await;
-    let writers = fixture.writers(Load {
-        rollback_percent: 20,
-        savepoint_percent: 20,
-        pause_percent: 10,
-        ..fixture.load()
-    });
-    tokio::time::sleep(Duration::from_secs(4)).await;
-    writers.stop().await.unwrap();
+    fixture.write_for_a_while().await;
     let verdict = fixture.judge_messages(relay).await;
     assert!(
         verdict.committed > 500 && is_clean_without_keys(&verdict, 0),
@@ -163,7 +156,7 @@ async fn a_row_that_cannot_go_out_is_parked_and_holds_up_nobody() {
     assert_eq!(fixture.records().await.len(), 10);
 }
 
-const BY_CUSTOMER: [&str; 2] = ["--column", "partition_key=customer"];
+pub(super) const BY_CUSTOMER: [&str; 2] = ["--column", "partition_key=customer"];
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_column_that_has_the_key_keeps_its_order() {

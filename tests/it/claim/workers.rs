@@ -67,10 +67,7 @@ async fn sigterm_in_a_loop_repeats_nothing_and_leaves_no_claim() {
 /// others give a claim.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_a_killed_relay_had_claimed_goes_out_within_seconds() {
-    let mut fixture = Fixture::with_servers(&[], &[]).await;
-    let drop = "DROP SCHEMA postbox CASCADE; DROP SCHEMA postbox_oracle CASCADE";
-    fixture.client.batch_execute(drop).await.unwrap();
-    fixture.make_omni_box().await;
+    let mut fixture = Fixture::omni_box_with_servers().await;
     let relay = claiming(&fixture, &[]).await;
     fixture.insert("first", "{}").await;
     fixture.wait_until_completed().await;

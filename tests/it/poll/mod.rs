@@ -62,15 +62,7 @@ async fn polling(fixture: &Fixture, flags: &[&str]) -> Relay {
 async fn steady_load_arrives_complete_in_order_and_once() {
     let fixture = Fixture::polling().await;
     let relay = polling(&fixture, &[]).await;
-    let writers = fixture.writers(Load {
-        rollback_percent: 20,
-        savepoint_percent: 20,
-        pause_percent: 10,
-        ..fixture.load()
-    });
-    tokio::time::sleep(Duration::from_secs(4)).await;
-    assert!(writers.rolled_back() > 0);
-    writers.stop().await.unwrap();
+    fixture.write_for_a_while().await;
     let verdict = fixture.judge_polling(relay).await;
     assert!(verdict.committed > 500 && verdict.is_clean(0), "{verdict}");
 }

@@ -44,6 +44,19 @@ const fn delivered_in(time: Duration) -> usize {
 }
 
 impl Fixture {
+    /// Writes for four seconds, of which a part is rolled back.
+    pub(crate) async fn write_for_a_while(&self) {
+        let writers = self.writers(Load {
+            rollback_percent: 20,
+            savepoint_percent: 20,
+            pause_percent: 10,
+            ..self.load()
+        });
+        tokio::time::sleep(Duration::from_secs(4)).await;
+        assert!(writers.rolled_back() > 0);
+        writers.stop().await.unwrap();
+    }
+
     /// As many events a second as [`WINDOW`] counts with.
     pub(crate) fn steady_load(&self) -> Load {
         Load {
