@@ -6,7 +6,7 @@ use crate::contract::check_name;
 
 /// A column that becomes a header: `COLUMN:header` or `COLUMN:header:NAME`, as in the option
 /// `table.fields.additional.placement` of Debezium's Outbox Event Router.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Placement {
     /// The column.
     pub column: String,
