@@ -337,6 +337,13 @@ impl Table {
         self.column(field).map(escape_identifier)
     }
 
+    /// Whether the table may have no column of this field, though its preset has one: of an
+    /// event's type, where events need none and the column is not named.
+    pub(crate) fn may_lack(&self, field: &str) -> bool {
+        let is_named = self.columns.iter().any(|(named, _)| named == field);
+        field == "event_type" && !self.preset.names_aggregate_and_type() && !is_named
+    }
+
     /// Whether its records have a key.
     pub fn is_keyed(&self) -> bool {
         self.preset != Preset::Spakky || self.column("partition_key").is_some()

@@ -6,15 +6,25 @@ use pgwire_replication::client::ReplicationEvent;
 
 use super::event::check;
 use crate::source::{Item, Messages, Outbox, Place};
-use crate::table::Table;
+use crate::table::{Preset, Table};
 
 /// Follows messages, each behind its length in two bytes, until one is refused:
 /// pgoutput's own, and `k` for a keepalive with its position. Rows are numbered
 /// within their transaction, a position lies between transactions, and what becomes
-/// an event passes [`check`].
+/// an event passes [`check`]. So too where the publication may have more in it.
 pub fn stream(bytes: &[u8]) {
+    let ours = Table::of("postbox");
+    let columns = ["aggregate_type", "aggregate_id", "event_type"];
+    let columns = columns.map(|name| (name.to_owned(), name.to_owned()));
+    let name = format!("{}.{}", ours.schema, ours.name);
+    let shared = Table::new(Preset::Debezium, "postbox", Some(&name), &columns);
+    follow(bytes, ours);
+    follow(bytes, shared.unwrap());
+}
+
+fn follow(bytes: &[u8], table: Table) {
     let mut messages = Messages::new(Outbox {
-        table: Table::of("postbox"),
+        table,
         publication: "postbox".to_owned(),
         nonce: "nonce".to_owned(),
     });

@@ -2,7 +2,7 @@
 
 use crate::event::{Event, Payload};
 use crate::pgoutput::{Relation, Tuple, Value};
-use crate::table::{Preset, Table};
+use crate::table::Table;
 use crate::timestamp::{Timestamp, TimestampError};
 
 /// The fields of a table's columns, in the columns' order.
@@ -114,12 +114,11 @@ impl Field {
 
     /// Whether an event is impossible without its column. A missing payload would make
     /// every event a tombstone.
-    fn is_required(self, preset: Preset) -> bool {
-        match self {
-            Self::Id | Self::AggregateType | Self::AggregateId | Self::Payload => true,
-            Self::EventType => preset.names_aggregate_and_type(),
-            _ => false,
-        }
+    fn is_required(self) -> bool {
+        matches!(
+            self,
+            Self::Id | Self::AggregateType | Self::AggregateId | Self::EventType | Self::Payload
+        )
     }
 }
 
@@ -151,7 +150,7 @@ impl Columns {
                     None => fields[column] = Some(field),
                     Some(first) => shared.push((field, first)),
                 },
-                None if field.is_required(table.preset) => {
+                None if field.is_required() && !table.may_lack(name) => {
                     missing = missing.or(Some(table.column(name).unwrap_or(name)));
                 }
                 None => {}
@@ -309,6 +308,7 @@ impl Columns {
 mod tests {
     use super::*;
     use crate::pgoutput::{Column, Message, decode, encode_insert};
+    use crate::table::Preset;
 
     #[test]
     fn each_field_finds_its_own_name() {

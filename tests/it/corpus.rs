@@ -106,7 +106,7 @@ async fn corpus_of_this_postgres() {
 async fn write_events(fixture: &Fixture, major: i32) {
     let sql = "SELECT 'j', id::text, aggregate_type, aggregate_id, event_type, created_at::text, payload::text, \
                       headers::text, topic, partition_key, schema_version, trace_id, correlation_id, causation_id, \
-                      traceparent, 'shop.{aggregate_type}.{event_type}' \
+                      traceparent, 'shop.{aggregate_type}.{event_type}', 'kind', event_type, 'trace', trace_id \
                FROM postbox.outbox ORDER BY seq";
     let zone = "SET timezone = 'UTC'";
     fixture.client.batch_execute(zone).await.unwrap();

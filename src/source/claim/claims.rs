@@ -391,11 +391,10 @@ mod tests {
 
     use super::super::statements::{ClaimSettings, Shape};
     use super::*;
-    use crate::contract::Contract;
     use crate::table::{Preset, Tracking};
 
     fn claims_of_age(age: Duration) -> Claims {
-        let table = Table::new(Preset::OmniBox, &Contract::default(), None, &[]).expect("a table");
+        let table = Table::new(Preset::OmniBox, "postbox", None, &[]).expect("a table");
         let settings = ClaimSettings {
             table: table.clone(),
             timeout: Duration::from_secs(300),

@@ -542,12 +542,18 @@ pub(crate) async fn shape(client: &Client, table: &Table) -> Result<Shape> {
     for field in table.fields() {
         let name = table.column(field).unwrap_or_default();
         let Some(row) = rows.iter().find(|row| row.get::<_, &str>(0) == name) else {
+            if table.may_lack(field) {
+                continue;
+            }
             return refuse(format!(
                 "has no column \"{name}\": name the one that has its {field} with --column {field}=NAME"
             ));
         };
         let (found, category): (&str, &str) = (row.get(2), row.get(3));
-        if let Some(wanted) = wanted_type(field, found, category) {
+        // What is not claimed is only read, and any type has a text.
+        if table.preset.tracking().is_some()
+            && let Some(wanted) = wanted_type(field, found, category)
+        {
             return refuse(format!(
                 "has a column \"{name}\" of type {found}, and its {field} must be {wanted}"
             ));

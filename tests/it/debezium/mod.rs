@@ -25,9 +25,33 @@ async fn fixture() -> Option<Fixture> {
     Some(Fixture::with_postgres(&[]).await)
 }
 
+/// Debezium at work.
+struct Debezium(Server);
+
+impl Debezium {
+    /// Stops it, such as by `stop kill`.
+    fn stop(&mut self, how: &str) {
+        tokio::task::block_in_place(|| self.0.command(how)).unwrap();
+    }
+}
+
+impl Drop for Debezium {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let log = std::fs::read_to_string(self.0.fact("log")).unwrap_or_default();
+            let words = [" ERROR ", " WARN ", "Caused by", "Exception"];
+            let complaints = log
+                .lines()
+                .filter(|line| words.iter().any(|word| line.contains(word)));
+            let complaints: Vec<&str> = complaints.collect();
+            eprintln!("--- Debezium's log ---\n{}", complaints.join("\n"));
+        }
+    }
+}
+
 /// Starts Debezium with these connectors, by name, each with what differs from its defaults,
 /// and waits until all of them stream.
-fn debezium(fixture: &Fixture, connectors: &[(&str, &[&str])]) -> Server {
+fn debezium(fixture: &Fixture, connectors: &[(&str, &[&str])]) -> Debezium {
     let address = fixture.postgres_address();
     let (host, port) = address.split_once(':').unwrap();
     let database = fixture.database_url.split('?').next().unwrap();
@@ -38,6 +62,8 @@ fn debezium(fixture: &Fixture, connectors: &[(&str, &[&str])]) -> Server {
         "database.user=postgres".to_owned(),
         format!("database.dbname={database}"),
         "poll.interval.ms=50".to_owned(),
+        // Our heartbeats: it would make records of them, which not all of its converters take.
+        "message.prefix.exclude.list=postbox".to_owned(),
     ];
     let mut words = Vec::new();
     for (name, settings) in connectors {
@@ -45,7 +71,8 @@ fn debezium(fixture: &Fixture, connectors: &[(&str, &[&str])]) -> Server {
         words.extend(common.iter().map(String::as_str));
         words.extend(*settings);
     }
-    tokio::task::block_in_place(|| Server::debezium(&fixture.brokers, &words)).unwrap()
+    let server = tokio::task::block_in_place(|| Server::debezium(&fixture.brokers, &words));
+    Debezium(server.unwrap())
 }
 
 const PRESET: [&str; 2] = ["--table-preset", "debezium"];
