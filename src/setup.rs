@@ -314,6 +314,9 @@ async fn set_up_slot(
 ) -> Result<()> {
     match stored {
         Stored::At(checkpoint) if checkpoint.mode == Mode::Poll => {
+            if !contract.outbox.is_ours() {
+                return Err(polls_our_outbox(contract));
+            }
             checkpoint.check_system(contract, &catalog::system(client).await?)?;
             migrations::apply(client, contract, report).await?;
             merge::merge(client, contract, report).await?;
@@ -340,6 +343,16 @@ async fn set_up_slot(
             slot::create(client, replication, contract, is_new, backfill, report).await
         }
     }
+}
+
+/// The relay of this name was set up for another table.
+fn polls_our_outbox(contract: &Contract) -> Error {
+    let message = format!(
+        "relay \"{}\" was set up to poll {}: name another --slot, and another --publication",
+        contract.slot,
+        contract.table("outbox")
+    );
+    Error::new(ErrorKind::Slot, message)
 }
 
 async fn set_up_polling(

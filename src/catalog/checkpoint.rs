@@ -309,7 +309,22 @@ pub(crate) async fn compare_publication(
     if present.as_ref() != Some(stored) {
         return Err(publication::changed(client, contract, stored, present.as_deref()).await?);
     }
-    check_publication(client, contract).await
+    let checked = check_publication(client, contract).await;
+    checked.map_err(|error| match error.kind() {
+        ErrorKind::Publication => is_of_another_table(contract).caused_by(error),
+        _ => error,
+    })
+}
+
+/// It was right when the slot was set up, and is the same.
+fn is_of_another_table(contract: &Contract) -> Error {
+    let message = format!(
+        "replication slot \"{}\" was not set up for {}: say --table-preset and --table as they were said then, or \
+         name another --slot and --publication",
+        contract.slot,
+        contract.outbox.quoted()
+    );
+    Error::new(ErrorKind::Publication, message)
 }
 
 impl Checkpoint {

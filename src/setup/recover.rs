@@ -158,7 +158,12 @@ async fn is_whole(client: &Client, contract: &Contract, checkpoint: &Checkpoint)
     slot.check_ours(&contract.slot)?;
     slot.check_unused(&contract.slot)?;
     let present = catalog::publication_identity(client, contract).await?;
-    Ok(present.as_ref() == Some(&checkpoint.publication_identity) && !slot.is_lost())
+    let is_same = present.as_ref() == Some(&checkpoint.publication_identity);
+    if is_same {
+        // It may be for another table.
+        catalog::compare_publication(client, contract, checkpoint).await?;
+    }
+    Ok(is_same && !slot.is_lost())
 }
 
 /// Drops what there is of the slot and makes it anew; says what there was between.

@@ -333,6 +333,25 @@ async fn a_relay_of_least_rights_reads_the_copy_and_marks() {
     assert_eq!(fixture.keys().await.len(), 100);
 }
 
+/// The slots of two tables, in one database.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slot_of_one_table_is_not_used_for_another() {
+    let fixture = Fixture::omni_box().await;
+    fixture.set_up_table(&OMNI_BOX);
+    let ours = ["--schema", "box"];
+    for refused in [fixture.setup(&ours), fixture.recover(&ours)] {
+        let complaint = refused.complaint(5);
+        assert!(complaint.contains("was not set up for \"box\".\"outbox\""), "{complaint}");
+    }
+    let mut relay = Relay::start(&fixture, &ours);
+    assert_eq!(relay.exit_code().await, 5, "{}", relay.log());
+    let polled = ["--schema", "box", "--slot", "polled", "--mode", "poll"];
+    fixture.set_up_table(&polled);
+    let refused = fixture.setup(&[&OMNI_BOX[..], &["--slot", "polled"]].concat());
+    let complaint = refused.complaint(4);
+    assert!(complaint.contains("was set up to poll \"box\".\"outbox\""), "{complaint}");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_cannot_be_set_up_is_refused_and_nothing_is_touched() {
     let fixture = Fixture::omni_box().await;

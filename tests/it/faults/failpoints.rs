@@ -80,7 +80,7 @@ async fn assert_crashed(mut relay: Relay, step: &str) {
 
 /// Steps that tests elsewhere cross: the taking over of a slot, in `setup::slot`, and what
 /// only polling has, in `poll::crash`, `poll::cluster` and `poll::shards`.
-const ELSEWHERE: [&str; 21] = [
+const ELSEWHERE: [&str; 23] = [
     "taking_over",
     "renewing",
     "polling_begun",
@@ -102,6 +102,8 @@ const ELSEWHERE: [&str; 21] = [
     "completing",
     "completed",
     "refusing",
+    "marking",
+    "marked",
 ];
 
 #[test]
