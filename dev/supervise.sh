@@ -1,4 +1,4 @@
-# What dev/postgres and dev/kafka share: one throw-away server in one throw-away folder, which live as long as stdin.
+# What the servers in dev share: one throw-away server in one throw-away folder, which live as long as stdin.
 # shellcheck shell=bash disable=SC2034
 #
 # stdout, once the server answers: key=value lines, then `ready`. Then each line of stdin is a command, answered by one
