@@ -26,14 +26,14 @@ impl Fixture {
         fixture
     }
 
-    async fn make_omni_box(&self) {
+    pub(crate) async fn make_omni_box(&self) {
         let sql = include_str!("omni_box.sql");
         self.client.batch_execute(sql).await.unwrap();
         oracle::prepare(&self.client, "postbox").await.unwrap();
     }
 
     /// How many rows have this status.
-    async fn rows_that_are(&self, what: &str) -> i64 {
+    pub(crate) async fn rows_that_are(&self, what: &str) -> i64 {
         let sql = format!("SELECT count(*) FROM outbox_events WHERE {what}");
         self.client.query_one(&sql, &[]).await.unwrap().get(0)
     }
