@@ -7,6 +7,7 @@
 //! against all breaks up to then. Before the first, nothing may be.
 
 use std::collections::HashSet;
+use std::fmt;
 use std::time::Duration;
 
 use postbox::oracle::Seen;
@@ -25,6 +26,17 @@ pub(super) struct Stretch {
     pub(super) bound: usize,
     /// Of a break: when it was known, and why it was one.
     pub(super) why: Option<String>,
+}
+
+impl fmt::Display for Stretch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (cause, repeated, bound) = (self.cause, self.repeated, self.bound);
+        write!(f, "{cause:?}: {repeated} repeated, of {bound}")?;
+        match &self.why {
+            Some(why) => write!(f, "; {why}"),
+            None => Ok(()),
+        }
+    }
 }
 
 /// What it begins with, and goes on from.

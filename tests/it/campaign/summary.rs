@@ -153,9 +153,11 @@ pub(super) fn report(seed: u64, outcome: &Outcome) {
         longest_stall.as_secs_f64(),
         longest_recovery.as_secs_f64()
     );
-    if std::env::var("SHOW").is_ok() {eprintln!("{stretches:#?}")}
     if !verdict.is_clean(usize::MAX) || outcome.is_over_bound() {
         let schedule = Schedule::draw(seed, *mode, Load::new("postbox", "events"));
-        eprintln!("{schedule}{stretches:?}");
+        eprint!("{schedule}");
+        for stretch in stretches {
+            eprintln!("  {stretch}");
+        }
     }
 }
