@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use mode::Mode;
 use postbox::oracle::Load;
 use run::{Outcome, run};
-use schedule::Schedule;
+use schedule::{Action, Schedule};
 use summary::Summary;
 use world::World;
 
@@ -62,11 +62,26 @@ async fn campaign(first: u64, runs: u64, jobs: u64, asked: Option<Mode>) -> Summ
 }
 
 /// Part of every test run: each mode takes turns, with most kinds of harm. Two runs with a
-/// slot begin with an orderly end, and in each other mode one has only what must have
-/// nothing repeated.
+/// slot have an orderly end before any other harm, and each other mode has a run with only
+/// what must have nothing repeated.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_short_campaign_is_clean() {
-    let summary = campaign(32, 20, 3, None).await;
+    let (first, runs) = (304, 20);
+    let count = |mode: Mode, is_wanted: &dyn Fn(&Schedule) -> bool| {
+        let seeds = (first..first + runs).filter(|seed| Mode::of(*seed) == mode);
+        let load = || Load::new("postbox", "events");
+        let schedules = seeds.map(|seed| Schedule::draw(seed, mode, load()));
+        schedules.filter(is_wanted).count()
+    };
+    let begins_with_an_end = |schedule: &Schedule| {
+        let first = schedule.steps.first();
+        first.map(|step| step.action) == Some(Action::EndRelay)
+    };
+    assert!(count(Mode::Wal, &begins_with_an_end) >= 2);
+    for mode in [Mode::Poll, Mode::Divided, Mode::Claims] {
+        assert!(count(mode, &|schedule| schedule.is_gentle) >= 1);
+    }
+    let summary = campaign(first, runs, 3, None).await;
     println!("{summary}");
     assert!(summary.is_clean(), "{summary}");
 }

@@ -150,12 +150,11 @@ impl History {
         }
         let mut is_at_work = false;
         for line in log.lines() {
+            let has_ended = line.contains(" trying again in ") || line.contains(" standing by: ");
             if line.contains(mode.at_work()) {
                 is_at_work = true;
-            } else if line.contains(" trying again in ") || line.contains(" standing by: ") {
-                if std::mem::take(&mut is_at_work) {
-                    self.broke_before(time(line), line);
-                }
+            } else if has_ended && std::mem::take(&mut is_at_work) {
+                self.broke_before(time(line), line);
             }
         }
         match end {

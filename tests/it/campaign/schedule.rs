@@ -19,6 +19,8 @@ pub(super) struct Schedule {
     pub(super) at_work_max: u64,
     pub(super) load: Load,
     pub(super) in_flight_max: usize,
+    /// Whether it has only what must have nothing repeated.
+    pub(super) is_gentle: bool,
     pub(super) steps: Vec<Step>,
 }
 
@@ -108,6 +110,7 @@ impl Schedule {
             at_work_max,
             load,
             in_flight_max,
+            is_gentle: harms == GENTLE,
             steps,
         }
     }

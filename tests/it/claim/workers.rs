@@ -103,8 +103,7 @@ async fn what_is_claimed_and_cannot_be_sent_yet_stays_claimed() {
     fixture.client.batch_execute(drop).await.unwrap();
     fixture.make_omni_box().await;
     let relay = claiming(&fixture, &["--in-flight-max", "700"]).await;
-    fixture.insert("k0", "{}").await;
-    fixture.enter_payloads_in_ledger().await;
+    fixture.omni_box_backlog(1, 1).await;
     fixture.wait_until_completed().await;
     fixture.kafka("pause");
     fixture.omni_box_backlog(3_000, 1).await;
