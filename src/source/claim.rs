@@ -114,7 +114,7 @@ struct Claimed {
 struct Answer {
     /// How many rows were due, as far as they were looked at.
     due: i64,
-    rows: Vec<(Claimed, Claim)>,
+    rows: Vec<Claimed>,
     /// Keys whose rows are all held, each behind its topic.
     held: Vec<String>,
 }
@@ -255,8 +255,7 @@ impl Claimer {
         } else {
             self.passed_over.extend(answer.held);
         }
-        let (rows, claims): (Vec<_>, Vec<_>) = answer.rows.into_iter().unzip();
-        self.pause.found(match (rows.is_empty(), is_all) {
+        self.pause.found(match (answer.rows.is_empty(), is_all) {
             (false, false) => Found::Many,
             (false, true) => Found::Rows,
             (true, false) => Found::NothingYet,
@@ -264,8 +263,7 @@ impl Claimer {
         });
         let is_whole = (self.leftovers_until).is_none_or(|until| asked_at > until);
         self.has_caught_up |= is_all && is_whole;
-        self.claims.add(claims);
-        self.rows.extend(rows);
+        self.rows.extend(answer.rows);
         if !self.refused.is_empty() {
             self.give_back_refused();
         }
@@ -284,8 +282,10 @@ impl Claimer {
     fn give_back_refused(&mut self) {
         let refused = &self.refused;
         let goes_back = |claimed: &Claimed| claimed.key.is_some_and(|key| refused.contains(&key));
+        // More are ours if an answer has not been looked at: then these have their turn.
         let rows = &self.rows;
-        self.claims.give_back(|number| goes_back(&rows[number]));
+        self.claims
+            .give_back(|number| rows.get(number).is_some_and(goes_back));
         self.rows.retain(|claimed| !goes_back(claimed));
     }
 
@@ -358,6 +358,7 @@ async fn claim(
         rows: Vec::with_capacity(rows.len()),
         held: Vec::new(),
     };
+    let mut ours = Vec::with_capacity(rows.len());
     let mut keys: HashMap<(&str, &str), u64> = HashMap::new();
     for row in &rows {
         let key: Option<(&str, &str)> = row.get::<_, Option<&str>>(1).zip(row.get(2));
@@ -367,22 +368,21 @@ async fn claim(
             }
             continue;
         };
-        let claim = Claim {
+        ours.push(Claim {
             id: id.to_owned(),
             created_at: row.get(5),
             token: row.get(6),
             since,
             is_refused: false,
-        };
+        });
         let key = key.map(|key| *keys.entry(key).or_insert_with(|| hash(&key)));
-        answer.rows.push((
-            Claimed {
-                row: read(row, id),
-                key,
-            },
-            claim,
-        ));
+        answer.rows.push(Claimed {
+            row: read(row, id),
+            key,
+        });
     }
+    // From now on they are renewed, though it may be long until there is room for them.
+    claims.add(ours);
     Ok(answer)
 }
 

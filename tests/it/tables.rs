@@ -341,7 +341,10 @@ async fn a_slot_of_one_table_is_not_used_for_another() {
     let ours = ["--schema", "box"];
     for refused in [fixture.setup(&ours), fixture.recover(&ours)] {
         let complaint = refused.complaint(5);
-        assert!(complaint.contains("was not set up for \"box\".\"outbox\""), "{complaint}");
+        assert!(
+            complaint.contains("was not set up for \"box\".\"outbox\""),
+            "{complaint}"
+        );
     }
     let mut relay = Relay::start(&fixture, &ours);
     assert_eq!(relay.exit_code().await, 5, "{}", relay.log());
@@ -349,7 +352,10 @@ async fn a_slot_of_one_table_is_not_used_for_another() {
     fixture.set_up_table(&polled);
     let refused = fixture.setup(&[&OMNI_BOX[..], &["--slot", "polled"]].concat());
     let complaint = refused.complaint(4);
-    assert!(complaint.contains("was set up to poll \"box\".\"outbox\""), "{complaint}");
+    assert!(
+        complaint.contains("was set up to poll \"box\".\"outbox\""),
+        "{complaint}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -121,7 +121,8 @@ impl Claims {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// These rows were claimed, in this order.
+    /// These rows were claimed, in this order. They are given once the source has seen them,
+    /// too.
     pub(super) fn add(&self, claims: impl IntoIterator<Item = Claim>) {
         self.state().held.extend(claims);
     }

@@ -1,6 +1,9 @@
 //! Seeded harm to relay, servers and network, and the oracle's verdict of each
-//! run. A seed that fails is run again with `make campaign SEED=n RUNS=1`.
+//! run. A seed that fails is run again with `make campaign SEED=n RUNS=1`, and with the
+//! `MODE` that was asked for, if one was: else the seed says in which it runs.
 
+mod mode;
+mod repeats;
 mod run;
 mod schedule;
 mod summary;
@@ -8,6 +11,7 @@ mod world;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use mode::Mode;
 use postbox::oracle::Load;
 use run::{Outcome, run};
 use schedule::{Action, Schedule};
@@ -15,8 +19,8 @@ use summary::Summary;
 use world::World;
 
 /// Runs these seeds, as many at a time as there are jobs, each with servers of its
-/// own.
-async fn campaign(first: u64, runs: u64, jobs: u64) -> Summary {
+/// own, all in this mode or each in its own.
+async fn campaign(first: u64, runs: u64, jobs: u64, asked: Option<Mode>) -> Summary {
     let next = std::sync::Arc::new(AtomicU64::new(first));
     let mut tasks = tokio::task::JoinSet::new();
     for _ in 0..jobs.min(runs) {
@@ -29,18 +33,19 @@ async fn campaign(first: u64, runs: u64, jobs: u64) -> Summary {
                 if seed >= first + runs {
                     return outcomes;
                 }
+                let mode = asked.unwrap_or_else(|| Mode::of(seed));
                 // A run that panics must not end the others.
-                let task = async move { (run(&mut world, seed).await, world) };
+                let task = async move { (run(&mut world, seed, mode).await, world) };
                 match tokio::spawn(task).await {
                     Ok((outcome, healed)) => {
                         world = healed;
                         summary::report(seed, &outcome);
-                        outcomes.push((seed, Some(outcome)));
+                        outcomes.push((seed, mode, Some(outcome)));
                     }
                     Err(_) => {
                         let load = Load::new("postbox", "events");
-                        eprintln!("{}: failed", Schedule::draw(seed, load));
-                        outcomes.push((seed, None));
+                        eprintln!("{}: failed", Schedule::draw(seed, mode, load));
+                        outcomes.push((seed, mode, None));
                         world = World::start().await;
                     }
                 }
@@ -49,24 +54,35 @@ async fn campaign(first: u64, runs: u64, jobs: u64) -> Summary {
     }
     let mut summary = Summary::default();
     while let Some(outcomes) = tasks.join_next().await {
-        for (seed, outcome) in outcomes.unwrap() {
-            summary.add(seed, outcome.as_ref());
+        for (seed, mode, outcome) in outcomes.unwrap() {
+            summary.add(seed, mode, outcome.as_ref());
         }
     }
     summary
 }
 
-/// Part of every test run: seeds with most kinds of harm, two of them with an orderly end
-/// before any other.
+/// Part of every test run: each mode takes turns, with most kinds of harm. Two runs with a
+/// slot have an orderly end before any other harm, and each other mode has a run with only
+/// what must have nothing repeated.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_short_campaign_is_clean() {
-    let (first, runs) = (33, 8);
-    let begins_with_an_end = |seed: &u64| {
-        let steps = Schedule::draw(*seed, Load::new("postbox", "events")).steps;
-        steps.first().map(|step| step.action) == Some(Action::EndRelay)
+    let (first, runs) = (304, 20);
+    let count = |mode: Mode, is_wanted: &dyn Fn(&Schedule) -> bool| {
+        let seeds = (first..first + runs).filter(|seed| Mode::of(*seed) == mode);
+        let load = || Load::new("postbox", "events");
+        let schedules = seeds.map(|seed| Schedule::draw(seed, mode, load()));
+        schedules.filter(is_wanted).count()
     };
-    assert!((first..first + runs).filter(begins_with_an_end).count() >= 2);
-    let summary = campaign(first, runs, 2).await;
+    let begins_with_an_end = |schedule: &Schedule| {
+        let first = schedule.steps.first();
+        first.map(|step| step.action) == Some(Action::EndRelay)
+    };
+    assert!(count(Mode::Wal, &begins_with_an_end) >= 2);
+    for mode in [Mode::Poll, Mode::Divided, Mode::Claims] {
+        assert!(count(mode, &|schedule| schedule.is_gentle) >= 1);
+    }
+    let summary = campaign(first, runs, 3, None).await;
+    println!("{summary}");
     assert!(summary.is_clean(), "{summary}");
 }
 
@@ -79,8 +95,12 @@ async fn campaign_of_the_environment() {
             .unwrap_or_else(|_| panic!("{name}={text} is not a number")),
         Err(_) => default,
     };
+    let mode = match std::env::var("MODE") {
+        Ok(name) if !name.is_empty() => Some(name.parse().unwrap()),
+        _ => None,
+    };
     let (first, runs) = (number("SEED", 1), number("RUNS", 20));
-    let summary = campaign(first, runs, number("JOBS", 3)).await;
+    let summary = campaign(first, runs, number("JOBS", 3), mode).await;
     println!("{summary}");
     assert!(summary.is_clean(), "see the runs named above");
 }

@@ -5,14 +5,22 @@ use std::time::Duration;
 
 use postbox::oracle::{Choices, Load};
 
+use super::mode::Mode;
 use crate::support::Weather;
 
-/// One run: the same seed, the same schedule.
+/// One run: the same seed and mode, the same schedule.
 #[derive(Debug, Clone)]
 pub(super) struct Schedule {
     pub(super) seed: u64,
+    pub(super) mode: Mode,
+    /// How many relays there are at the beginning.
+    pub(super) relays: u64,
+    /// How many may be at work at once.
+    pub(super) at_work_max: u64,
     pub(super) load: Load,
     pub(super) in_flight_max: usize,
+    /// Whether it has only what must have nothing repeated.
+    pub(super) is_gentle: bool,
     pub(super) steps: Vec<Step>,
 }
 
@@ -31,11 +39,15 @@ pub(super) enum Action {
     KillOneOfTwo,
     /// SIGTERM of a relay, and a new one.
     EndRelay,
+    /// SIGTERM of a relay where there is another; else as `EndRelay`.
+    EndOneOfTwo,
     FreezeRelay,
     WakeRelay,
-    /// One more relay on the same slot.
+    /// One more relay on the same slot or table: one more than may be at work, at most.
     SecondRelay,
     TerminateWalsender,
+    /// Those of all relays.
+    TerminateSessions,
     StopPostgres(&'static str),
     StartPostgres,
     StopKafka(&'static str),
@@ -64,7 +76,7 @@ const LENGTH: Duration = Duration::from_secs(6);
 const BURST_EVENTS_MAX: i32 = 20_000;
 
 impl Schedule {
-    pub(super) fn draw(seed: u64, mut load: Load) -> Self {
+    pub(super) fn draw(seed: u64, mode: Mode, mut load: Load) -> Self {
         let mut choices = Choices::new(seed);
         load.seed = seed;
         load.writers = choices.between(2, 6) as usize;
@@ -78,14 +90,27 @@ impl Schedule {
         load.events_per_second = choices.of(&[500.0, 2_000.0, 10_000.0]);
         let in_flight_max = choices.of(&[20, 500, 10_000]);
         let mut steps = Vec::new();
+        let harms = harms(mode, &mut choices);
         for _ in 0..choices.between(3, 8) {
-            harm(&mut choices, &mut steps);
+            draw_harm(harms, &mut choices, &mut steps);
         }
         steps.sort_by_key(|step| step.at);
+        let (relays, at_work_max) = match mode {
+            Mode::Wal | Mode::Poll => (1, 1),
+            Mode::Divided => {
+                let at_work_max = choices.between(2, 4);
+                (choices.between(2, at_work_max), at_work_max)
+            }
+            Mode::Claims => (choices.between(1, 3), 3),
+        };
         Self {
             seed,
+            mode,
+            relays,
+            at_work_max,
             load,
             in_flight_max,
+            is_gentle: harms == GENTLE,
             steps,
         }
     }
@@ -110,8 +135,94 @@ impl Schedule {
     }
 }
 
+/// What is drawn from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Harm {
+    Kill,
+    End,
+    Freeze,
+    /// A relay comes, and one is killed.
+    ComeAndKill,
+    /// A relay comes, and one ends.
+    ComeAndEnd,
+    ComeAndFreeze,
+    TerminateWalsender,
+    TerminateSessions,
+    Postgres,
+    Kafka,
+    PauseKafka,
+    Cut,
+    /// In the middle of a message.
+    StallAndCut,
+    Stall,
+    Slow,
+    BurstAndKill,
+    LoseSlot,
+    Burst,
+}
+
+const WITH_SLOT: [Harm; 17] = [
+    Harm::Kill,
+    Harm::Kill,
+    Harm::End,
+    Harm::Freeze,
+    Harm::ComeAndKill,
+    Harm::ComeAndFreeze,
+    Harm::TerminateWalsender,
+    Harm::Postgres,
+    Harm::Kafka,
+    Harm::PauseKafka,
+    Harm::Cut,
+    Harm::StallAndCut,
+    Harm::Stall,
+    Harm::Slow,
+    Harm::BurstAndKill,
+    Harm::LoseSlot,
+    Harm::Burst,
+];
+
+const WITHOUT_SLOT: [Harm; 17] = [
+    Harm::Kill,
+    Harm::Kill,
+    Harm::End,
+    Harm::Freeze,
+    Harm::ComeAndKill,
+    Harm::ComeAndEnd,
+    Harm::ComeAndFreeze,
+    Harm::TerminateSessions,
+    Harm::Postgres,
+    Harm::Kafka,
+    Harm::PauseKafka,
+    Harm::Cut,
+    Harm::StallAndCut,
+    Harm::Stall,
+    Harm::Slow,
+    Harm::BurstAndKill,
+    Harm::Burst,
+];
+
+/// What must have nothing repeated at all.
+const GENTLE: [Harm; 6] = [
+    Harm::End,
+    Harm::ComeAndEnd,
+    Harm::ComeAndEnd,
+    Harm::Kafka,
+    Harm::PauseKafka,
+    Harm::Burst,
+];
+
+/// What is drawn from in this mode. Without a slot, what is repeated is held against all
+/// that went before it: so a third of the runs have nothing that allows for any.
+fn harms(mode: Mode, choices: &mut Choices) -> &'static [Harm] {
+    match mode {
+        Mode::Wal => &WITH_SLOT,
+        _ if choices.below(3) == 0 => &GENTLE,
+        _ => &WITHOUT_SLOT,
+    }
+}
+
 /// A harm and, where it does not pass by itself, its end.
-fn harm(choices: &mut Choices, steps: &mut Vec<Step>) {
+fn draw_harm(harms: &[Harm], choices: &mut Choices, steps: &mut Vec<Step>) {
     let at = Duration::from_millis(choices.below(LENGTH.as_millis() as u64));
     let mut step = |after: u64, action| {
         let at = at + Duration::from_millis(after);
@@ -121,69 +232,74 @@ fn harm(choices: &mut Choices, steps: &mut Vec<Step>) {
     let lasting = choices.of(&[200, 1_000, 2_500, 6_000]);
     let side = choices.of(&[Side::Postgres, Side::Kafka]);
     let burst = choices.of(&[1_000, 5_000, BURST_EVENTS_MAX]);
-    match choices.below(17) {
-        0..=1 => step(0, Action::KillRelay),
-        2 => step(0, Action::EndRelay),
-        3 => {
+    match choices.of(harms) {
+        Harm::Kill => step(0, Action::KillRelay),
+        Harm::End => step(0, Action::EndRelay),
+        Harm::Freeze => {
             step(0, Action::FreezeRelay);
             step(lasting, Action::WakeRelay);
         }
-        4 => {
+        Harm::ComeAndKill => {
             step(0, Action::SecondRelay);
             step(lasting, Action::KillOneOfTwo);
         }
-        5 => {
+        Harm::ComeAndEnd => {
+            step(0, Action::SecondRelay);
+            step(lasting, Action::EndOneOfTwo);
+        }
+        Harm::ComeAndFreeze => {
             step(0, Action::SecondRelay);
             step(500, Action::FreezeRelay);
             step(6_000, Action::WakeRelay);
         }
-        6 => step(0, Action::TerminateWalsender),
-        7 => {
+        Harm::TerminateWalsender => step(0, Action::TerminateWalsender),
+        Harm::TerminateSessions => step(0, Action::TerminateSessions),
+        Harm::Postgres => {
             step(
                 0,
                 Action::StopPostgres(choices.of(&["fast", "immediate", "kill"])),
             );
             step(lasting.min(1_000), Action::StartPostgres);
         }
-        8 => {
+        Harm::Kafka => {
             step(0, Action::StopKafka(choices.of(&["kill", "fast"])));
             step(lasting.min(1_000), Action::StartKafka);
         }
-        9 => {
+        Harm::PauseKafka => {
             step(0, Action::PauseKafka);
             step(lasting, Action::ResumeKafka);
         }
-        10 => step(0, Action::Cut(side)),
-        11 => {
-            // In the middle of a message.
+        Harm::Cut => step(0, Action::Cut(side)),
+        Harm::StallAndCut => {
             step(0, Action::Network(side, Weather::Stalled));
             step(20, Action::Cut(side));
             step(20, Action::Network(side, Weather::Fair));
         }
-        12 => {
+        Harm::Stall => {
             step(0, Action::Network(side, Weather::Stalled));
             step(lasting, Action::Network(side, Weather::Fair));
         }
-        13 => {
+        Harm::Slow => {
             let delay = Duration::from_millis(choices.between(5, 200));
             step(0, Action::Network(side, Weather::Slow(delay)));
             step(lasting, Action::Network(side, Weather::Fair));
         }
-        14 => {
+        Harm::BurstAndKill => {
             step(0, Action::Burst(burst));
             step(choices.between(10, 300), Action::KillRelay);
         }
-        15 => step(0, Action::LoseSlot),
-        _ => step(0, Action::Burst(burst)),
+        Harm::LoseSlot => step(0, Action::LoseSlot),
+        Harm::Burst => step(0, Action::Burst(burst)),
     }
 }
 
 impl fmt::Display for Schedule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (seed, load) = (self.seed, &self.load);
+        let (seed, mode, load) = (self.seed, self.mode.name(), &self.load);
+        let (relays, at_work_max) = (self.relays, self.at_work_max);
         writeln!(
             f,
-            "seed {seed}: {} writers, {} keys, up to {} events a transaction, {} events/s, in flight {}",
+            "seed {seed}, {mode}: {relays} relays, {at_work_max} at work at most, {} writers, {} keys, up to {} events a transaction, {} events/s, in flight {}",
             load.writers, load.keys, load.events_max, load.events_per_second, self.in_flight_max
         )?;
         for step in &self.steps {
@@ -195,7 +311,9 @@ impl fmt::Display for Schedule {
 
 #[test]
 fn the_same_seed_draws_the_same_schedule() {
-    let draw = |seed| Schedule::draw(seed, Load::new("postbox", "topic")).to_string();
-    assert_eq!(draw(7), draw(7));
-    assert_ne!(draw(7), draw(8));
+    for mode in Mode::ALL {
+        let draw = |seed| Schedule::draw(seed, mode, Load::new("postbox", "topic")).to_string();
+        assert_eq!(draw(7), draw(7));
+        assert_ne!(draw(7), draw(8));
+    }
 }

@@ -6,20 +6,26 @@ use std::time::Duration;
 
 use postbox::oracle::Load;
 
-use super::run::Cause;
+use super::mode::Mode;
+use super::repeats::Cause;
 use super::schedule::Action;
 use super::{Outcome, Schedule};
 
+/// Of each mode that was run.
 #[derive(Debug, Default)]
-pub(super) struct Summary {
+pub(super) struct Summary(BTreeMap<Mode, Tally>);
+
+/// What the runs of one mode have shown.
+#[derive(Debug, Default)]
+struct Tally {
     runs: usize,
     events: usize,
     lost: usize,
     inversions: usize,
     ghosts: usize,
     duplicates: usize,
-    /// By what the restart went on from: how often, and the most it repeated with
-    /// that restart's bound.
+    /// By what a stretch begins with: how many there were, and the most that was repeated in
+    /// one, with its bound.
     repeated: BTreeMap<Cause, (usize, (usize, usize))>,
     over_bound: Vec<u64>,
     longest_stall: Duration,
@@ -31,25 +37,36 @@ pub(super) struct Summary {
 }
 
 impl Summary {
-    pub(super) fn add(&mut self, seed: u64, outcome: Option<&Outcome>) {
-        self.runs += 1;
-        let Some(outcome) = outcome else {
-            self.failed.push(seed);
-            return;
-        };
+    pub(super) fn add(&mut self, seed: u64, mode: Mode, outcome: Option<&Outcome>) {
+        let tally = self.0.entry(mode).or_default();
+        tally.runs += 1;
+        match outcome {
+            Some(outcome) => tally.add(seed, outcome),
+            None => tally.failed.push(seed),
+        }
+    }
+
+    pub(super) fn is_clean(&self) -> bool {
+        let mut tallies = self.0.values();
+        tallies.all(|tally| tally.failed.is_empty() && tally.over_bound.is_empty())
+    }
+}
+
+impl Tally {
+    fn add(&mut self, seed: u64, outcome: &Outcome) {
         let verdict = &outcome.verdict;
         self.events += verdict.committed;
         self.lost += verdict.lost.len();
         self.inversions += verdict.inversions.len();
         self.ghosts += verdict.ghosts.len() + verdict.misplaced.len();
         self.duplicates += verdict.duplicates;
-        for step in Schedule::draw(seed, Load::new("postbox", "events")).steps {
+        for step in Schedule::draw(seed, outcome.mode, Load::new("postbox", "events")).steps {
             *self.harms.entry(name(step.action)).or_default() += 1;
         }
-        for restart in &outcome.restarts {
-            let (restarts, most) = self.repeated.entry(restart.cause).or_default();
-            *restarts += 1;
-            *most = (*most).max((restart.repeated, restart.bound));
+        for stretch in &outcome.stretches {
+            let (stretches, most) = self.repeated.entry(stretch.cause).or_default();
+            *stretches += 1;
+            *most = (*most).max((stretch.repeated, stretch.bound));
         }
         if outcome.is_over_bound() {
             self.over_bound.push(seed);
@@ -60,29 +77,37 @@ impl Summary {
             self.failed.push(seed);
         }
     }
-
-    pub(super) fn is_clean(&self) -> bool {
-        self.failed.is_empty() && self.over_bound.is_empty()
-    }
 }
 
 impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (mode, tally) in &self.0 {
+            writeln!(f, "mode                        {}", mode.name())?;
+            tally.show(*mode, f)?;
+        }
+        Ok(())
+    }
+}
+
+impl Tally {
+    fn show(&self, mode: Mode, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "runs                        {}", self.runs)?;
         writeln!(f, "events committed            {}", self.events)?;
         writeln!(f, "lost                        {}", self.lost)?;
         writeln!(f, "inversions                  {}", self.inversions)?;
         writeln!(f, "ghosts                      {}", self.ghosts)?;
         writeln!(f, "duplicates                  {}", self.duplicates)?;
-        for (cause, (restarts, (most, bound))) in &self.repeated {
+        for (cause, (stretches, (most, bound))) in &self.repeated {
             writeln!(
                 f,
-                "restarts {:<19}{restarts}; most repeated after one {most} (its bound: {bound})",
-                match cause {
-                    Cause::Clean => "of nothing left",
-                    Cause::Relay => "of the stream",
-                    Cause::Postgres => "after a crash",
-                    Cause::Slot => "after a recovery",
+                "{:<28}{stretches}; most repeated after one {most} (its bound: {bound})",
+                match (mode, cause) {
+                    (Mode::Wal, Cause::Clean) => "restarts of nothing left",
+                    (Mode::Wal, Cause::Relay) => "restarts of the stream",
+                    (_, Cause::Clean) => "beginnings",
+                    (_, Cause::Relay) => "breaks",
+                    (_, Cause::Postgres) => "restarts after a crash",
+                    (_, Cause::Slot) => "restarts after a recovery",
                 }
             )?;
         }
@@ -102,7 +127,7 @@ impl fmt::Display for Summary {
         let harms: Vec<String> = harms
             .map(|(harm, times)| format!("{harm} {times}"))
             .collect();
-        write!(f, "harms                       {}", harms.join(", "))
+        writeln!(f, "harms                       {}", harms.join(", "))
     }
 }
 
@@ -115,19 +140,24 @@ fn name(action: Action) -> String {
 /// A line for a run, and what was done in it if it is not clean.
 pub(super) fn report(seed: u64, outcome: &Outcome) {
     let Outcome {
+        mode,
         verdict,
-        restarts,
+        stretches,
         longest_stall,
         longest_recovery,
     } = outcome;
     eprintln!(
-        "seed {seed}: {verdict}; {} restarts; stalled {:.1} s, {:.1} s of them after all harm",
-        restarts.len(),
+        "seed {seed}, {}: {verdict}; {} stretches; stalled {:.1} s, {:.1} s of them after all harm",
+        mode.name(),
+        stretches.len(),
         longest_stall.as_secs_f64(),
         longest_recovery.as_secs_f64()
     );
     if !verdict.is_clean(usize::MAX) || outcome.is_over_bound() {
-        let schedule = Schedule::draw(seed, Load::new("postbox", "events"));
-        eprintln!("{schedule}{restarts:?}");
+        let schedule = Schedule::draw(seed, *mode, Load::new("postbox", "events"));
+        eprint!("{schedule}");
+        for stretch in stretches {
+            eprintln!("  {stretch}");
+        }
     }
 }

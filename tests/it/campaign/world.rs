@@ -43,9 +43,9 @@ impl World {
         }
     }
 
-    /// A database, a slot and a topic for one run.
+    /// An empty database and a topic for one run.
     pub(super) async fn fixture(&self) -> Fixture {
-        Fixture::beside(&self.postgres, self.kafka_proxy.address()).await
+        Fixture::empty_beside(&self.postgres, self.kafka_proxy.address()).await
     }
 
     /// Where a relay finds this fixture's database, through the proxy.

@@ -41,7 +41,7 @@ impl Fixture {
         fixture
     }
 
-    async fn make_omni_box(&self) {
+    pub(crate) async fn make_omni_box(&self) {
         let sql = include_str!("omni_box.sql");
         self.client.batch_execute(sql).await.unwrap();
         oracle::prepare(&self.client, "postbox").await.unwrap();

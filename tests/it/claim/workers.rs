@@ -92,6 +92,37 @@ async fn what_a_killed_relay_had_claimed_goes_out_within_seconds() {
     relay.drain().await;
 }
 
+/// While Kafka is away, the rows that were claimed ahead of those in flight stay claimed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_claimed_and_cannot_be_sent_yet_stays_claimed() {
+    let mut fixture = Fixture::with_servers(&[], &[]).await;
+    let drop = "DROP SCHEMA postbox CASCADE; DROP SCHEMA postbox_oracle CASCADE";
+    fixture.client.batch_execute(drop).await.unwrap();
+    fixture.make_omni_box().await;
+    let relay = claiming(&fixture, &["--in-flight-max", "700"]).await;
+    fixture.omni_box_backlog(1, 1).await;
+    fixture.wait_until_completed().await;
+    fixture.kafka("pause");
+    fixture.omni_box_backlog(3_000, 1).await;
+    // A second claim is made when half of the first is sent, and there is no room for it.
+    wait_until("two claims are made", async || {
+        fixture.rows_that_are("locked_by IS NOT NULL").await == 2_000
+    })
+    .await;
+    tokio::time::sleep(Duration::from_secs(12)).await;
+    let lasts = "locked_at > now() - interval '300 s'";
+    assert_eq!(fixture.rows_that_are(lasts).await, 2_000);
+    fixture.kafka("resume");
+    fixture.wait_until_completed().await;
+    let log = relay.log();
+    assert!(!log.contains("may be over"), "{log}");
+    let verdict = fixture.judge_claims(relay).await;
+    assert!(
+        verdict.committed == 3_001 && verdict.is_clean(0),
+        "{verdict}"
+    );
+}
+
 /// A relay that was frozen finds its claims taken, and sends none of them.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_relay_that_wakes_late_sends_nothing_of_what_it_had_claimed() {

@@ -27,7 +27,7 @@ impl Fixture {
     }
 
     /// `postbox setup --mode poll`, and the oracle's tables.
-    async fn set_up_polling(&self) {
+    pub(crate) async fn set_up_polling(&self) {
         self.setup(&POLL).results();
         oracle::prepare(&self.client, "postbox").await.unwrap();
     }

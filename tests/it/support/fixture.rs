@@ -113,13 +113,18 @@ impl Fixture {
 
     /// On these servers, set up. They outlive the fixture.
     pub(crate) async fn beside(postgres: &Server, brokers: &str) -> Self {
+        let fixture = Self::empty_beside(postgres, brokers).await;
+        fixture.set_up().await;
+        fixture
+    }
+
+    /// On these servers, an empty database. They outlive the fixture.
+    pub(crate) async fn empty_beside(postgres: &Server, brokers: &str) -> Self {
         let addresses = Addresses {
             database_url: postgres.socket_url(),
             brokers: brokers.to_owned(),
         };
-        let fixture = Self::on(&addresses, None, None).await;
-        fixture.set_up().await;
-        fixture
+        Self::on(&addresses, None, None).await
     }
 
     async fn on(addresses: &Addresses, postgres: Option<Server>, kafka: Option<Server>) -> Self {

@@ -81,6 +81,10 @@ impl Proxy {
         self.state.send_modify(|state| state.weather = weather);
     }
 
+    pub(crate) fn is(&self, weather: Weather) -> bool {
+        self.state.borrow().weather == weather
+    }
+
     /// Cuts all connections, wherever in a message they are.
     pub(crate) fn cut(&self) {
         self.state.send_modify(|state| state.cuts += 1);
