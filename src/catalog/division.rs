@@ -27,7 +27,7 @@ use std::collections::BTreeMap;
 use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
-use super::{Checkpoint, Gap, Held, LEASE, Slices, Standing, lease, not_set_up};
+use super::{Checkpoint, Gap, Held, LEASE, SLICES, Slices, Standing, lease, not_set_up};
 use crate::contract::Contract;
 use crate::database::{query_after, sort};
 use crate::error::{Error, ErrorKind, Result};
@@ -85,7 +85,8 @@ impl Slice {
 /// Looks who has which slices.
 ///
 /// # Errors
-/// `Slot` if there is no checkpoint.
+/// `Slot` if there is no checkpoint, or if there are some of the slices and not all: what
+/// the others said nobody knows.
 pub async fn look(client: &Client, contract: &Contract) -> Result<Look> {
     let sql = contract.sql(
         "SELECT c.epoch, s.slice, s.epoch, s.owner, s.wanted_by, \
@@ -106,10 +107,25 @@ pub async fn look(client: &Client, contract: &Contract) -> Result<Look> {
             remaining: row.get(5),
         })
     });
+    let slices: Vec<Slice> = slices.collect();
+    if !slices.is_empty() && slices.len() != SLICES as usize {
+        return Err(some_are_gone(contract, slices.len()));
+    }
     Ok(Look {
         epoch: first.get(0),
-        slices: slices.collect(),
+        slices,
     })
+}
+
+fn some_are_gone(contract: &Contract, left: usize) -> Error {
+    let message = format!(
+        "relay \"{}\" has {left} of {SLICES} slices: to have it publish again what it has since it was divided, \
+         DELETE FROM {} WHERE name = {}",
+        contract.slot,
+        contract.table("slice"),
+        postgres_protocol::escape::escape_literal(&contract.slot)
+    );
+    Error::new(ErrorKind::Slot, message)
 }
 
 /// Divides the relay, at the place where it is, unless one that is not divided is at work.
