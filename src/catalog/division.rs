@@ -296,8 +296,11 @@ pub async fn want_slices(
         (&mask as _, Type::INT8),
         (&owner as _, Type::TEXT),
     ];
+    // It is asked in the session that renews leases, which must not wait for long: who has the
+    // checkpoint locked may have been cut off.
+    let begin = format!("{}; SET LOCAL lock_timeout = '500ms'", lease::BEGIN);
     failpoint!("wanting");
-    let wanted = query_after(lease::BEGIN, client, &sql, &parameters).await;
+    let wanted = query_after(&begin, client, &sql, &parameters).await;
     failpoint!("wanted");
     wanted.map_err(|error| sort(doing("ask for", contract), error))?;
     Ok(())
