@@ -44,6 +44,7 @@ use crate::source::Place;
 use crate::source::claim::ClaimSettings;
 use crate::table::Table;
 use attempt::{Attempt, Ended};
+use connect::Kept;
 use division::Division;
 use meter::Cue;
 
@@ -130,6 +131,8 @@ pub struct Relay {
     is_released: bool,
     /// Whether the last attempt ended as this process seemed to have been frozen.
     was_frozen: bool,
+    /// What the last attempt leaves to one that serves other slices.
+    kept: Option<Kept>,
 }
 
 impl Relay {
@@ -148,6 +151,7 @@ impl Relay {
             worked: false,
             is_released: true,
             was_frozen: false,
+            kept: None,
         }
     }
 

@@ -153,15 +153,25 @@ pub async fn divide(client: &Client, contract: &Contract, look: &Look) -> Result
     Ok(())
 }
 
-/// Gives up what this owner has and wants, while it serves nothing.
-pub async fn leave(client: &Client, contract: &Contract, owner: &str) -> Result<()> {
+/// Gives up what this owner wants, and what it has but for those that it serves: others may
+/// have them at once.
+pub async fn leave(
+    client: &Client,
+    contract: &Contract,
+    (owner, served): (&str, Slices),
+) -> Result<()> {
     let sql = contract.sql(
         "UPDATE :\"schema\".slice \
-         SET owner = nullif(owner, $2), wanted_by = nullif(wanted_by, $2), updated_at = now(), \
+         SET owner = nullif(owner, $2), wanted_by = NULL, updated_at = now(), \
              expires_at = CASE WHEN owner = $2 THEN clock_timestamp() ELSE expires_at END \
-         WHERE name = $1 AND (owner = $2 OR wanted_by = $2)",
+         WHERE name = $1 AND ((owner = $2 AND $3::bigint >> slice & 1 = 0) OR wanted_by = $2)",
     );
-    let parameters = [(&contract.slot as _, Type::TEXT), (&owner as _, Type::TEXT)];
+    let mask = served.mask();
+    let parameters = [
+        (&contract.slot as _, Type::TEXT),
+        (&owner as _, Type::TEXT),
+        (&mask as _, Type::INT8),
+    ];
     let left = query_after(lease::BEGIN, client, &sql, &parameters).await;
     left.map_err(|error| sort(doing("give up", contract), error))?;
     Ok(())

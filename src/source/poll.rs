@@ -108,8 +108,17 @@ impl Poller {
         let (pages, relation) = Pages::open(session, system, outbox, DOING).await?;
         let mut messages = Messages::new(settings.outbox.clone());
         messages.describe(&relation);
+        Ok(Self::of(pages, messages, settings))
+    }
+
+    /// The same, as it was before it began.
+    pub fn anew(self) -> Self {
+        Self::of(self.pages, self.messages, self.settings)
+    }
+
+    fn of(pages: Pages, messages: Messages, settings: PollSettings) -> Self {
         let now = Instant::now();
-        Ok(Self {
+        Self {
             since: String::new(),
             messages,
             gap: None,
@@ -124,7 +133,7 @@ impl Poller {
             has_caught_up: false,
             settings,
             pages,
-        })
+        }
     }
 
     /// Begins where the checkpoint is.
