@@ -28,7 +28,8 @@
 //!   are pending. Rows of an open transaction at the end are passed over one by one, which
 //!   may take too long. Where too many are pending, the oldest is found by halving.
 //!
-//! Where a relay is divided, each of its slices has a place of its own. A table whose rows
+//! Where a relay is divided, each of its slices has a place of its own, and a look is at rows
+//! of those that stand together: it passes over the rows of the others. A table whose rows
 //! say whether they are published needs no checkpoint: [`measure_claims`].
 
 use std::collections::BTreeMap;
@@ -122,15 +123,12 @@ async fn measure_in_transaction(
     let mut found = Found::default();
     for standing in &standings {
         let key = KEY_COLUMNS.map(|column| format!("o.{column}"));
-        let condition = standing.slices.condition(&key);
+        let of_slices = standing.slices.condition(&key);
         let look = Look {
             client,
             outbox: contract.table("outbox"),
             delivered: Delivered::by(standing),
-            pending: match condition {
-                None => PENDING.to_owned(),
-                Some(condition) => format!("({PENDING} AND {condition})"),
-            },
+            of_slices: of_slices.unwrap_or_else(|| "true".to_owned()),
             route,
         };
         found.add(match has_xid_index {
@@ -193,8 +191,9 @@ struct Look<'a> {
     client: &'a Client,
     outbox: String,
     delivered: Delivered,
-    /// Whether the row `o` is pending.
-    pending: String,
+    /// Whether the row `o` is in the slices that are looked at: rows of others count as little
+    /// as if they were in another table, also where rows are limited.
+    of_slices: String,
     route: &'a Route,
 }
 
@@ -208,8 +207,8 @@ impl Look<'_> {
         let rows = format!(
             "SELECT o.* FROM unnest($4::text::xid8[], $5::text::xid8[]) AS ended (first, last), \
                     LATERAL (SELECT * FROM {} WHERE xid BETWEEN ended.first AND ended.last OFFSET 0) AS o \
-             LIMIT $6",
-            self.outbox
+             WHERE {} LIMIT $6",
+            self.outbox, self.of_slices
         );
         let parameters = [
             (&first as _, Type::TEXT),
@@ -219,7 +218,9 @@ impl Look<'_> {
         let found = self.count(&rows, &parameters).await?;
         match gap {
             // Those that are delivered of a large gap may be all that was found.
-            Some(gap) if found.looked_at >= ROWS_MAX => self.behind(gap.seq, ROWS_MAX).await,
+            Some(gap) if found.looked_at >= ROWS_MAX && found.events < EVENTS_MAX => {
+                self.behind(gap.seq, ROWS_MAX).await
+            }
             _ => Ok(found),
         }
     }
@@ -258,8 +259,8 @@ impl Look<'_> {
 
     async fn beside(&self, which: &str, order: &str, seq: i64, rows: i64) -> Result<Found> {
         let sql = format!(
-            "SELECT * FROM {} WHERE seq {which} $4 ORDER BY seq {order} LIMIT $5",
-            self.outbox
+            "SELECT * FROM {} AS o WHERE seq {which} $4 AND {} ORDER BY seq {order} LIMIT $5",
+            self.outbox, self.of_slices
         );
         let parameters = [(&seq as _, Type::INT8), (&rows as _, Type::INT8)];
         self.count(&sql, &parameters).await
@@ -269,16 +270,16 @@ impl Look<'_> {
     /// some row on, all are taken to be.
     async fn oldest_before(&self, seq: Option<i64>) -> Result<Option<f64>> {
         let (outbox, high) = (&self.outbox, seq.unwrap_or_default());
-        let pending = &self.pending;
+        let of_slices = &self.of_slices;
         let sql = format!(
             "WITH RECURSIVE search (low, high) AS ( \
                  SELECT (SELECT min(seq) - 1 FROM {outbox}), $4::bigint \
                  UNION ALL \
                  SELECT CASE WHEN r.pending THEN s.low ELSE r.seq END, CASE WHEN r.pending THEN s.middle ELSE s.high END \
                  FROM (SELECT low, high, (low + high) / 2 AS middle FROM search WHERE high - low > 1) AS s, \
-                      LATERAL (SELECT o.seq, {pending} AS pending FROM {outbox} AS o, {DELIVERED} AS d \
-                               WHERE o.seq >= s.middle ORDER BY o.seq LIMIT 1) AS r) \
-             SELECT {AGE} FROM {outbox} AS o WHERE o.seq >= (SELECT min(high) FROM search) \
+                      LATERAL (SELECT o.seq, {PENDING} AS pending FROM {outbox} AS o, {DELIVERED} AS d \
+                               WHERE o.seq >= s.middle AND {of_slices} ORDER BY o.seq LIMIT 1) AS r) \
+             SELECT {AGE} FROM {outbox} AS o WHERE o.seq >= (SELECT min(high) FROM search) AND {of_slices} \
              GROUP BY o.seq ORDER BY o.seq LIMIT 1"
         );
         let rows = self.query(&sql, &[(&high as _, Type::INT8)]).await?;
@@ -287,7 +288,6 @@ impl Look<'_> {
 
     /// Counts what is pending of these rows.
     async fn count(&self, rows: &str, parameters: &[Parameter<'_>]) -> Result<Found> {
-        let pending = &self.pending;
         // Groups, as the route makes a topic of what a row says. The name in quotes is not
         // that of anybody's column.
         let sql = format!(
@@ -295,7 +295,7 @@ impl Look<'_> {
                     CASE WHEN o.\"is pending\" AND o.topic IS NULL THEN o.aggregate_type::text END, \
                     CASE WHEN o.\"is pending\" AND o.topic IS NULL THEN o.event_type::text END, \
                     count(*), {AGE}, min(o.seq) \
-             FROM (SELECT o.*, {pending} AS \"is pending\" FROM ({rows}) AS o, {DELIVERED} AS d) AS o \
+             FROM (SELECT o.*, {PENDING} AS \"is pending\" FROM ({rows}) AS o, {DELIVERED} AS d) AS o \
              GROUP BY 1, 2, 3, 4"
         );
         let rows = self.query(&sql, parameters).await?;
@@ -352,7 +352,7 @@ type Parameter<'p> = (&'p (dyn ToSql + Sync), Type);
 const DELIVERED: &str = "(SELECT $1::text::pg_snapshot AS since, $2::text::pg_snapshot AS until, \
                                  $3::bigint AS seq OFFSET 0)";
 
-/// Whether the row `o` is pending, if the relay is not divided.
+/// Whether the row `o` is pending.
 const PENDING: &str = "(NOT pg_visible_in_snapshot(o.xid, d.since) \
                         AND (o.seq > d.seq OR NOT pg_visible_in_snapshot(o.xid, d.until)))";
 

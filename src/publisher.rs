@@ -111,6 +111,14 @@ impl Publisher {
         })
     }
 
+    /// The same producer, which knows no topics. Nothing may be in flight.
+    pub fn anew(self) -> Self {
+        Self {
+            topics: HashMap::new(),
+            ..self
+        }
+    }
+
     /// Where a record goes, if its topic was resolved. Partitions that are added
     /// later are used by the next producer, so that a key stays where it is.
     pub fn destination(&self, record: &Record<'_>) -> Option<Destination> {

@@ -45,6 +45,7 @@ use crate::publisher::{BATCH_BYTES, KafkaSettings};
 use crate::source::Place;
 use crate::source::claim::ClaimSettings;
 use attempt::{Attempt, Ended};
+use connect::Kept;
 use division::Division;
 use meter::Cue;
 
@@ -142,6 +143,8 @@ pub struct Relay {
     is_released: bool,
     /// Whether the last attempt ended as this process seemed to have been frozen.
     was_frozen: bool,
+    /// What the last attempt leaves to one that serves other slices.
+    kept: Option<Kept>,
 }
 
 impl Relay {
@@ -160,6 +163,7 @@ impl Relay {
             worked: false,
             is_released: true,
             was_frozen: false,
+            kept: None,
         }
     }
 

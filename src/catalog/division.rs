@@ -27,7 +27,7 @@ use std::collections::BTreeMap;
 use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
-use super::{Checkpoint, Gap, Held, LEASE, Slices, Standing, lease, not_set_up};
+use super::{Checkpoint, Gap, Held, LEASE, SLICES, Slices, Standing, lease, not_set_up};
 use crate::contract::Contract;
 use crate::database::{query_after, sort};
 use crate::error::{Error, ErrorKind, Result};
@@ -85,7 +85,8 @@ impl Slice {
 /// Looks who has which slices.
 ///
 /// # Errors
-/// `Slot` if there is no checkpoint.
+/// `Slot` if there is no checkpoint, or if there are some of the slices and not all: what
+/// the others said nobody knows.
 pub async fn look(client: &Client, contract: &Contract) -> Result<Look> {
     let sql = contract.sql(
         "SELECT c.epoch, s.slice, s.epoch, s.owner, s.wanted_by, \
@@ -106,10 +107,25 @@ pub async fn look(client: &Client, contract: &Contract) -> Result<Look> {
             remaining: row.get(5),
         })
     });
+    let slices: Vec<Slice> = slices.collect();
+    if !slices.is_empty() && slices.len() != SLICES as usize {
+        return Err(some_are_gone(contract, slices.len()));
+    }
     Ok(Look {
         epoch: first.get(0),
-        slices: slices.collect(),
+        slices,
     })
+}
+
+fn some_are_gone(contract: &Contract, left: usize) -> Error {
+    let message = format!(
+        "relay \"{}\" has {left} of {SLICES} slices: to have it publish again what it has since it was divided, \
+         DELETE FROM {} WHERE name = {}",
+        contract.slot,
+        contract.table("slice"),
+        postgres_protocol::escape::escape_literal(&contract.slot)
+    );
+    Error::new(ErrorKind::Slot, message)
 }
 
 /// Divides the relay, at the place where it is, unless one that is not divided is at work.
@@ -137,15 +153,25 @@ pub async fn divide(client: &Client, contract: &Contract, look: &Look) -> Result
     Ok(())
 }
 
-/// Gives up what this owner has and wants, while it serves nothing.
-pub async fn leave(client: &Client, contract: &Contract, owner: &str) -> Result<()> {
+/// Gives up what this owner wants, and what it has but for those that it serves: others may
+/// have them at once.
+pub async fn leave(
+    client: &Client,
+    contract: &Contract,
+    (owner, served): (&str, Slices),
+) -> Result<()> {
     let sql = contract.sql(
         "UPDATE :\"schema\".slice \
-         SET owner = nullif(owner, $2), wanted_by = nullif(wanted_by, $2), updated_at = now(), \
+         SET owner = nullif(owner, $2), wanted_by = NULL, updated_at = now(), \
              expires_at = CASE WHEN owner = $2 THEN clock_timestamp() ELSE expires_at END \
-         WHERE name = $1 AND (owner = $2 OR wanted_by = $2)",
+         WHERE name = $1 AND ((owner = $2 AND $3::bigint >> slice & 1 = 0) OR wanted_by = $2)",
     );
-    let parameters = [(&contract.slot as _, Type::TEXT), (&owner as _, Type::TEXT)];
+    let mask = served.mask();
+    let parameters = [
+        (&contract.slot as _, Type::TEXT),
+        (&owner as _, Type::TEXT),
+        (&mask as _, Type::INT8),
+    ];
     let left = query_after(lease::BEGIN, client, &sql, &parameters).await;
     left.map_err(|error| sort(doing("give up", contract), error))?;
     Ok(())
@@ -280,8 +306,11 @@ pub async fn want_slices(
         (&mask as _, Type::INT8),
         (&owner as _, Type::TEXT),
     ];
+    // It is asked in the session that renews leases, which must not wait for long: who has the
+    // checkpoint locked may have been cut off.
+    let begin = format!("{}; SET LOCAL lock_timeout = '500ms'", lease::BEGIN);
     failpoint!("wanting");
-    let wanted = query_after(lease::BEGIN, client, &sql, &parameters).await;
+    let wanted = query_after(&begin, client, &sql, &parameters).await;
     failpoint!("wanted");
     wanted.map_err(|error| sort(doing("ask for", contract), error))?;
     Ok(())

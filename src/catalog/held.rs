@@ -3,7 +3,7 @@
 use tokio_postgres::Client;
 use tokio_postgres::types::{ToSql, Type};
 
-use super::division::doing;
+use super::division::{doing, leave};
 use super::{Slices, Standing, lease};
 use crate::contract::Contract;
 use crate::database::{query_after, sort};
@@ -84,11 +84,14 @@ impl Held {
         Ok(())
     }
 
-    /// Lets others have the slices at once.
+    /// Lets others have the slices at once, and asks for no others.
     pub async fn release(&self, client: &Client, contract: &Contract) -> Result<()> {
-        let set = "owner = NULL, wanted_by = NULL, expires_at = clock_timestamp()";
-        self.write(client, contract, set, "", &[]).await?;
-        Ok(())
+        leave(client, contract, (&self.owner, Slices::default())).await
+    }
+
+    /// Lets others have what was handed to its owner since, and asks for no others.
+    pub async fn release_others(&self, client: &Client, contract: &Contract) -> Result<()> {
+        leave(client, contract, (&self.owner, self.slices)).await
     }
 
     /// Writes those of the slices that are still held, and says which were. `from` is what

@@ -23,9 +23,10 @@ pub const LEASE: Duration = Duration::from_secs(3);
 
 /// Begins what its holder writes. A synchronous standby that is away must not end a
 /// lease; what a fail-over loses of it is repeated. And a session that waits for a lock
-/// does not notice that its client has given it up: it must not stay behind.
-pub(super) const BEGIN: &str =
-    "BEGIN; SET LOCAL synchronous_commit = local; SET LOCAL lock_timeout = '2s'";
+/// does not notice that its client has given it up: it must not stay behind. Nor may one
+/// whose client was cut off, or frozen, before its COMMIT: others wait for what it has locked.
+pub(super) const BEGIN: &str = "BEGIN; SET LOCAL synchronous_commit = local; \
+    SET LOCAL lock_timeout = '2s'; SET LOCAL idle_in_transaction_session_timeout = '2s'";
 
 /// What each write of its holder sets.
 pub(super) const RENEWED: &str = ", expires_at = clock_timestamp() + interval '3 s'";

@@ -10,7 +10,7 @@ use tokio::time::{Instant, timeout};
 use tokio_postgres::types::PgLsn;
 use tracing::{debug, error, info};
 
-use super::connect::{Connected, PROBE_TIMEOUT, connect};
+use super::connect::{Connected, Kept, PROBE_TIMEOUT, connect};
 use super::control::{Control, Hold, walsender_is_ending};
 use super::division::{DRAIN_MAX, Watch, served};
 use super::gather::Gather;
@@ -50,6 +50,9 @@ pub(super) struct Attempt<'r> {
     last_fence: Option<(String, Instant)>,
     /// Since when the stream is open.
     began: Instant,
+    /// When the loop last came round. At first, when that was claimed which makes this relay
+    /// the one that sends.
+    awake_at: Instant,
     /// Ended by [`check_awake`](Self::check_awake).
     was_frozen: bool,
     /// Ended by an event that was put off.
@@ -120,18 +123,17 @@ impl<'r> Attempt<'r> {
         }
         attempt.update_gauges();
         attempt.source.stop().await;
-        let is_released = match result {
-            Ok(Ended::Divided) => {
-                result = attempt.control.hand_over().await.map(|()| Ended::Divided);
-                true
-            }
-            Ok(Ended::Stopped) => attempt.control.release().await,
-            Err(_) => {
-                // Another may send it next: no more of it is to leave here.
-                attempt.window.publisher.purge();
-                attempt.control.release().await
-            }
-        };
+        if let Ok(Ended::Divided) = result {
+            result = attempt.control.hand_over().await.map(|()| Ended::Divided);
+        }
+        if result.is_err() {
+            // Another may send it next: no more of it is to leave here.
+            attempt.window.publisher.purge();
+        }
+        // It must not ask for slices behind a release.
+        attempt.watch = None;
+        let is_divided = matches!(result, Ok(Ended::Divided));
+        let is_released = is_divided || attempt.control.release().await;
         failpoint!("released");
         let unstored = match result {
             Err(_) if !attempt.is_stored() => attempt.relay.unstored.max(attempt.window.last_sent),
@@ -144,9 +146,21 @@ impl<'r> Attempt<'r> {
         relay.worked = attempt.window.has_delivered
             || attempt.has_put_off
             || attempt.began.elapsed() > BACKOFF_MAX;
-        attempt.source.close().await;
         let refused = attempt.window.has_refused;
-        relay.suspects = attempt.window.close();
+        let (publisher, suspects) = attempt.window.close();
+        relay.suspects = suspects;
+        relay.kept = match (attempt.source, attempt.control.checked()) {
+            (Source::Poll(poller), (session, Some(checked))) if is_divided => Some(Kept {
+                session,
+                checked,
+                publisher: publisher.anew(),
+                poller: poller.anew(),
+            }),
+            (source, _) => {
+                source.close().await;
+                None
+            }
+        };
         relay.metrics.in_flight_events.set(0);
         relay.metrics.in_flight_bytes.set(0);
         relay.metrics.slices.set(0);
@@ -160,7 +174,7 @@ impl<'r> Attempt<'r> {
         let (metrics, health) = (relay.metrics.clone(), relay.health.clone());
         let settings = &relay.settings;
         let database = settings.database.display();
-        let session = Arc::new(connected.session);
+        let session = connected.session;
         let mut watch = None;
         match (&connected.source, &connected.hold) {
             (Source::Wal(_), _) => info!(slot = settings.contract.slot, database, "streaming"),
@@ -212,6 +226,7 @@ impl<'r> Attempt<'r> {
             fencing: JoinSet::new(),
             last_fence: None,
             began: Instant::now(),
+            awake_at: connected.claimed_at,
             was_frozen: false,
             has_put_off: false,
             stopping: false,
@@ -224,14 +239,14 @@ impl<'r> Attempt<'r> {
         let mut deadline = None;
         let mut gather = Gather::start();
         let mut gathered = 0;
-        let mut awake_at = Instant::now();
+        let mut waited = Duration::ZERO;
         loop {
             self.look_at_clock();
             self.settle()?;
             if self.is_ending() && self.is_drained() {
                 return self.end(deadline).await;
             }
-            self.check_awake(std::mem::replace(&mut awake_at, Instant::now()))?;
+            self.check_awake(waited)?;
             self.release_held()?;
             let read = self.read_burst()?;
             let may_read = self.may_read();
@@ -247,6 +262,8 @@ impl<'r> Attempt<'r> {
                     continue;
                 }
             }
+            let since = Instant::now();
+            let mut arrived = None;
             tokio::select! {
                 biased;
                 _ = shutdown.wait_for(|stop| *stop), if !self.stopping => {
@@ -281,10 +298,13 @@ impl<'r> Attempt<'r> {
                 () = tokio::task::yield_now(), if read > 0 => {}
                 () = self.window.publisher.reported() => {}
                 marked = marks::next(self.marks.as_mut()) => self.confirm(marked?),
-                item = self.source.next(), if may_read => {
-                    self.look_at_clock();
-                    self.take(item?)?;
-                }
+                item = self.source.next(), if may_read => arrived = Some(item?),
+            }
+            waited = since.elapsed();
+            if let Some(item) = arrived {
+                self.look_at_clock();
+                self.check_awake(waited)?;
+                self.take(item)?;
             }
         }
     }
@@ -313,7 +333,7 @@ impl<'r> Attempt<'r> {
     fn go_on(&mut self) {
         self.dividing = None;
         if let Some(watch) = &mut self.watch {
-            watch.again_after(DRAIN_MAX);
+            watch.go_on(false);
         }
     }
 
@@ -327,16 +347,19 @@ impl<'r> Attempt<'r> {
     /// Ends the attempt of a process that was frozen, before it sends what has come in
     /// the meantime: the server may have ended its walsender, and another relay may have
     /// sent the same.
-    fn check_awake(&mut self, awake_at: Instant) -> Result<()> {
-        let asleep = awake_at.elapsed();
+    ///
+    /// A tick ends each wait, so that one that has `waited` for long was frozen.
+    fn check_awake(&mut self, waited: Duration) -> Result<()> {
+        let asleep = std::mem::replace(&mut self.awake_at, Instant::now()).elapsed();
         // The last status message may have left a status interval before, which is half
         // of this timeout at most.
         let status = self.relay.settings.wal_sender_timeout / 2;
         let given_up = self.control.frozen_max().unwrap_or(status);
+        let limit = given_up.max(FROZEN_MIN);
         // If the next attempt finds the same, it is our own work that takes as long, and
         // must get done.
-        let is_again = self.relay.was_frozen && !self.window.has_delivered;
-        if asleep < given_up.max(FROZEN_MIN) || is_again {
+        let is_work = self.relay.was_frozen && !self.window.has_delivered && waited < limit;
+        if asleep < limit || is_work {
             return Ok(());
         }
         self.was_frozen = true;
@@ -612,8 +635,10 @@ impl<'r> Attempt<'r> {
     /// event must not send those before it each time; and a slot that cannot be
     /// read on may be dropped next. But a server that stops is not held up.
     async fn take_leave(&mut self, kind: ErrorKind) {
-        use ErrorKind::{BrokerAway, DatabaseAway, Event, Publication};
-        if matches!(kind, DatabaseAway | Event | Publication) || self.has_put_off {
+        use ErrorKind::{BrokerAway, DatabaseAway, Event, Publication, SlotInUse};
+        // Of its slices some may still be this relay's.
+        let is_left = kind == SlotInUse && self.control.is_divided();
+        if matches!(kind, DatabaseAway | Event | Publication) || is_left || self.has_put_off {
             let settled = async {
                 while !self.window.is_settled() || !self.is_marked() {
                     tokio::select! {

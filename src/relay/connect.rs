@@ -4,15 +4,19 @@
 //! one can do its work: a session that checks what was set up, the brokers, and then
 //! the slot. Only the relay that holds the slot may claim the checkpoint, and only
 //! then may it read what the checkpoint says is missing.
+//!
+//! A divided relay that is to serve other slices goes on with the connections it has.
 
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::time::Instant;
 use tokio_postgres::Client;
 use tracing::info;
 
 use super::control::Hold;
+use super::division::Division;
 use super::marks::Marks;
 use super::{Relay, RelaySettings};
 use crate::catalog::{self, Checkpoint, LEASE, Mode, Stored};
@@ -28,17 +32,31 @@ use crate::source::{Outbox, Place, Source};
 
 /// What an attempt is made of.
 pub(super) struct Connected {
-    pub(super) session: Session,
+    pub(super) session: Arc<Session>,
     pub(super) hold: Hold,
+    /// When it was claimed, or not long before.
+    pub(super) claimed_at: Instant,
     pub(super) publisher: Publisher,
     pub(super) source: Source,
     pub(super) marks: Option<Marks>,
+}
+
+/// What an attempt that ends only to serve other slices leaves to the next. Nothing needs to
+/// be connected to anew, which may take longer than the leases of its slices last.
+pub(super) struct Kept {
+    pub(super) session: Arc<Session>,
+    pub(super) checked: Checkpoint,
+    pub(super) publisher: Publisher,
+    pub(super) poller: Poller,
 }
 
 /// How long a broker may take to give a sign of life.
 pub(super) const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
 
 pub(super) async fn connect(relay: &mut Relay) -> Result<Connected> {
+    if let (Some(kept), Some(division)) = (relay.kept.take(), relay.division()) {
+        return kept.take_part(&division).await;
+    }
     let mode = match relay.settings.mode {
         Some(mode) => mode,
         None => mode_of_checkpoint(relay).await?,
@@ -129,8 +147,9 @@ async fn connect_to_slot(relay: &mut Relay) -> Result<Connected> {
         .await?;
     }
     Ok(Connected {
-        session,
+        session: Arc::new(session),
         hold: Hold::Slot(checkpoint),
+        claimed_at: Instant::now(),
         publisher,
         source: Source::Wal(stream),
         marks,
@@ -181,30 +200,53 @@ async fn connect_to_table(relay: &mut Relay) -> Result<Connected> {
     };
     let mut poller = Poller::open(&settings.database, poll).await?;
     failpoint!("opened");
-    let (checkpoint, held) = match division {
-        Some(division) => {
-            let (held, standings) = division.take_part(client, &checked).await?;
-            let begun = poller.begin_at(standings);
-            within(LEASE, "begin where the slices are", begun).await?;
-            (checked, Some(held))
-        }
-        None => {
-            let claimed = catalog::claim_lease(client, contract, &checked, &owner);
-            let checkpoint = within(LEASE, "take the lease", claimed).await?;
-            poller.begin(&checkpoint);
-            (checkpoint, None)
-        }
-    };
+    if let Some(division) = division {
+        let kept = Kept {
+            session: Arc::new(session),
+            checked,
+            publisher,
+            poller,
+        };
+        return kept.take_part(&division).await;
+    }
+    let claimed_at = Instant::now();
+    let claimed = catalog::claim_lease(client, contract, &checked, &owner);
+    let checkpoint = within(LEASE, "take the lease", claimed).await?;
+    poller.begin(&checkpoint);
     Ok(Connected {
-        session,
-        hold: match held {
-            Some(held) => Hold::Slices(checkpoint, held),
-            None => Hold::Lease(checkpoint),
-        },
+        session: Arc::new(session),
+        hold: Hold::Lease(checkpoint),
+        claimed_at,
         publisher,
         source: Source::Poll(poller),
         marks: None,
     })
+}
+
+impl Kept {
+    /// Claims what slices are this relay's now, or gives up what it has and wants.
+    async fn take_part(mut self, division: &Division) -> Result<Connected> {
+        let client = &self.session.client;
+        let begun = async {
+            let (held, standings, claimed_at) = division.take_part(client, &self.checked).await?;
+            let begun = self.poller.begin_at(standings);
+            within(LEASE, "begin where the slices are", begun).await?;
+            Ok((held, claimed_at))
+        };
+        let begun = begun.await;
+        if begun.is_err() {
+            division.leave_by(client).await;
+        }
+        let (held, claimed_at) = begun?;
+        Ok(Connected {
+            session: self.session,
+            hold: Hold::Slices(self.checked, held),
+            claimed_at,
+            publisher: self.publisher,
+            source: Source::Poll(self.poller),
+            marks: None,
+        })
+    }
 }
 
 /// Nothing of ours is needed in the database: each row says whose it is.
@@ -236,8 +278,9 @@ async fn connect_to_claims(relay: &Relay, claims: &ClaimSettings) -> Result<Conn
     }
     failpoint!("opened");
     Ok(Connected {
-        session,
+        session: Arc::new(session),
         hold: Hold::Claims(Arc::clone(claimer.claims())),
+        claimed_at: Instant::now(),
         publisher,
         source: Source::Claim(claimer),
         marks: None,

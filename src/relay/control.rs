@@ -43,7 +43,7 @@ use crate::source::claim::{self, Claims};
 use crate::source::{HEARTBEAT_PREFIX, Mark};
 
 /// How often a lease is renewed.
-const RENEW_INTERVAL: Duration = Duration::from_secs(1);
+pub(super) const RENEW_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How long a write may take that renews it.
 const RENEWAL_MAX: Duration = LEASE.saturating_sub(RENEW_INTERVAL);
@@ -231,8 +231,9 @@ impl Control {
     pub(super) fn reached(&self, mark: Reached, has_events: bool) {
         let ends_gap = matches!(mark.0, Mark::Fence(_))
             && matches!(&*self.mark.borrow(), Some((_, (Mark::Seq(_), _))));
-        // Until its end is stored, a gap seems to be amid.
-        let counts = u64::from(has_events || ends_gap);
+        let is_apart = matches!(mark.0, Mark::Standings(_));
+        // Until its end is stored, a gap seems to be amid, and slices stand apart.
+        let counts = u64::from(has_events || ends_gap || is_apart);
         let marks = &self.shared.marks_reached;
         let number = marks.fetch_add(counts, Ordering::Relaxed) + counts;
         self.mark.send_replace(Some((number, mark)));
@@ -248,8 +249,10 @@ impl Control {
         self.shared.is_stored()
     }
 
-    /// Stores the last mark and position.
-    pub(super) async fn store(&self) -> Result<()> {
+    /// Stores the last mark and position, at the end of an attempt.
+    pub(super) async fn store(&mut self) -> Result<()> {
+        // An older mark must not come behind it.
+        self.task.shutdown().await;
         let mark = self.mark.borrow().clone();
         if let Some((number, mark)) = mark {
             self.shared.store_mark(number, mark).await?;
@@ -262,7 +265,7 @@ impl Control {
 
     /// Stores the last mark and position, and waits until the slot, if there is one, has
     /// confirmed this position.
-    pub(super) async fn flush(&self, lsn: PgLsn) -> Result<()> {
+    pub(super) async fn flush(&mut self, lsn: PgLsn) -> Result<()> {
         self.store().await?;
         if !matches!(self.shared.hold, Hold::Slot(_)) {
             return Ok(());
@@ -313,6 +316,17 @@ impl Control {
         };
         let handed = held.hand_over(&shared.session.client, &shared.contract);
         database::within(RENEWAL_MAX, "hand slices over", handed).await
+    }
+
+    /// Whether it holds slices: what others took of them is not what it stores.
+    pub(super) fn is_divided(&self) -> bool {
+        matches!(self.shared.hold, Hold::Slices(..))
+    }
+
+    /// The session, and the checkpoint that was checked in it.
+    pub(super) fn checked(&self) -> (Arc<Session>, Option<Checkpoint>) {
+        let checkpoint = self.shared.hold.checkpoint().cloned();
+        (Arc::clone(&self.shared.session), checkpoint)
     }
 
     /// How long this process may have been frozen and still be the one that is at work.

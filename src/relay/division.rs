@@ -4,8 +4,12 @@
 //! One attempt serves a fixed set of slices, claimed at its start. Meanwhile it looks at all
 //! slices once a second. When it should serve others, as one is free, was handed to it, or
 //! is wanted by another relay, it drains, stores where its slices stand, hands over what is
-//! wanted, and ends; the next begins with what is its share then. So nothing is repeated,
-//! and a slice is served by one relay after another.
+//! wanted, and ends; the next begins with what is its share then, in the same connections.
+//! So nothing is repeated, and a slice is served by one relay after another.
+//!
+//! A relay that cannot drain, as a broker does not answer, cannot take slices either, and
+//! whatever it asked for nobody would serve: it gives up what was handed to it meanwhile, and
+//! asks for nothing until it has drained.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,8 +19,9 @@ use tokio::time::{Instant, sleep, timeout};
 use tokio_postgres::Client;
 use tracing::debug;
 
+use super::control::RENEW_INTERVAL;
 use super::share::Share;
-use crate::catalog::{self, Checkpoint, Held, LEASE, Look, SLICES, Standing};
+use crate::catalog::{self, Checkpoint, Held, LEASE, Look, SLICES, Slices, Standing};
 use crate::contract::Contract;
 use crate::database::{Database, Session, within};
 use crate::error::{Error, ErrorKind, Result};
@@ -46,9 +51,13 @@ const FIRST_MAX: Duration = Duration::from_secs(5);
 /// How long it may take to give slices up.
 const LEAVE_MAX: Duration = Duration::from_millis(500);
 
-/// For how long an attempt may drain so that its slices can be divided anew. If it takes
-/// longer, as a broker does not answer, it goes on, and tries again after as long.
-pub(super) const DRAIN_MAX: Duration = Duration::from_secs(5);
+/// For how long an attempt may drain so that its slices can be divided anew. What was handed
+/// to it meanwhile is leased to it for longer, and nobody serves it. If it takes longer, as a
+/// broker does not answer, it goes on with those it has.
+pub(super) const DRAIN_MAX: Duration = LEASE.saturating_sub(RENEW_INTERVAL);
+
+/// How long it goes on before it tries again: it sends nothing new while it tries.
+const DRAIN_PAUSE: Duration = Duration::from_secs(5 * DRAIN_MAX.as_secs());
 
 impl Division {
     pub(super) fn new(contract: &Contract, owner: &str, relays_max: u8) -> Self {
@@ -68,17 +77,19 @@ impl Division {
     }
 
     /// Claims this relay's share, and divides the relay if it is not; where there is nothing
-    /// free, it asks for some and waits.
+    /// free, it asks for some and waits. Says where they stand, and since when they are its
+    /// own.
     pub(super) async fn take_part(
         &self,
         client: &Client,
         checked: &Checkpoint,
-    ) -> Result<(Held, Vec<Standing>)> {
+    ) -> Result<(Held, Vec<Standing>, Instant)> {
         let since = Instant::now();
         loop {
+            let now = Instant::now();
             let taken = self.take(client, checked);
-            if let Some(taken) = within(LEASE, "claim slices", taken).await? {
-                return Ok(taken);
+            if let Some((held, standings)) = within(LEASE, "claim slices", taken).await? {
+                return Ok((held, standings, now));
             }
             if since.elapsed() > FIRST_MAX {
                 return Err(self.stands_by());
@@ -91,8 +102,16 @@ impl Division {
     pub(super) async fn leave(&self, database: &Database) {
         let left = async {
             let session = database.connect_pooled("postbox leaving").await?;
-            catalog::leave(&session.client, &self.contract, &self.owner).await
+            self.leave_by(&session.client).await;
+            Ok::<_, Error>(())
         };
+        let _ = timeout(LEAVE_MAX, left).await;
+    }
+
+    /// The same, in this session.
+    pub(super) async fn leave_by(&self, client: &Client) {
+        let nothing = (&*self.owner, Slices::default());
+        let left = catalog::leave(client, &self.contract, nothing);
         // If it cannot be said, the leases end by themselves.
         let _ = timeout(LEAVE_MAX, left).await;
     }
@@ -141,12 +160,20 @@ impl Division {
         Error::new(ErrorKind::SlotInUse, message)
     }
 
-    /// Returns once this relay should serve others than these.
-    async fn watch(self, session: Arc<Session>, held: Held, pause: Duration) {
-        let mut pause = pause;
+    /// Returns once this relay should drain: as it should serve others than these, or,
+    /// where it could not drain the last time, as it should ask for some.
+    async fn watch(self, session: Arc<Session>, held: Held, could_drain: bool) {
+        let mut pause = LOOK_INTERVAL;
+        if !could_drain {
+            // Others serve what it has got, and cannot.
+            let left = held.release_others(&session.client, &self.contract);
+            let _ = timeout(LEAVE_MAX, left).await;
+            pause = DRAIN_PAUSE;
+        }
         loop {
             sleep(pause).await;
-            let looked = timeout(LEASE, self.look_at(&session.client, &held)).await;
+            let looked = self.look_at(&session.client, &held, could_drain);
+            let looked = timeout(LEASE, looked).await;
             pause = match looked {
                 Ok(Ok(Some(pause))) => pause,
                 Ok(Ok(None)) => return,
@@ -156,11 +183,16 @@ impl Division {
         }
     }
 
-    /// When to look again; `None` if it should serve others.
-    async fn look_at(&self, client: &Client, held: &Held) -> Result<Option<Duration>> {
+    /// When to look again; `None` if it should drain.
+    async fn look_at(
+        &self,
+        client: &Client,
+        held: &Held,
+        may_ask: bool,
+    ) -> Result<Option<Duration>> {
         let look = catalog::look(client, &self.contract).await?;
         let share = self.share(&look);
-        if share.serve != held.slices {
+        if share.serve != held.slices || !(may_ask || share.want.is_empty()) {
             return Ok(None);
         }
         self.ask(client, &look, &share).await?;
@@ -190,12 +222,11 @@ impl Watch {
             held,
             task: JoinSet::new(),
         };
-        watch.again_after(LOOK_INTERVAL);
+        watch.go_on(true);
         watch
     }
 
-    /// Resolves once the attempt should end, as this relay should serve other slices.
-    /// Cancel-safe.
+    /// Resolves once the attempt should drain, and end. Cancel-safe.
     pub(super) async fn changed(watch: &mut Option<Self>) {
         if let Some(watch) = watch
             && watch.task.join_next().await.is_some()
@@ -205,11 +236,11 @@ impl Watch {
         std::future::pending::<()>().await;
     }
 
-    /// The attempt goes on nevertheless.
-    pub(super) fn again_after(&mut self, pause: Duration) {
+    /// The attempt goes on, from its start or after it tried to drain, in vain.
+    pub(super) fn go_on(&mut self, could_drain: bool) {
         let (division, session) = (self.division.clone(), Arc::clone(&self.session));
-        self.task
-            .spawn(division.watch(session, self.held.clone(), pause));
+        let held = self.held.clone();
+        self.task.spawn(division.watch(session, held, could_drain));
     }
 }
 

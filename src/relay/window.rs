@@ -147,9 +147,9 @@ impl Window {
         }
     }
 
-    /// Ends the producer. The suspects are for the next attempt.
-    pub(super) fn close(self) -> BTreeSet<Place> {
-        self.suspects
+    /// What is for the next attempt: the producer, if it is not at fault, and the suspects.
+    pub(super) fn close(self) -> (Publisher, BTreeSet<Place>) {
+        (self.publisher, self.suspects)
     }
 
     /// Whether one more event may be sent.

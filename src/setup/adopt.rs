@@ -20,7 +20,7 @@ use tokio_postgres::types::Type;
 
 use super::slot::taken_over;
 use super::{Report, State};
-use crate::catalog::{Checkpoint, Gap, KEY_COLUMNS, Mode, System, slice_of};
+use crate::catalog::{self, Checkpoint, Gap, KEY_COLUMNS, Mode, System, slice_of};
 use crate::contract::Contract;
 use crate::database::sort;
 use crate::error::{Error, ErrorKind, Result};
@@ -35,6 +35,8 @@ pub(super) async fn adopt(
     system: &System,
     report: &mut Report,
 ) -> Result<Checkpoint> {
+    // Rows of a slice that is gone are neither published nor not.
+    catalog::look(client, contract).await?;
     let doing = format!("adopt {}", contract.table("outbox"));
     let adopted = restamp(client, contract, checkpoint, system).await;
     let adopted = adopted.map_err(|error| sort(doing, error))?;

@@ -66,7 +66,7 @@ pub struct PollSettings {
 pub struct Poller {
     pages: Pages,
     messages: Messages,
-    heartbeat_interval: Duration,
+    settings: PollSettings,
     /// Everything that this snapshot sees was given.
     since: String,
     gap: Option<GapReader>,
@@ -103,10 +103,19 @@ impl Poller {
         listen(&session, &settings.outbox).await?;
         let (system, outbox) = (&settings.system, &settings.outbox);
         let (pages, relation) = Pages::open(session, system, outbox, DOING).await?;
-        let mut messages = Messages::new(settings.outbox);
+        let mut messages = Messages::new(settings.outbox.clone());
         messages.describe(&relation);
+        Ok(Self::of(pages, messages, settings))
+    }
+
+    /// The same, as it was before it began.
+    pub fn anew(self) -> Self {
+        Self::of(self.pages, self.messages, self.settings)
+    }
+
+    fn of(pages: Pages, messages: Messages, settings: PollSettings) -> Self {
         let now = Instant::now();
-        Ok(Self {
+        Self {
             since: String::new(),
             messages,
             gap: None,
@@ -117,9 +126,9 @@ impl Poller {
             fenced_at: now,
             has_asked: false,
             has_caught_up: false,
-            heartbeat_interval: settings.heartbeat_interval,
+            settings,
             pages,
-        })
+        }
     }
 
     /// Begins where the checkpoint is.
@@ -256,7 +265,7 @@ impl Poller {
         }
         self.since = now;
         self.moved_at = asked_at;
-        if self.fenced_at.elapsed() < self.heartbeat_interval {
+        if self.fenced_at.elapsed() < self.settings.heartbeat_interval {
             return None;
         }
         self.fenced_at = asked_at;

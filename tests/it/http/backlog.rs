@@ -287,3 +287,44 @@ async fn what_is_pending_of_each_slice_is_counted() {
     assert_eq!(backlog.events, left.unsigned_abs());
     assert_eq!(backlog.topics[&fixture.topic], left.unsigned_abs());
 }
+
+/// However many of the rows there are that are other slices', or delivered.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backlog_of_slices_is_counted_as_far_as_it_is_worth_it() {
+    let fixture = Fixture::empty().await;
+    let poll = ["--mode", "poll"];
+    fixture.setup(&poll).results();
+    let mut relay = Relay::start(&fixture, &[&poll[..], &["--shards", "1"]].concat());
+    relay.wait_for_log("serving 64 of 64 slices").await;
+    relay.drain().await;
+    let insert = "INSERT INTO postbox.outbox (aggregate_type, aggregate_id, event_type) \
+                  SELECT 'order', 'k' || n, 'changed' FROM generate_series(1, $1) AS n";
+    let insert = async |rows: i32| {
+        fixture.client.execute(insert, &[&rows]).await.unwrap();
+    };
+    insert(150_000).await;
+    let slices = async |what: &str| {
+        let sql = format!("UPDATE postbox.slice SET {what}");
+        fixture.client.batch_execute(&sql).await.unwrap();
+    };
+    slices("snapshot = pg_current_snapshot() WHERE slice >= 32").await;
+    let left = "SELECT count(*) FROM postbox.outbox \
+                WHERE get_byte(sha256(textsend(aggregate_id)), 0) & 63 < 32";
+    let left: i64 = fixture.client.query_one(left, &[]).await.unwrap().get(0);
+    assert!(left < EVENTS_MAX.cast_signed());
+    assert_eq!(fixture.backlog().await.events, left.unsigned_abs());
+    // All are delivered, and of as many more nothing has been read.
+    slices("snapshot = pg_current_snapshot()").await;
+    insert(220_000).await;
+    slices(&format!(
+        "second_snapshot = pg_current_snapshot(), seq = {} WHERE slice < 32",
+        i64::MIN
+    ))
+    .await;
+    let backlog = fixture.backlog().await;
+    assert!(
+        (EVENTS_MAX..220_000).contains(&backlog.events),
+        "{backlog:?}"
+    );
+    assert!(backlog.topics["order"] >= EVENTS_MAX, "{backlog:?}");
+}

@@ -70,3 +70,35 @@ async fn a_relay_that_wakes_up_finds_its_lease_taken() {
     other.drain().await;
     assert_eq!(fixture.records().await.len(), 2_100);
 }
+
+/// Nothing was delivered between the two.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_that_is_frozen_twice_notices_it_twice() {
+    let fixture = Fixture::polling().await;
+    let relay = polling(&fixture, &[]).await;
+    for times in 1..=2 {
+        wait_until("it polls", async || {
+            relay.log().matches("INFO polling").count() == times
+        })
+        .await;
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        relay.signal("STOP");
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        relay.signal("CONT");
+        wait_until("it is noticed", async || {
+            relay.log().matches("this process did not run for").count() == times
+        })
+        .await;
+    }
+    relay.drain().await;
+}
+
+/// It has taken the lease, and another may have it by the time it begins to read.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_that_is_frozen_behind_its_claim_notices_it() {
+    let fixture = Fixture::polling().await;
+    let mut command = Relay::command(&fixture, &POLL);
+    let mut relay = Relay::spawn(command.env("FAILPOINTS", "claimed=1*sleep(4000)"));
+    relay.wait_for_log("this process did not run for").await;
+    relay.drain().await;
+}

@@ -8,6 +8,7 @@ mod order;
 mod pooler;
 mod setup;
 mod shards;
+mod trouble;
 
 use std::time::Duration;
 

@@ -14,7 +14,7 @@ use crate::support::{Fixture, PATIENCE, Relay, SMALL_WINDOW, WINDOW, wait_until}
 
 /// The flags of a relay that shares. Where slices stand is stored each second, also while
 /// nothing comes.
-const SHARDS: [&str; 6] = [
+pub(super) const SHARDS: [&str; 6] = [
     "--mode",
     "poll",
     "--shards",
@@ -24,12 +24,12 @@ const SHARDS: [&str; 6] = [
 ];
 
 /// Starts one with these flags besides.
-fn start(fixture: &Fixture, flags: &[&str]) -> Relay {
+pub(super) fn start(fixture: &Fixture, flags: &[&str]) -> Relay {
     Relay::start(fixture, &[&SHARDS, flags].concat())
 }
 
 /// How many slices each relay has, the most first; 0 for those that nobody has.
-async fn counts(fixture: &Fixture) -> Vec<i64> {
+pub(super) async fn counts(fixture: &Fixture) -> Vec<i64> {
     let sql = "SELECT count(*) FILTER (WHERE s.is_served) FROM ( \
                    SELECT *, owner IS NOT NULL AND expires_at > clock_timestamp() AS is_served \
                    FROM postbox.slice) AS s \
@@ -39,7 +39,7 @@ async fn counts(fixture: &Fixture) -> Vec<i64> {
 }
 
 /// Waits until the slices are divided so, and nobody wants another's.
-async fn wait_for_division(fixture: &Fixture, expected: &[i64]) {
+pub(super) async fn wait_for_division(fixture: &Fixture, expected: &[i64]) {
     let sql = "SELECT count(*) FROM postbox.slice WHERE wanted_by IS NOT NULL";
     let what = format!("slices are divided {expected:?}");
     wait_until(&what, async || {
@@ -50,7 +50,7 @@ async fn wait_for_division(fixture: &Fixture, expected: &[i64]) {
 }
 
 /// Waits until every slice is stored to be past every row.
-async fn wait_for_slices(fixture: &Fixture) {
+pub(super) async fn wait_for_slices(fixture: &Fixture) {
     let sql = "SELECT count(*) FROM postbox.outbox AS o, postbox.slice AS s \
                WHERE s.second_snapshot IS NOT NULL OR NOT pg_visible_in_snapshot(o.xid, s.snapshot)";
     wait_until("all is stored to be delivered", async || {
@@ -61,7 +61,7 @@ async fn wait_for_slices(fixture: &Fixture) {
 }
 
 /// Waits until all is delivered, stops the relays, and asks the oracle.
-async fn judge(fixture: &Fixture, relays: impl IntoIterator<Item = Relay>) -> Verdict {
+pub(super) async fn judge(fixture: &Fixture, relays: impl IntoIterator<Item = Relay>) -> Verdict {
     wait_for_slices(fixture).await;
     for relay in relays {
         relay.drain().await;
@@ -206,7 +206,7 @@ async fn a_relay_that_wakes_up_sends_nothing_of_what_others_have_by_now() {
 }
 
 /// So many rows of each of a hundred keys.
-async fn insert_all(fixture: &Fixture, rows: i32) {
+pub(super) async fn insert_all(fixture: &Fixture, rows: i32) {
     let sql = "INSERT INTO postbox.outbox (aggregate_type, aggregate_id, event_type, payload) \
                SELECT $1, 'k' || key, 'changed', '{}' FROM generate_series(1, $2) AS n, generate_series(1, 100) AS key";
     let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 2] = [&fixture.topic, &rows];

@@ -37,6 +37,8 @@ pub(crate) enum Weather {
     Stalled,
     /// Half of what was read passes, and the rest so much later.
     Slow(Duration),
+    /// What comes before these words passes, and nothing from there on.
+    Before(&'static str),
 }
 
 impl Proxy {
@@ -146,13 +148,24 @@ async fn carry(
             Weather::Silent => (0, Duration::ZERO),
             Weather::Stalled => (read / 2, Duration::ZERO),
             Weather::Slow(delay) => (read / 2, delay),
+            Weather::Before(words) => (find(&buffer[..read], words), Duration::ZERO),
         };
         to.write_all(&buffer[..now]).await?;
         tokio::time::sleep(later).await;
+        if now == read {
+            continue;
+        }
         // The sender is gone when the proxy is.
         let _ = state
-            .wait_for(|state| !matches!(state.weather, Weather::Silent | Weather::Stalled))
+            .wait_for(|state| matches!(state.weather, Weather::Fair | Weather::Slow(_)))
             .await;
         to.write_all(&buffer[now..read]).await?;
     }
+}
+
+/// Where these words begin, or all ends.
+fn find(bytes: &[u8], words: &str) -> usize {
+    let mut windows = bytes.windows(words.len());
+    let found = windows.position(|window| window == words.as_bytes());
+    found.unwrap_or(bytes.len())
 }
