@@ -223,6 +223,12 @@ pub async fn setup(
     if options.adopt {
         stored = adopt(database, client, contract, stored, &mut report).await?;
     }
+    if let Stored::At(checkpoint) = &stored
+        && checkpoint.mode == Mode::Poll
+        && !contract.outbox.is_ours()
+    {
+        return Err(polls_our_outbox(contract));
+    }
     let mode = match (options.mode, &stored) {
         (Reading::By(mode), _) => mode,
         (_, Stored::At(checkpoint) | Stored::Recovering(checkpoint)) => checkpoint.mode,
@@ -314,9 +320,6 @@ async fn set_up_slot(
 ) -> Result<()> {
     match stored {
         Stored::At(checkpoint) if checkpoint.mode == Mode::Poll => {
-            if !contract.outbox.is_ours() {
-                return Err(polls_our_outbox(contract));
-            }
             checkpoint.check_system(contract, &catalog::system(client).await?)?;
             migrations::apply(client, contract, report).await?;
             merge::merge(client, contract, report).await?;

@@ -311,12 +311,13 @@ pub(crate) async fn compare_publication(
     }
     let checked = check_publication(client, contract).await;
     checked.map_err(|error| match error.kind() {
-        ErrorKind::Publication => is_of_another_table(contract).caused_by(error),
+        ErrorKind::Publication => is_of_another_table(contract),
         _ => error,
     })
 }
 
-/// It was right when the slot was set up, and is the same.
+/// It was right when the slot was set up, and is the same. (What would make it right for
+/// this table would break the relay of the other.)
 fn is_of_another_table(contract: &Contract) -> Error {
     let message = format!(
         "replication slot \"{}\" was not set up for {}: say --table-preset and --table as they were said then, or \

@@ -41,13 +41,14 @@ async fn a_table_that_is_not_as_its_preset_says_is_refused() {
 fn flags_that_do_not_go_together_are_refused() {
     for (flags, expected) in [
         (
-            &["--table-preset", "omni-box"][..],
-            "--table-preset omni-box needs --mode poll: its rows are claimed",
+            &["--table-preset", "spakky", "--mode", "auto"][..],
+            "--table-preset spakky needs --mode poll, as its rows are claimed, or --mode wal",
         ),
         (
-            &["--table-preset", "spakky", "--mode", "auto"],
-            "--table-preset spakky needs --mode poll",
+            &["--table-preset", "debezium", "--mode", "poll"],
+            "--table-preset debezium needs --mode wal",
         ),
+        (&["--mark"], "--table-preset postbox fights --mark"),
         (
             &[
                 "--table-preset",

@@ -79,8 +79,8 @@ async fn assert_crashed(mut relay: Relay, step: &str) {
 }
 
 /// Steps that tests elsewhere cross: the taking over of a slot, in `setup::slot`, and what
-/// only polling has, in `poll::crash`, `poll::cluster` and `poll::shards`.
-const ELSEWHERE: [&str; 23] = [
+/// only polling and tables of others have, in `poll`, `claim` and `tables`.
+const ELSEWHERE: [&str; 24] = [
     "taking_over",
     "renewing",
     "polling_begun",
@@ -104,6 +104,7 @@ const ELSEWHERE: [&str; 23] = [
     "refusing",
     "marking",
     "marked",
+    "released",
 ];
 
 #[test]
