@@ -187,7 +187,7 @@ impl Relay {
         measuring.spawn(meter::run(settings, metrics, self.cue.clone()));
         loop {
             self.worked = false;
-            let error = match Attempt::run(&mut self, &mut shutdown).await {
+            let error = match Box::pin(Attempt::run(&mut self, &mut shutdown)).await {
                 Ok(Ended::Stopped) => return self.end(),
                 // The next serves other slices.
                 Ok(Ended::Divided) => continue,

@@ -33,11 +33,11 @@ use wal::Stream;
 /// Where rows come from.
 pub enum Source {
     /// A replication slot.
-    Wal(Stream),
+    Wal(Box<Stream>),
     /// The table.
-    Poll(Poller),
+    Poll(Box<Poller>),
     /// A table of others, whose rows say whether they are published.
-    Claim(Claimer),
+    Claim(Box<Claimer>),
 }
 
 /// What the copy of rows that lie before a slot has beside the columns of their table: their

@@ -8,8 +8,6 @@ use super::identity::difference;
 use crate::contract::Contract;
 use crate::database::sort;
 use crate::error::{Error, ErrorKind, Result};
-#[cfg(doc)]
-use crate::table::Preset;
 
 /// Makes the publication.
 pub(crate) const PUBLICATION: &str = include_str!("../../sql/publication.sql");
@@ -29,7 +27,7 @@ pub async fn publication_identity(client: &Client, contract: &Contract) -> Resul
 
 /// Checks that the publication holds the inserts of the outbox, whole, and
 /// nothing else. Whether it has always done so is a question of its identity. One that
-/// comes with another's slot may hold more: see [`Preset::shares_publication`].
+/// comes with another's slot may hold more: see `Preset::shares_publication`.
 ///
 /// # Errors
 ///

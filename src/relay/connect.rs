@@ -151,7 +151,7 @@ async fn connect_to_slot(relay: &mut Relay) -> Result<Connected> {
         hold: Hold::Slot(checkpoint),
         claimed_at: Instant::now(),
         publisher,
-        source: Source::Wal(stream),
+        source: Source::Wal(Box::new(stream)),
         marks,
     })
 }
@@ -218,7 +218,7 @@ async fn connect_to_table(relay: &mut Relay) -> Result<Connected> {
         hold: Hold::Lease(checkpoint),
         claimed_at,
         publisher,
-        source: Source::Poll(poller),
+        source: Source::Poll(Box::new(poller)),
         marks: None,
     })
 }
@@ -243,7 +243,7 @@ impl Kept {
             hold: Hold::Slices(self.checked, held),
             claimed_at,
             publisher: self.publisher,
-            source: Source::Poll(self.poller),
+            source: Source::Poll(Box::new(self.poller)),
             marks: None,
         })
     }
@@ -282,7 +282,7 @@ async fn connect_to_claims(relay: &Relay, claims: &ClaimSettings) -> Result<Conn
         hold: Hold::Claims(Arc::clone(claimer.claims())),
         claimed_at: Instant::now(),
         publisher,
-        source: Source::Claim(claimer),
+        source: Source::Claim(Box::new(claimer)),
         marks: None,
     })
 }
