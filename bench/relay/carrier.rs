@@ -20,7 +20,19 @@ pub(crate) enum Carrier {
     OmniBox,
     /// postbox over the Unix socket, which claims rows of omni-box's table.
     Claiming,
+    /// postbox over the Unix socket, which reads omni-box's table from a slot.
+    Tracked(Marks),
 }
+
+/// What becomes of a row that is delivered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Marks {
+    None,
+    Published,
+}
+
+/// The slot and the publication of omni-box's table.
+const TRACKED: &str = "tracked";
 
 /// What makes a relay that polls look again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,6 +90,8 @@ impl Carrier {
             Self::Debezium(Debezium::LowLatency) => "Debezium, low latency",
             Self::OmniBox => "omni-box",
             Self::Claiming => "postbox, claiming",
+            Self::Tracked(Marks::None) => "postbox, from a slot",
+            Self::Tracked(Marks::Published) => "postbox, from a slot, marking",
         }
     }
 
@@ -87,7 +101,7 @@ impl Carrier {
                 Table::Postbox
             }
             Self::Debezium(_) => Table::Debezium,
-            Self::OmniBox | Self::Claiming => Table::OmniBox,
+            Self::OmniBox | Self::Claiming | Self::Tracked(_) => Table::OmniBox,
         }
     }
 
@@ -97,6 +111,7 @@ impl Carrier {
             Self::Postbox(_) | Self::Variant(_) => Some("postbox"),
             Self::PgRecvlogical(_) => Some("reader"),
             Self::Debezium(_) => Some("debezium"),
+            Self::Tracked(_) => Some(TRACKED),
             Self::Polling(_) | Self::OmniBox | Self::Claiming => None,
         }
     }
@@ -104,7 +119,11 @@ impl Carrier {
     fn is_postbox(self) -> bool {
         matches!(
             self,
-            Self::Postbox(_) | Self::Polling(_) | Self::Claiming | Self::Variant(_)
+            Self::Postbox(_)
+                | Self::Polling(_)
+                | Self::Claiming
+                | Self::Tracked(_)
+                | Self::Variant(_)
         )
     }
 
@@ -145,6 +164,10 @@ impl Carrier {
             Self::Claiming => relay(&mut command, rig, Way::Socket)
                 .args(["--mode", "poll", "--table-preset", "omni-box"])
                 .args(["--format", "raw"]),
+            Self::Tracked(marks) => relay(&mut command, rig, Way::Socket)
+                .args(["--table-preset", "omni-box", "--format", "raw"])
+                .args(["--slot", TRACKED, "--publication", TRACKED])
+                .args((marks == Marks::Published).then_some("--mark")),
         };
         let log = folder.join("log");
         let file = std::fs::File::options()
@@ -239,6 +262,16 @@ impl Table {
         };
         let sql = std::fs::read_to_string(rig::home().join(file)).unwrap();
         rig.client.batch_execute(&sql).await.unwrap();
+        if self == Self::OmniBox {
+            let mut command = Command::new(rig::postbox());
+            command
+                .args(["setup", "--table-preset", "omni-box"])
+                .args(["--slot", TRACKED, "--publication", TRACKED])
+                .env("POSTBOX_DATABASE_URL", rig.database_url(Way::Socket));
+            let output = command.output().unwrap();
+            let said = String::from_utf8_lossy(&output.stderr);
+            assert!(output.status.success(), "{said}");
+        }
     }
 }
 

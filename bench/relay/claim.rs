@@ -1,8 +1,8 @@
-//! Claims from omni-box's own table, beside omni-box.
+//! omni-box's own table: claimed from, read from a slot, and beside omni-box.
 
 use std::path::Path;
 
-use crate::carrier::Carrier;
+use crate::carrier::{Carrier, Marks};
 use crate::rig::Rig;
 use crate::runs::Runs;
 use crate::{STEADY, drain};
@@ -10,6 +10,13 @@ use crate::{STEADY, drain};
 /// With few keys omni-box is the slower the more rows wait, so it gets as many as it can
 /// carry in a minute.
 const ROWS_OF_OMNI_BOX_WITH_FEW_KEYS: i64 = 1_000;
+
+const CARRIERS: [Carrier; 4] = [
+    Carrier::OmniBox,
+    Carrier::Claiming,
+    Carrier::Tracked(Marks::Published),
+    Carrier::Tracked(Marks::None),
+];
 
 pub(crate) async fn run(file: &Path, trials: u32, rows: i64) {
     let mut rig = Rig::start(&STEADY, &[]).await;
@@ -20,7 +27,7 @@ pub(crate) async fn run(file: &Path, trials: u32, rows: i64) {
             .await
             .unwrap();
         for trial in 1..=trials {
-            for carrier in [Carrier::OmniBox, Carrier::Claiming] {
+            for carrier in CARRIERS {
                 let rows = match carrier {
                     Carrier::OmniBox if !keys.is_empty() => ROWS_OF_OMNI_BOX_WITH_FEW_KEYS,
                     _ => rows,

@@ -173,6 +173,10 @@ impl Rig {
 
     /// A slot at the end of the WAL, for this carrier.
     pub(crate) async fn begin(&self, carrier: Carrier) {
+        if carrier.table() == Table::OmniBox {
+            let empty = "TRUNCATE outbox_events";
+            self.client.batch_execute(empty).await.unwrap();
+        }
         if let Some(slot) = carrier.slot() {
             self.drop_slot(slot).await;
             self.create_slot(slot).await;
@@ -180,11 +184,6 @@ impl Rig {
         } else if let Carrier::Polling(wake) = carrier {
             let now = self.snapshot().await;
             self.poll_from(wake, &now).await;
-        } else if carrier.table() == Table::OmniBox {
-            self.client
-                .batch_execute("TRUNCATE outbox_events")
-                .await
-                .unwrap();
         }
     }
 
@@ -232,7 +231,7 @@ impl Rig {
             base: None,
         };
         match carrier {
-            Carrier::OmniBox | Carrier::Claiming => return backlog,
+            Carrier::OmniBox | Carrier::Claiming | Carrier::Tracked(_) => return backlog,
             Carrier::Polling(_) => {
                 let count = "SELECT count(*) FROM postbox.outbox";
                 backlog.published = self.client.query_one(count, &[]).await.unwrap().get(0);
@@ -397,7 +396,7 @@ impl Rig {
     async fn put_back_checkpoint(&self, slot: &str) {
         let sql = "UPDATE postbox.checkpoint SET lsn = confirmed_flush_lsn \
                    FROM pg_replication_slots WHERE name = $1 AND slot_name = $1";
-        if self.tables.contains(&Table::Postbox) {
+        if self.tables.contains(&Table::Postbox) || self.tables.contains(&Table::OmniBox) {
             self.client.execute(sql, &[&slot]).await.unwrap();
         }
     }

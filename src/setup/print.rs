@@ -158,7 +158,7 @@ mod tests {
         }
         for part in [
             "CREATE TABLE \"my \"\"box\".outbox",
-            "CREATE PUBLICATION \"Pub\" FOR TABLE \"my \"\"box\".outbox",
+            "CREATE PUBLICATION \"Pub\" FOR TABLE \"my \"\"box\".\"outbox\"",
             "pg_create_logical_replication_slot('slot_1', 'pgoutput')",
             "SET postbox.backfill = 'refuse'",
             "ALTER ROLE \"relay\" REPLICATION",
