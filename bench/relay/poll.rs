@@ -6,12 +6,19 @@ use std::path::Path;
 use crate::carrier::{Carrier, Table, Wake};
 use crate::rig::{self, Rig};
 use crate::runs::Runs;
+use crate::latency::WarmUp;
 use crate::{STEADY, drain, latency, rest};
 
 const INTERVAL: Carrier = Carrier::Polling(Wake::Interval);
 const NOTIFICATION: Carrier = Carrier::Polling(Wake::Notification);
 
 const RATES: [usize; 2] = [20, 1_000];
+
+/// At the rate that is measured, before it is.
+const A_MINUTE: WarmUp = WarmUp {
+    events: 60_000,
+    rate: 1_000,
+};
 
 pub(crate) async fn run(file: &Path, trials: u32, rows: i64, published: i64) {
     let mut rig = Rig::start(&STEADY, &[]).await;
@@ -46,8 +53,8 @@ pub(crate) async fn run(file: &Path, trials: u32, rows: i64, published: i64) {
         let open = rig::connect(&rig.postgres.socket_url()).await;
         let begin = "BEGIN; SELECT pg_current_xact_id()";
         open.batch_execute(begin).await.unwrap();
-        let mut run = latency::run(&mut rig, INTERVAL, 1_000, None, trial).await;
-        run.load += ", beside an open transaction";
+        let mut run = latency::run(&mut rig, INTERVAL, 1_000, Some(A_MINUTE), trial).await;
+        run.load += ", beside a transaction open for a minute";
         runs.add(&run);
         runs.add(&rest::idle(&mut rig, INTERVAL, trial).await);
     }
