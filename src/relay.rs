@@ -139,8 +139,8 @@ pub struct Relay {
     told: Option<Mode>,
     /// Whether the last attempt delivered anything, or held for a while.
     worked: bool,
-    /// Whether what the last attempt held, a lease or claims, was given back.
-    is_released: bool,
+    /// Until when what attempts before have claimed may not have been given back.
+    leftovers_until: Option<tokio::time::Instant>,
     /// Whether the last attempt ended as this process seemed to have been frozen.
     was_frozen: bool,
     /// What the last attempt leaves to one that serves other slices.
@@ -161,7 +161,7 @@ impl Relay {
             nonce: uuid::Uuid::new_v4().to_string(),
             told: None,
             worked: false,
-            is_released: true,
+            leftovers_until: None,
             was_frozen: false,
             kept: None,
         }
@@ -209,6 +209,9 @@ impl Relay {
                 ErrorKind::SlotInUse => STANDBY_INTERVAL,
                 _ => backoff.next().unwrap_or(BACKOFF_MAX),
             };
+            if self.worked {
+                standing_by = false;
+            }
             // Once, not with every question.
             if error.kind() != ErrorKind::SlotInUse {
                 standing_by = false;

@@ -279,10 +279,12 @@ impl Source {
         }
     }
 
-    /// Takes no more rows that would have to be given back.
-    pub async fn stop(&mut self) {
-        if let Self::Claim(claimer) = self {
-            claimer.stop().await;
+    /// Takes no more rows that would have to be given back, and says whether it knows of all
+    /// that it has taken.
+    pub async fn stop(&mut self) -> bool {
+        match self {
+            Self::Wal(_) | Self::Poll(_) => true,
+            Self::Claim(claimer) => claimer.stop().await,
         }
     }
 

@@ -23,6 +23,7 @@
 //! There is no state of a session, so that it holds through a pooler.
 
 use std::collections::BTreeMap;
+use std::sync::LazyLock;
 
 use tokio_postgres::Client;
 use tokio_postgres::types::Type;
@@ -172,7 +173,7 @@ pub async fn leave(
         (&owner as _, Type::TEXT),
         (&mask as _, Type::INT8),
     ];
-    let left = query_after(lease::BEGIN, client, &sql, &parameters).await;
+    let left = query_after(&BEGIN_BESIDE, client, &sql, &parameters).await;
     left.map_err(|error| sort(doing("give up", contract), error))?;
     Ok(())
 }
@@ -306,15 +307,17 @@ pub async fn want_slices(
         (&mask as _, Type::INT8),
         (&owner as _, Type::TEXT),
     ];
-    // It is asked in the session that renews leases, which must not wait for long: who has the
-    // checkpoint locked may have been cut off.
-    let begin = format!("{}; SET LOCAL lock_timeout = '500ms'", lease::BEGIN);
     failpoint!("wanting");
-    let wanted = query_after(&begin, client, &sql, &parameters).await;
+    let wanted = query_after(&BEGIN_BESIDE, client, &sql, &parameters).await;
     failpoint!("wanted");
     wanted.map_err(|error| sort(doing("ask for", contract), error))?;
     Ok(())
 }
+
+/// Begins what is written in the session that renews leases, besides: it must not wait for
+/// long, as who has the row locked may have been cut off.
+static BEGIN_BESIDE: LazyLock<String> =
+    LazyLock::new(|| format!("{}; SET LOCAL lock_timeout = '500ms'", lease::BEGIN));
 
 /// How long nobody has had a slice that others would have taken by now.
 pub(crate) const FREE_MAX: f64 = LEASE.as_secs() as f64;

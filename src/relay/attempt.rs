@@ -24,6 +24,7 @@ use crate::envelope::Encoder;
 use crate::error::{Error, ErrorKind, Result, joined};
 use crate::health::{SILENCE_MAX, Server};
 use crate::publisher::Topic;
+use crate::source::claim::LEFTOVERS_MAX;
 use crate::source::{Item, Mark, Row, Source};
 
 pub(super) struct Attempt<'r> {
@@ -120,15 +121,13 @@ impl<'r> Attempt<'r> {
             // Before leave is taken, which takes a while.
             attempt.relay.health.stopped(error);
             attempt.take_leave(error.kind()).await;
-        }
-        attempt.update_gauges();
-        attempt.source.stop().await;
-        if let Ok(Ended::Divided) = result {
-            result = attempt.control.hand_over().await.map(|()| Ended::Divided);
-        }
-        if result.is_err() {
             // Another may send it next: no more of it is to leave here.
             attempt.window.publisher.purge();
+        }
+        attempt.update_gauges();
+        let knows_all = attempt.source.stop().await;
+        if let Ok(Ended::Divided) = result {
+            result = attempt.control.hand_over().await.map(|()| Ended::Divided);
         }
         // It must not ask for slices behind a release.
         attempt.watch = None;
@@ -137,12 +136,15 @@ impl<'r> Attempt<'r> {
         failpoint!("released");
         let unstored = match result {
             Err(_) if !attempt.is_stored() => attempt.relay.unstored.max(attempt.window.last_sent),
+            Ok(Ended::Divided) if !attempt.has_caught_up() => attempt.relay.unstored,
             _ => None,
         };
         let relay = attempt.relay;
         relay.unstored = unstored;
         relay.was_frozen = attempt.was_frozen;
-        relay.is_released = is_released;
+        if !is_released || !knows_all {
+            relay.leftovers_until = Some(Instant::now() + LEFTOVERS_MAX);
+        }
         relay.worked = attempt.window.has_delivered
             || attempt.has_put_off
             || attempt.began.elapsed() > BACKOFF_MAX;
@@ -150,12 +152,17 @@ impl<'r> Attempt<'r> {
         let (publisher, suspects) = attempt.window.close();
         relay.suspects = suspects;
         relay.kept = match (attempt.source, attempt.control.checked()) {
-            (Source::Poll(poller), (session, Some(checked))) if is_divided => Some(Kept {
-                session,
-                checked,
-                publisher: publisher.anew(),
-                poller: poller.anew(),
-            }),
+            // What is asked for long may be asked for longer: another session need not wait.
+            (Source::Poll(poller), (session, Some(checked)))
+                if is_divided && !poller.is_asking() =>
+            {
+                Some(Kept {
+                    session,
+                    checked,
+                    publisher: publisher.anew(),
+                    poller: poller.anew(),
+                })
+            }
             (source, _) => {
                 source.close().await;
                 None
@@ -268,6 +275,8 @@ impl<'r> Attempt<'r> {
                 biased;
                 _ = shutdown.wait_for(|stop| *stop), if !self.stopping => {
                     self.stopping = true;
+                    // It asks for no more slices.
+                    self.watch = None;
                     // A relay that is behind does not wait for what it has not read.
                     if read == 0 && self.source.received() >= self.control.wal_end_before() {
                         let fence = timeout(LAST_FENCE_MAX, self.control.last_fence());
@@ -394,7 +403,7 @@ impl<'r> Attempt<'r> {
             // confirmed, and of what was sent before.
             && (!self.is_ending()
                 || self.source.is_amid()
-                || !self.has_caught_up()
+                || !self.has_read_on()
                 || self.awaits_fence())
     }
 
@@ -408,6 +417,12 @@ impl<'r> Attempt<'r> {
         self.relay
             .unstored
             .is_none_or(|place| self.source.has_passed(place, self.window.last_sent))
+    }
+
+    /// Whether an orderly end need not read more: who hands slices over goes on with the
+    /// others, and with what it owes.
+    fn has_read_on(&self) -> bool {
+        !self.stopping || self.has_caught_up()
     }
 
     /// Whether Postgres has stored that everything was delivered that was sent, now or
@@ -550,6 +565,9 @@ impl<'r> Attempt<'r> {
     /// Everything before this is delivered, and marked where it is to be.
     fn confirm(&mut self, progress: Progress) {
         let has_events = progress.events > 0;
+        if has_events {
+            self.window.confirmed();
+        }
         if let Some(lsn) = progress.confirm {
             failpoint!("confirming");
             self.source.confirm(lsn);
@@ -602,6 +620,7 @@ impl<'r> Attempt<'r> {
         let mut waiting = match (self.window.waiting(), &self.held) {
             (Some(waiting), _) => waiting,
             (None, Some(row)) => format!("{} waits for its topic", self.source.name_of(row)),
+            (None, None) if !self.is_marked() => "rows are being marked published".to_owned(),
             (None, None) if self.source.mark().is_some() || self.source.is_asking() => {
                 "the table is read".to_owned()
             }
@@ -638,6 +657,11 @@ impl<'r> Attempt<'r> {
         use ErrorKind::{BrokerAway, DatabaseAway, Event, Publication, SlotInUse};
         // Of its slices some may still be this relay's.
         let is_left = kind == SlotInUse && self.control.is_divided();
+        // What the others may be sending by now is not waited for.
+        let is_late = self.was_frozen && self.control.frozen_max().is_some();
+        if is_late {
+            return;
+        }
         if matches!(kind, DatabaseAway | Event | Publication) || is_left || self.has_put_off {
             let settled = async {
                 while !self.window.is_settled() || !self.is_marked() {
@@ -675,7 +699,7 @@ impl<'r> Attempt<'r> {
             && self.is_marked()
             && self.held.is_none()
             && !self.source.is_amid()
-            && self.has_caught_up()
+            && self.has_read_on()
             && !self.awaits_fence()
     }
 

@@ -116,14 +116,15 @@ fn tell_mode(mode: Mode, prevented: Option<String>) {
 }
 
 async fn connect_to_slot(relay: &mut Relay) -> Result<Connected> {
-    let session = open_session(&relay.settings, "control").await?;
+    let session = open_session(&relay.settings).await?;
     let begin = begin_at(relay, &session.client);
     let checked = within(SILENCE_MAX, "read what was set up", begin).await?;
     let (relay, settings) = (&*relay, &relay.settings);
     failpoint!("checked");
     let marks = match settings.marks() {
         Some(claims) => {
-            let session = open_session(settings, "marks").await?;
+            let name = format!("postbox {} marks", settings.contract.slot);
+            let session = settings.database.connect(&name).await?;
             let opened = Marks::open(session, &claims);
             Some(within(SILENCE_MAX, "look at the table", opened).await?)
         }
@@ -273,8 +274,8 @@ async fn connect_to_claims(relay: &Relay, claims: &ClaimSettings) -> Result<Conn
         intervals,
     );
     let mut claimer = within(SILENCE_MAX, "look at the table", opened).await?;
-    if !relay.is_released {
-        claimer.expect_leftovers();
+    if let Some(until) = relay.leftovers_until {
+        claimer.expect_leftovers(until);
     }
     failpoint!("opened");
     Ok(Connected {
@@ -296,9 +297,9 @@ fn outbox(relay: &Relay) -> Outbox {
     }
 }
 
-/// An ordinary session of the relay.
-async fn open_session(settings: &RelaySettings, purpose: &str) -> Result<Session> {
-    let name = format!("postbox {} {purpose}", settings.contract.slot);
+/// The relay's ordinary session.
+async fn open_session(settings: &RelaySettings) -> Result<Session> {
+    let name = format!("postbox {} control", settings.contract.slot);
     let session = settings.database.connect(&name).await?;
     // What we no longer wait for must not stay behind in the server: a statement that
     // waits for a lock does not notice that its client has gone. Later than we give it

@@ -249,10 +249,11 @@ impl Control {
         self.shared.is_stored()
     }
 
-    /// Stores the last mark and position, at the end of an attempt.
+    /// Stores the last mark and position, at the end of an attempt: nothing is renewed or
+    /// stored behind it.
     pub(super) async fn store(&mut self) -> Result<()> {
-        // An older mark must not come behind it.
-        self.task.shutdown().await;
+        let answer_max = self.shared.hold.answer_max();
+        self.end_beat(answer_max).await;
         let mark = self.mark.borrow().clone();
         if let Some((number, mark)) = mark {
             self.shared.store_mark(number, mark).await?;
@@ -283,16 +284,28 @@ impl Control {
         }
     }
 
+    /// Ends what renews and stores by itself, so that no older mark and no renewal comes
+    /// behind what is written next. A write about claims is waited for, up to `answer_max`: its
+    /// answer says by which tokens they are ours.
+    async fn end_beat(&mut self, answer_max: Duration) {
+        let Self { shared, task, .. } = self;
+        let writing = match &shared.hold {
+            Hold::Claims(claims) => timeout(answer_max, claims.pause()).await.ok(),
+            _ => None,
+        };
+        task.shutdown().await;
+        drop(writing);
+    }
+
     /// Lets another relay take over at once, where that is ours to say. Whether that is
     /// done.
     pub(super) async fn release(&mut self) -> bool {
-        let shared = &self.shared;
-        let client = &shared.session.client;
-        if let Hold::Slot(_) = shared.hold {
+        if let Hold::Slot(_) = self.shared.hold {
             return true;
         }
-        // No renewal may come behind it.
-        self.task.shutdown().await;
+        self.end_beat(RELEASE_MAX).await;
+        let shared = &self.shared;
+        let client = &shared.session.client;
         let released = async {
             match &shared.hold {
                 Hold::Slot(_) => Ok(()),
@@ -308,8 +321,7 @@ impl Control {
     /// Gives slices that others want to them, once everything is stored. The rest stays
     /// leased for the next attempt.
     pub(super) async fn hand_over(&mut self) -> Result<()> {
-        // A renewal behind it would miss them.
-        self.task.shutdown().await;
+        self.end_beat(RELEASE_MAX).await;
         let shared = &self.shared;
         let Hold::Slices(_, held) = &shared.hold else {
             return Ok(());
@@ -463,7 +475,8 @@ impl Shared {
             return;
         }
         let copy = self.contract.backfill_table();
-        let sql = format!("TRUNCATE {copy}");
+        // Not for long, as leases and fences wait behind it: somebody may be reading it.
+        let sql = format!("SET LOCAL lock_timeout = '1s'; TRUNCATE {copy}");
         if let Err(error) = self.session.client.batch_execute(&sql).await {
             let error = database::sort(format!("empty {copy}"), error);
             warn!(

@@ -13,19 +13,23 @@
 //! busy machine, 26). So where fewer rows were marked than there are, it is waited until
 //! their transactions are seen, and they are marked again. Those that are missing then are
 //! gone, or were marked before.
+//!
+//! Somebody may have locked a row, or the table, for as long as they like. That is waited for
+//! as well: to give up would be to send the same rows again and again. What is sent meanwhile
+//! is bounded, and readiness says what is waited for.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 
 use tokio::task::JoinSet;
+use tokio_postgres::error::SqlState;
 use tokio_postgres::types::Type;
 
 use super::window::Progress;
 use crate::catalog;
-use crate::database::{Session, sort, within};
+use crate::database::{Session, sort};
 use crate::error::{Error, Result, joined};
 use crate::event::Event;
-use crate::health::SILENCE_MAX;
 use crate::source::claim::ClaimSettings;
 
 /// The most rows that one statement marks: few enough to be done long before it is given
@@ -44,6 +48,10 @@ pub(super) struct Marks {
     /// What can be confirmed once those are marked that are being written.
     written: Progress,
     writing: JoinSet<Result<()>>,
+    /// How many rows those are.
+    writing_rows: usize,
+    /// Rows could not be marked: nothing behind them may be confirmed by this attempt.
+    has_failed: bool,
 }
 
 struct Sent {
@@ -55,11 +63,17 @@ struct Sent {
 }
 
 impl Marks {
-    /// Looks at the table, in a session that was opened for this.
+    /// Looks at the table, in a session that was opened for this. It waits for locks as long
+    /// as they are held, is idle as long as nothing comes, and does not take rows that a policy
+    /// hides for rows that are gone.
     ///
     /// # Errors
     /// If the table is not as its preset says.
     pub(super) async fn open(session: Session, claims: &ClaimSettings) -> Result<Self> {
+        let own = "SET statement_timeout = 0; SET lock_timeout = 0; SET idle_session_timeout = 0; \
+                   SET row_security = off";
+        let set = session.client.batch_execute(own).await;
+        set.map_err(|error| sort(DOING, error))?;
         let statement = claims.mark(&session.client).await?;
         Ok(Self {
             session: Arc::new(session),
@@ -69,6 +83,8 @@ impl Marks {
             reached: Progress::default(),
             written: Progress::default(),
             writing: JoinSet::new(),
+            writing_rows: 0,
+            has_failed: false,
         })
     }
 
@@ -84,13 +100,15 @@ impl Marks {
 
     /// Whether so few wait that more may be sent.
     pub(super) fn has_room(&self, rows_max: usize) -> bool {
-        // As many in flight, and as many on their way into the table.
-        self.rows.len() < rows_max.saturating_mul(2)
+        self.rows.len() + self.writing_rows < rows_max
     }
 
     /// All events are delivered up to this end of the window, and with them this can be
     /// confirmed. Says what need not wait.
     pub(super) fn reach(&mut self, progress: Progress, delivered: u64) -> Progress {
+        if self.has_failed {
+            return Progress::default();
+        }
         self.delivered = delivered;
         self.reached.add(progress);
         if self.writing.is_empty() {
@@ -101,7 +119,7 @@ impl Marks {
 
     /// Whether nothing waits to be marked of what is delivered.
     pub(super) fn are_done(&self) -> bool {
-        self.writing.is_empty()
+        self.writing.is_empty() && !self.has_failed
     }
 
     /// Waits until rows are marked, and says what can be confirmed. Cancel-safe.
@@ -112,7 +130,11 @@ impl Marks {
         let Some(written) = self.writing.join_next().await else {
             return std::future::pending().await;
         };
-        joined(written)?;
+        if let Err(error) = joined(written) {
+            self.has_failed = true;
+            return Err(error);
+        }
+        self.writing_rows = 0;
         let mut progress = std::mem::take(&mut self.written);
         progress.add(self.write());
         Ok(progress)
@@ -128,23 +150,31 @@ impl Marks {
         }
         let rows: Vec<Sent> = self.rows.drain(..delivered).collect();
         self.written = progress;
+        self.writing_rows = rows.len();
         let (session, statement) = (Arc::clone(&self.session), Arc::clone(&self.statement));
         self.writing.spawn(async move {
-            for rows in rows.chunks(ROWS_MAX) {
-                failpoint!("marking");
-                if mark(&session, &statement, rows).await? < rows.len() {
-                    wait_until_visible(&session, rows).await?;
-                    mark(&session, &statement, rows).await?;
-                }
-                failpoint!("marked");
+            tokio::select! {
+                marked = mark_all(&session, &statement, &rows) => marked,
+                error = session.ended() => Err(error),
             }
-            Ok(())
         });
         Progress::default()
     }
 }
 
 const DOING: &str = "mark rows published";
+
+async fn mark_all(session: &Session, statement: &str, rows: &[Sent]) -> Result<()> {
+    for rows in rows.chunks(ROWS_MAX) {
+        failpoint!("marking");
+        if mark(session, statement, rows).await? < rows.len() {
+            wait_until_visible(session, rows).await?;
+            mark(session, statement, rows).await?;
+        }
+        failpoint!("marked");
+    }
+    Ok(())
+}
 
 /// How many rows it has marked.
 async fn mark(session: &Session, statement: &str, rows: &[Sent]) -> Result<usize> {
@@ -154,11 +184,14 @@ async fn mark(session: &Session, statement: &str, rows: &[Sent]) -> Result<usize
         (&ids as _, Type::TEXT_ARRAY),
         (&times as _, Type::INT8_ARRAY),
     ];
-    let marked = async {
-        let marked = session.client.query_typed(statement, &parameters).await;
-        marked.map_err(|error| sort(DOING, error))
+    let marked = loop {
+        match session.client.query_typed(statement, &parameters).await {
+            Ok(marked) => break marked,
+            // Others write the same rows, in another order.
+            Err(error) if error.code() == Some(&SqlState::T_R_DEADLOCK_DETECTED) => {}
+            Err(error) => return Err(sort(DOING, error)),
+        }
     };
-    let marked = within(SILENCE_MAX, DOING, marked).await?;
     let marked: i64 = marked.first().map_or(0, |row| row.get(0));
     Ok(usize::try_from(marked).unwrap_or_default())
 }

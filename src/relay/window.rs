@@ -194,6 +194,11 @@ impl Window {
         Some(self.queue.get(self.queue.head())?.sent_at)
     }
 
+    /// Events were confirmed.
+    pub(super) fn confirmed(&mut self) {
+        self.beginning = Beginning::Over;
+    }
+
     /// How many entries have left it: all before are delivered.
     pub(super) fn head(&self) -> u64 {
         self.queue.head()
@@ -361,9 +366,6 @@ impl Window {
         let Some((lsn, events)) = reached else {
             return Progress::default();
         };
-        if events > 0 {
-            self.beginning = Beginning::Over;
-        }
         let mut mark = None;
         while let Some((end, ..)) = self.marks.front()
             && *end <= self.queue.head()

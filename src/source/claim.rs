@@ -67,7 +67,7 @@ const HELD_MAX: Duration = Duration::from_secs(1);
 
 /// How long it takes at most until claims that were left are claimed by somebody else: they
 /// end, and are looked for now and then.
-const LEFTOVERS_MAX: Duration = LEASE.saturating_add(Duration::from_secs(13));
+pub const LEFTOVERS_MAX: Duration = LEASE.saturating_add(Duration::from_secs(13));
 
 /// A claim that takes longer is told.
 const LONG: Duration = Duration::from_secs(1);
@@ -112,6 +112,8 @@ struct Claimed {
 }
 
 struct Answer {
+    /// How long the server took for it.
+    took: Duration,
     /// How many rows were due, as far as they were looked at.
     due: i64,
     rows: Vec<Claimed>,
@@ -165,9 +167,10 @@ impl Claimer {
         })
     }
 
-    /// Rows that an attempt before this one had claimed may not have been given back.
-    pub fn expect_leftovers(&mut self) {
-        self.leftovers_until = Some(Instant::now() + LEFTOVERS_MAX);
+    /// Rows that an attempt before this one had claimed may not have been given back, until
+    /// then.
+    pub fn expect_leftovers(&mut self, until: Instant) {
+        self.leftovers_until = Some(until);
     }
 
     /// What is claimed, for those who complete it.
@@ -247,7 +250,7 @@ impl Claimer {
 
     fn answered(&mut self, answer: Answer) {
         let asked_at = self.pause.looked_at();
-        self.took = asked_at.elapsed();
+        self.took = answer.took;
         let is_all = answer.due < ROWS;
         if is_all {
             self.passed_over.clear();
@@ -289,11 +292,16 @@ impl Claimer {
         self.rows.retain(|claimed| !goes_back(claimed));
     }
 
-    /// Claims no more. What was just being claimed is ours by then, to be given back.
-    pub async fn stop(&mut self) {
-        let answer = timeout(STOP_MAX, self.claiming.join_next()).await;
-        if let Ok(Some(Ok(Ok(answer)))) = answer {
-            self.answered(answer);
+    /// Claims no more. What was just being claimed is ours by then, to be given back: says
+    /// whether that is known.
+    pub async fn stop(&mut self) -> bool {
+        match timeout(STOP_MAX, self.claiming.join_next()).await {
+            Ok(None) => true,
+            Ok(Some(Ok(Ok(answer)))) => {
+                self.answered(answer);
+                true
+            }
+            _ => false,
         }
     }
 
@@ -354,6 +362,7 @@ async fn claim(
     let rows = rows.map_err(|error| sort(doing, error))?;
     failpoint!("rows_claimed");
     let mut answer = Answer {
+        took: since.elapsed(),
         due: rows.first().map_or(0, |row| row.get(0)),
         rows: Vec::with_capacity(rows.len()),
         held: Vec::new(),

@@ -105,7 +105,49 @@ async fn a_crash_leaves_no_row_behind_unmarked() {
     }
 }
 
-/// A row of the table is locked: what it holds up is not confirmed, and nothing is lost.
+/// What is behind them is not confirmed: the next attempt marks them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_that_could_not_be_marked_are_marked_after_all() {
+    let fixture = Fixture::omni_box().await;
+    fixture.set_up_table(&OMNI_BOX);
+    let fails_once = "CREATE SEQUENCE marks; \
+                      CREATE FUNCTION fails_once() RETURNS trigger LANGUAGE plpgsql AS $$ \
+                      BEGIN IF nextval('marks') = 5 THEN PERFORM pg_sleep(0.5); RAISE 'not now'; END IF; RETURN NULL; END $$; \
+                      CREATE TRIGGER fails_once BEFORE UPDATE ON outbox_events \
+                      FOR EACH STATEMENT EXECUTE FUNCTION fails_once()";
+    fixture.client.batch_execute(fails_once).await.unwrap();
+    let mut relay = Relay::streaming(&fixture, &[&MARK[..], &SMALL_WINDOW].concat()).await;
+    let writers = fixture.writers(fixture.steady_load());
+    relay.wait_for_log("not now").await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    writers.stop().await.unwrap();
+    let verdict = fixture.judge_slot(relay).await;
+    assert!(verdict.is_clean(WINDOW), "{verdict}");
+    assert_eq!(fixture.rows_that_are("status <> 'completed'").await, 0);
+}
+
+/// Rows that a policy hides are not gone.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_that_may_not_see_the_rows_confirms_nothing() {
+    let mut fixture = Fixture::omni_box().await;
+    let (role, url) = fixture.role("relay").await;
+    fixture.set_up_table(&[&OMNI_BOX[..], &["--grant-to", &role]].concat());
+    let hide = "ALTER TABLE outbox_events ENABLE ROW LEVEL SECURITY";
+    fixture.client.batch_execute(hide).await.unwrap();
+    fixture.insert("a", "{\"n\": 1}").await;
+    let end = fixture.wal_end().await;
+    fixture.database_url = url;
+    let mut relay = Relay::start(&fixture, &MARK);
+    assert_eq!(relay.exit_code().await, 6, "{}", relay.log());
+    assert!(
+        relay.log().contains("row-level security"),
+        "{}",
+        relay.log()
+    );
+    assert!(fixture.confirmed().await < end);
+}
+
+/// A row of the table is locked: what it holds up is not confirmed, and sent once.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_row_that_cannot_be_marked_yet_is_not_confirmed() {
     let fixture = Fixture::omni_box().await;
@@ -117,11 +159,18 @@ async fn a_row_that_cannot_be_marked_yet_is_not_confirmed() {
     other.batch_execute(lock).await.unwrap();
     let relay = Relay::streaming(&fixture, &MARK).await;
     wait_until("it is delivered", async || fixture.keys().await == ["a"]).await;
-    tokio::time::sleep(Duration::from_secs(1)).await;
+    wait_until("readiness tells", async || {
+        relay
+            .get("/readyz")
+            .1
+            .contains("rows are being marked published")
+    })
+    .await;
     assert!(fixture.confirmed().await < end);
     other.batch_execute("ROLLBACK").await.unwrap();
     fixture.wait_for_confirmation().await;
     relay.drain().await;
+    assert_eq!(fixture.keys().await, ["a"]);
     assert_eq!(fixture.rows_that_are("status = 'completed'").await, 1);
 }
 
@@ -325,7 +374,10 @@ async fn a_relay_of_least_rights_reads_the_copy_and_marks() {
     fixture.database_url = server;
     let relay = Relay::streaming(&fixture, &MARK).await;
     fixture.wait_for_confirmation().await;
-    assert_eq!(fixture.rows_of(&fixture.copy()).await, 0);
+    wait_until("the copy is emptied", async || {
+        fixture.rows_of(&fixture.copy()).await == 0
+    })
+    .await;
     let log = relay.log();
     relay.drain().await;
     assert!(!log.contains("WARN"), "{log}");

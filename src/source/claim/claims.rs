@@ -121,6 +121,12 @@ impl Claims {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Waits until nothing is being written about claims; nothing is as long as the guard
+    /// lives.
+    pub(crate) async fn pause(&self) -> tokio::sync::MutexGuard<'_, ()> {
+        self.writing.lock().await
+    }
+
     /// These rows were claimed, in this order. They are given once the source has seen them,
     /// too.
     pub(super) fn add(&self, claims: impl IntoIterator<Item = Claim>) {
