@@ -112,11 +112,14 @@ async fn rows_that_could_not_be_marked_are_marked_after_all() {
     fixture.set_up_table(&OMNI_BOX);
     let fails_once = "CREATE SEQUENCE marks; \
                       CREATE FUNCTION fails_once() RETURNS trigger LANGUAGE plpgsql AS $$ \
-                      BEGIN IF nextval('marks') = 5 THEN PERFORM pg_sleep(0.5); RAISE 'not now'; END IF; RETURN NULL; END $$; \
+                      BEGIN IF nextval('marks') = 5 THEN RAISE 'not now'; END IF; RETURN NULL; END $$; \
                       CREATE TRIGGER fails_once BEFORE UPDATE ON outbox_events \
                       FOR EACH STATEMENT EXECUTE FUNCTION fails_once()";
     fixture.client.batch_execute(fails_once).await.unwrap();
-    let mut relay = Relay::streaming(&fixture, &[&MARK[..], &SMALL_WINDOW].concat()).await;
+    // So slow that there is always something on its way.
+    let mut command = Relay::command(&fixture, &[&MARK[..], &SMALL_WINDOW].concat());
+    let mut relay = Relay::spawn(command.env("FAILPOINTS", "delivering=sleep(2)"));
+    relay.wait_for_log("streaming").await;
     let writers = fixture.writers(fixture.steady_load());
     relay.wait_for_log("not now").await;
     tokio::time::sleep(Duration::from_secs(1)).await;
