@@ -136,7 +136,7 @@ async fn connect_to_slot(relay: &mut Relay) -> Result<Connected> {
     let claimed = catalog::claim(&session.client, &settings.contract, &checked);
     let checkpoint = within(SILENCE_MAX, "claim the checkpoint", claimed).await?;
     if let Some(gap) = checkpoint.gap.clone() {
-        info!("what the slot had lost is sent first, from the table");
+        info!("what the slot does not give is sent first, from the table");
         let contract = &settings.contract;
         let copy = (!contract.outbox.is_ours()).then(|| contract.backfill_table());
         let begun = stream.read_first(&settings.database, gap, copy.as_deref(), checkpoint.lsn);

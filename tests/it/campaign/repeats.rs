@@ -337,7 +337,7 @@ fn starts(log: &str, ended_well_at: Option<i64>) -> Vec<Start> {
     let mut has_gap = false;
     let mut starts = Vec::new();
     for line in log.lines() {
-        has_gap |= line.contains(" what the slot had lost is sent first");
+        has_gap |= line.contains(" what the slot does not give is sent first");
         if line.contains(Mode::Wal.at_work()) {
             starts.push(Start {
                 at: time(line),
