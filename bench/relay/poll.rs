@@ -4,9 +4,9 @@
 use std::path::Path;
 
 use crate::carrier::{Carrier, Table, Wake};
+use crate::latency::WarmUp;
 use crate::rig::{self, Rig};
 use crate::runs::Runs;
-use crate::latency::WarmUp;
 use crate::{STEADY, drain, latency, rest};
 
 const INTERVAL: Carrier = Carrier::Polling(Wake::Interval);
