@@ -48,6 +48,12 @@ const LOCK_INTERVAL: Duration = Duration::from_millis(100);
 /// wait for a synchronous standby.
 const ANSWER_MAX: Duration = Duration::from_secs(90);
 
+/// Takes the time limits away that the server or the role has for a transaction which reads
+/// or copies what lies before a slot: that may take as long as it takes. Not each version of
+/// the server has each of them.
+const UNLIMITED: &str = "SELECT set_config(name, '0', true) FROM pg_settings \
+     WHERE name IN ('statement_timeout', 'transaction_timeout')";
+
 /// Names our advisory lock. Locks of this kind are per database.
 const LOCK: i64 = i64::from_be_bytes(*b"\0postbox");
 
@@ -459,9 +465,12 @@ async fn open_replication(
     let mut replication = ReplicationClient::connect_gated(config)
         .await
         .map_err(|error| sort_replication(doing, error))?;
-    // The session that holds a slot's exported snapshot is idle in a transaction.
-    let bound =
-        format!("SET lock_timeout = '{PATIENCE}'; SET idle_in_transaction_session_timeout = 0");
+    // The session that holds a slot's exported snapshot is idle in a transaction. That there
+    // is a limit for a whole transaction came with Postgres 17.
+    let bound = format!(
+        "SET lock_timeout = '{PATIENCE}'; SET idle_in_transaction_session_timeout = 0; \
+         SELECT set_config(name, '0', false) FROM pg_settings WHERE name = 'transaction_timeout'"
+    );
     // The client connects with its first command.
     let bounded = async { Ok(replication.simple_query(&bound).await) };
     match within(database.connect_timeout(), doing, bounded).await? {

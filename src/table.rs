@@ -233,7 +233,13 @@ pub struct Table {
     /// Fields whose columns have other names than the preset says.
     columns: Vec<(String, String)>,
     placements: Vec<Placement>,
+    /// How often a row is tried, where rows do not say: one that was tried as often and is
+    /// not published is given up.
+    pub attempts_max: u32,
 }
+
+/// How often a row is tried, unless something else is said.
+pub const ATTEMPTS_MAX: u32 = 5;
 
 impl Table {
     /// The table of a preset; of ours, that of our schema. `name` is `table` or
@@ -260,6 +266,7 @@ impl Table {
             name: name.to_owned(),
             columns: columns.to_vec(),
             placements: Vec::new(),
+            attempts_max: ATTEMPTS_MAX,
         };
         if preset == Preset::Postbox && table != Self::of(our_schema) {
             let message = "--table and --column are for tables of others: with --table-preset postbox the table is \
@@ -281,6 +288,7 @@ impl Table {
             name: Preset::Postbox.table().to_owned(),
             columns: Vec::new(),
             placements: Vec::new(),
+            attempts_max: ATTEMPTS_MAX,
         }
     }
 

@@ -35,11 +35,31 @@ pub async fn publication_identity(client: &Client, contract: &Contract) -> Resul
 pub async fn check_publication(client: &Client, contract: &Contract) -> Result<()> {
     match find_fault(client, contract).await? {
         None => Ok(()),
-        Some(Fault { why, mend }) => Err(Error::new(
-            ErrorKind::Publication,
-            format!("publication \"{}\" {why}: {mend}", contract.publication),
-        )),
+        Some(Fault { why, mend }) => {
+            let mend = match mend {
+                Mend::Run(statements) => statements,
+                Mend::Another => {
+                    "make another publication, and name it with --publication".to_owned()
+                }
+                Mend::Nothing => return Err(is_of_another_table(contract)),
+            };
+            Err(Error::new(
+                ErrorKind::Publication,
+                format!("publication \"{}\" {why}: {mend}", contract.publication),
+            ))
+        }
     }
+}
+
+/// Another relay reads it, or this one with other flags.
+fn is_of_another_table(contract: &Contract) -> Error {
+    let message = format!(
+        "publication \"{}\" was set up for another table than {}: say --table-preset and --table as they were said \
+         then, or name another --slot and --publication",
+        contract.publication,
+        contract.outbox.quoted()
+    );
+    Error::new(ErrorKind::Publication, message)
 }
 
 /// Whether there is a publication of this name.
@@ -56,16 +76,24 @@ pub(super) async fn changed(
     present: Option<&str>,
 ) -> Result<Error> {
     let difference = present.map(|present| difference(stored, present));
+    let recover = "run `postbox recover`";
     let (why, mend) = match find_fault(client, contract).await? {
-        Some(Fault { why, mend }) => (Some(why), format!("make it right: {mend}; then, ")),
-        None => (None, String::new()),
+        Some(Fault { why, mend }) => {
+            let mend = match mend {
+                Mend::Run(statements) => format!("make it right: {statements}; then, {recover}"),
+                Mend::Another => "set up another --slot with another --publication".to_owned(),
+                Mend::Nothing => return Ok(is_of_another_table(contract)),
+            };
+            (Some(why), mend)
+        }
+        None => (None, recover.to_owned()),
     };
     let what: Vec<&str> = difference.into_iter().chain(why.as_deref()).collect();
     Ok(Error::new(
         ErrorKind::Publication,
         format!(
             "publication \"{}\" {}: the slot may skip rows committed since, which are still in the outbox; \
-             {mend}run `postbox recover`",
+             {mend}",
             contract.publication,
             what.join(", and "),
         ),
@@ -75,18 +103,54 @@ pub(super) async fn changed(
 /// What is wrong with a publication as it is now.
 struct Fault {
     why: String,
-    /// Statements for one line of psql.
-    mend: String,
+    mend: Mend,
+}
+
+/// How it is mended, without harm to others that read it.
+enum Mend {
+    /// By statements, for one line of psql.
+    Run(String),
+    /// By another publication: what would mend this one may break what else reads it.
+    Another,
+    /// Not at all: it is right, for another table.
+    Nothing,
 }
 
 async fn find_fault(client: &Client, contract: &Contract) -> Result<Option<Fault>> {
-    Ok(match find(client, contract).await? {
-        Some(shape) => shape.fault(contract),
-        None => Some(Fault {
+    let Some(shape) = find(client, contract).await? else {
+        return Ok(Some(Fault {
             why: "does not exist".to_owned(),
-            mend: create_statement(contract),
-        }),
-    })
+            mend: Mend::Run(create_statement(contract)),
+        }));
+    };
+    let Some(mut fault) = shape.fault(contract) else {
+        return Ok(None);
+    };
+    if shape.holds_others() && serves_another_table(client, contract).await? {
+        fault.mend = Mend::Nothing;
+    }
+    Ok(Some(fault))
+}
+
+/// Whether a slot was set up with this publication when it did not hold the outbox: an
+/// identity has the oid of each table that it held by name. Where a publication is shared it
+/// may have held the outbox otherwise.
+async fn serves_another_table(client: &Client, contract: &Contract) -> Result<bool> {
+    let sql = contract.sql(
+        "SELECT EXISTS (SELECT FROM :\"schema\".checkpoint WHERE publication = $1 \
+             AND publication_identity !~ format(' table [0-9]+@[0-9]+:%s( |$)', to_regclass($2)::oid) \
+             AND NOT ($3 AND publication_identity ~ '\"puballtables\": true| schema [0-9]+@'))",
+    );
+    let outbox = contract.outbox.quoted();
+    let is_shared = contract.outbox.preset.shares_publication();
+    let parameters = [
+        (&contract.publication as _, Type::TEXT),
+        (&outbox as _, Type::TEXT),
+        (&is_shared as _, Type::BOOL),
+    ];
+    let rows = client.query_typed(&sql, &parameters).await;
+    let rows = rows.map_err(|error| sort(doing(contract), error))?;
+    Ok(rows.first().is_some_and(|row| row.get(0)))
 }
 
 /// The first statement of `sql/publication.sql`, in one line.
@@ -114,7 +178,8 @@ async fn find(client: &Client, contract: &Contract) -> Result<Option<Shape>> {
     // to_jsonb: row filters and column lists came with Postgres 15.
     let sql = "SELECT p.puballtables, p.pubinsert, p.pubupdate OR p.pubdelete OR p.pubtruncate, p.pubviaroot, \
                       coalesce(bool_or(r.prrelid = outbox), false), \
-                      coalesce(bool_or(num_nonnulls(to_jsonb(r) ->> 'prqual', to_jsonb(r) ->> 'prattrs') > 0), false), \
+                      coalesce(bool_or(num_nonnulls(to_jsonb(r) ->> 'prqual', to_jsonb(r) ->> 'prattrs') > 0) \
+                               FILTER (WHERE r.prrelid = outbox), false), \
                       string_agg(r.prrelid::regclass::text, ', ') FILTER (WHERE r.prrelid IS DISTINCT FROM outbox), \
                       p.oid, \
                       EXISTS (SELECT FROM pg_publication_tables AS t, pg_class AS c \
@@ -168,29 +233,52 @@ async fn schemas(client: &Client, contract: &Contract, publication: u32) -> Resu
 
 impl Shape {
     fn fault(&self, contract: &Contract) -> Option<Fault> {
-        let (tables, options) = match contract.outbox.preset.shares_publication() {
+        let is_shared = contract.outbox.preset.shares_publication();
+        let (tables, options) = match is_shared {
             true => (self.is_lacking(contract), self.lacks_inserts()),
             false => (self.wrong_tables(contract), self.wrong_options()),
         };
+        let mend = match is_shared {
+            true => self.mend_shared(contract, options.is_some()),
+            false => self.mend_own(contract, tables.is_some(), options.is_some()),
+        };
+        let why: Vec<String> = tables.into_iter().chain(options).collect();
+        (!why.is_empty()).then(|| Fault {
+            why: why.join(", and "),
+            mend,
+        })
+    }
+
+    fn mend_own(&self, contract: &Contract, tables: bool, options: bool) -> Mend {
         let name = escape_identifier(&contract.publication);
         let mut mend = Vec::new();
         if self.all_tables {
             mend.push(format!("DROP PUBLICATION {name}"));
             mend.push(create_statement(contract));
         } else {
-            if tables.is_some() {
+            if tables {
                 let outbox = contract.outbox.quoted();
                 mend.push(format!("ALTER PUBLICATION {name} SET TABLE {outbox}"));
             }
-            if options.is_some() {
+            if options {
                 mend.push(format!("ALTER PUBLICATION {name} SET ({OPTIONS})"));
             }
         }
-        let why: Vec<String> = tables.into_iter().chain(options).collect();
-        (!why.is_empty()).then(|| Fault {
-            why: why.join(", and "),
-            mend: mend.join("; "),
-        })
+        Mend::Run(mend.join("; "))
+    }
+
+    /// A table more harms nobody.
+    fn mend_shared(&self, contract: &Contract, options: bool) -> Mend {
+        if self.all_tables || self.holds_outbox || options {
+            return Mend::Another;
+        }
+        let name = escape_identifier(&contract.publication);
+        let outbox = contract.outbox.quoted();
+        Mend::Run(format!("ALTER PUBLICATION {name} ADD TABLE {outbox}"))
+    }
+
+    fn holds_others(&self) -> bool {
+        self.all_tables || self.other_tables.is_some() || self.schemas.is_some()
     }
 
     fn wrong_tables(&self, contract: &Contract) -> Option<String> {

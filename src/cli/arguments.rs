@@ -2,12 +2,12 @@
 
 use std::env::VarError;
 
-use clap::{Args, ValueEnum};
+use clap::{Args, ValueEnum, value_parser};
 use postbox::catalog::Mode;
 use postbox::contract::Contract;
 use postbox::database::Database;
 use postbox::publisher::KafkaSettings;
-use postbox::table::{Preset, Table};
+use postbox::table::{ATTEMPTS_MAX, Preset, Table};
 use postbox::{Error, ErrorKind};
 
 #[derive(Debug, Args)]
@@ -115,16 +115,25 @@ struct TableArguments {
         value_name = "FIELD=COLUMN"
     )]
     columns: Vec<(String, String)>,
+
+    /// How often an event that cannot go out is tried, where its table does not say, as spakky's does
+    /// not; 1 to 1000. One that was tried as often is given up: set-up and recovery do not have it sent.
+    #[arg(
+        long,
+        env = "POSTBOX_MAX_ATTEMPTS",
+        default_value_t = ATTEMPTS_MAX,
+        value_parser = value_parser!(u32).range(1..=1000),
+        value_name = "NUMBER"
+    )]
+    max_attempts: u32,
 }
 
 impl TableArguments {
     fn resolve(&self, schema: &str) -> postbox::Result<Table> {
-        Table::new(
-            self.table_preset,
-            schema,
-            self.table.as_deref(),
-            &self.columns,
-        )
+        let name = self.table.as_deref();
+        let mut table = Table::new(self.table_preset, schema, name, &self.columns)?;
+        table.attempts_max = self.max_attempts;
+        Ok(table)
     }
 }
 

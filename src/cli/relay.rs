@@ -121,16 +121,6 @@ struct ClaimArguments {
         value_name = "TIME"
     )]
     claim_timeout: Duration,
-
-    /// How often an event that cannot go out is tried, where its table does not say; 1 to 1000.
-    #[arg(
-        long,
-        env = "POSTBOX_MAX_ATTEMPTS",
-        default_value = "5",
-        value_parser = value_parser!(u32).range(1..=1000),
-        value_name = "NUMBER"
-    )]
-    max_attempts: u32,
 }
 
 #[derive(Debug, Args)]
@@ -285,14 +275,14 @@ impl RelayCommand {
         let mut contract = self.contract.resolve()?;
         let placements = self.records.placement.clone();
         contract.outbox = contract.outbox.placing(placements);
-        let preset = contract.outbox.preset;
+        let (preset, attempts_max) = (contract.outbox.preset, contract.outbox.attempts_max);
         self.check_preset(preset)?;
         let settings = RelaySettings {
             mode: self.mode.into(),
             contract,
             mark: self.claims.mark,
             claim_timeout: self.claims.claim_timeout,
-            attempts_max: self.claims.max_attempts,
+            attempts_max,
             kafka: match preset.compression() {
                 Some(codec) => self.kafka.resolve()?.compressed(codec),
                 None => self.kafka.resolve()?,

@@ -5,7 +5,7 @@ use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::Type;
 
-use super::{Report, SetupOptions, State};
+use super::{Report, SetupOptions, State, backfill};
 use crate::catalog::{MAY_REPLICATE, Mode};
 use crate::contract::Contract;
 use crate::database::sort;
@@ -41,6 +41,10 @@ const MARK: &str = "GRANT USAGE ON SCHEMA :\"table_schema\" TO :\"role\";\n\
 const MARK_HAS: &str = "SELECT has_schema_privilege($1::text::name, :'table_schema', 'USAGE') \
      AND has_table_privilege($1::text::name, quote_ident(:'table_schema') || '.' || quote_ident(:'table'), 'SELECT') \
      AND has_table_privilege($1::text::name, quote_ident(:'table_schema') || '.' || quote_ident(:'table'), 'UPDATE')";
+
+/// What a relay needs of another library's table that a slot gives: to find it.
+const FIND: &str = "GRANT USAGE ON SCHEMA :\"table_schema\" TO :\"role\";\n";
+const FIND_HAS: &str = "SELECT has_schema_privilege($1::text::name, :'table_schema', 'USAGE')";
 
 /// Refuses roles that do not exist, before anything is done.
 pub(super) async fn check_roles(client: &Client, options: &SetupOptions) -> Result<()> {
@@ -80,10 +84,16 @@ pub(super) async fn apply(
         }
         let state = grant(client, contract, role, RELAY, RELAY_HAS).await?;
         report.add(format!("grants to relay role \"{role}\""), state);
-        if contract.outbox.preset.tracking().is_some() {
-            let state = grant(client, contract, role, MARK, MARK_HAS).await?;
+        if !contract.outbox.is_ours() {
+            let (file, has) = match contract.outbox.preset.tracking() {
+                Some(_) => (MARK, MARK_HAS),
+                None => (FIND, FIND_HAS),
+            };
+            let state = grant(client, contract, role, file, has).await?;
             let table = contract.outbox.quoted();
             report.add(format!("{table}: grants to relay role \"{role}\""), state);
+            let copied = backfill::grant(client, contract).await;
+            copied.map_err(|error| sort(format!("grant rights to role \"{role}\""), error))?;
         }
     }
     if let Some(role) = &options.writer_role {

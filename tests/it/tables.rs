@@ -7,7 +7,7 @@ use postbox::oracle::{Load, Verdict};
 
 use crate::claim::claiming;
 use crate::claim::spakky::is_clean_without_keys;
-use crate::support::{Fixture, Relay, SMALL_WINDOW, WINDOW, wait_until};
+use crate::support::{Fixture, Relay, SMALL_WINDOW, WINDOW, statement, wait_until};
 
 /// The fixtures' view by which the oracle writes is in the schema `postbox`.
 const OMNI_BOX: [&str; 4] = ["--schema", "box", "--table-preset", "omni-box"];
@@ -388,6 +388,61 @@ async fn a_relay_of_least_rights_reads_the_copy_and_marks() {
     assert_eq!(fixture.keys().await.len(), 100);
 }
 
+/// All in one call, on a database that has nothing of ours yet.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_of_least_rights_may_read_the_copy_of_the_first_set_up() {
+    let mut fixture = Fixture::omni_box().await;
+    let (role, server) = fixture.role("relay").await;
+    fixture.omni_box_backlog(100, 10).await;
+    let flags = ["--backfill", "pending", "--grant-to", &role];
+    fixture.set_up_table(&[&OMNI_BOX[..], &flags].concat());
+    fixture.database_url = server;
+    let relay = Relay::streaming(&fixture, &MARK).await;
+    fixture.wait_for_confirmation().await;
+    assert_eq!(fixture.rows_of(&fixture.copy()).await, 0);
+    relay.drain().await;
+    assert_eq!(fixture.keys().await.len(), 100);
+}
+
+/// The database ends what takes three seconds; here it takes five until what lies before the
+/// slot is read, and five more to copy it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_set_up_that_takes_long_is_not_cut_short_by_the_databases_limits() {
+    let fixture = Fixture::with_postgres(&[]).await;
+    fixture.make_omni_box().await;
+    fixture.omni_box_backlog(10, 10).await;
+    let limits = "CREATE FUNCTION slow() RETURNS event_trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(5); END'; \
+                  CREATE EVENT TRIGGER slow ON ddl_command_end WHEN TAG IN ('CREATE TABLE AS') EXECUTE FUNCTION slow(); \
+                  DO $$ BEGIN \
+                      EXECUTE format('ALTER DATABASE %I SET statement_timeout = 3000', current_database()); \
+                      IF current_setting('server_version_num')::integer >= 170000 THEN \
+                          EXECUTE format('ALTER DATABASE %I SET transaction_timeout = 3000', current_database()); \
+                      END IF; \
+                  END $$";
+    fixture.client.batch_execute(limits).await.unwrap();
+    let pending = [&OMNI_BOX[..], &["--backfill", "pending"]].concat();
+    let set_up = fixture.setup_with("slot_created=sleep(5000)", &pending);
+    let set_up = set_up.results();
+    assert!(
+        set_up.contains("before it: 10; they are sent first"),
+        "{set_up}"
+    );
+    // And one that somebody else made.
+    fixture.drop_slot().await;
+    let slot = &fixture.contract.slot;
+    let forget = format!(
+        "DELETE FROM box.checkpoint; SELECT pg_create_logical_replication_slot('{slot}', 'pgoutput')"
+    );
+    for statement in forget.split("; ") {
+        fixture.client.batch_execute(statement).await.unwrap();
+    }
+    let set_up = fixture.set_up_table(&pending);
+    assert!(
+        set_up.contains("outbox: 10; all are sent first"),
+        "{set_up}"
+    );
+}
+
 /// The slots of two tables, in one database.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_slot_of_one_table_is_not_used_for_another() {
@@ -411,6 +466,58 @@ async fn a_slot_of_one_table_is_not_used_for_another() {
         complaint.contains("was set up to poll \"box\".\"outbox\""),
         "{complaint}"
     );
+}
+
+/// What would make the publication right for one table would break the relay of the other.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_publication_of_another_table_is_not_to_be_changed() {
+    let fixture = Fixture::omni_box().await;
+    fixture.set_up_table(&OMNI_BOX);
+    let ours = ["--schema", "box"];
+    let check = |complaint: &str| {
+        assert!(
+            complaint.contains("was set up for another table than \"box\".\"outbox\"")
+                && !complaint.contains("SET TABLE"),
+            "{complaint}"
+        );
+    };
+    let another = fixture.setup(&[&ours[..], &["--slot", "another"]].concat());
+    check(another.complaint(5));
+    let altered = "ALTER PUBLICATION postbox SET (publish = 'insert, update')";
+    fixture.client.batch_execute(altered).await.unwrap();
+    for refused in [fixture.setup(&ours), fixture.recover(&ours)] {
+        check(refused.complaint(5));
+    }
+    fixture.drop_slot().await;
+    check(fixture.recover(&ours).complaint(5));
+    // With its own table it says what mends it.
+    let resend = [&OMNI_BOX[..], &["--resend"]].concat();
+    let refused = fixture.recover(&resend);
+    let mend = statement(refused.complaint(5), "ALTER PUBLICATION");
+    fixture.client.batch_execute(mend).await.unwrap();
+    fixture.recover(&resend).results();
+}
+
+/// By `--max-attempts`, as the relay has it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn messages_that_spakky_gave_up_are_not_sent() {
+    for (flags, expected) in [(&[][..], 5), (&["--max-attempts", "2"], 2)] {
+        let fixture = Fixture::spakky().await;
+        fixture.insert_many("a", "{}", 8).await;
+        let tried = "UPDATE spakky_event_outbox AS e SET retry_count = t.n - 1 \
+                     FROM (SELECT id, row_number() OVER () AS n FROM spakky_event_outbox) AS t WHERE t.id = e.id";
+        fixture.client.batch_execute(tried).await.unwrap();
+        let pending = [&SPAKKY[..4], &["--backfill", "pending"], flags].concat();
+        fixture.set_up_table(&pending);
+        assert_eq!(fixture.rows_of(&fixture.copy()).await, expected);
+        let tries = format!("SELECT max(retry_count) FROM {}", fixture.copy());
+        let most: i32 = fixture.client.query_one(&tries, &[]).await.unwrap().get(0);
+        assert_eq!(i64::from(most), expected - 1);
+        fixture.drop_slot().await;
+        let resend = [&SPAKKY[..4], &["--resend"], flags].concat();
+        fixture.recover(&resend).results();
+        assert_eq!(fixture.rows_of(&fixture.copy()).await, expected);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

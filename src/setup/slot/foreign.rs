@@ -18,7 +18,7 @@ use crate::catalog::{self, SlotState};
 use crate::contract::Contract;
 use crate::database::{sort, within};
 use crate::error::{Error, ErrorKind, Result};
-use crate::setup::{ANSWER_MAX, Backfill, backfill};
+use crate::setup::{ANSWER_MAX, Backfill, UNLIMITED, backfill};
 
 /// Where the slot begins for us, if it can be read without losing rows.
 pub(super) async fn take_over(
@@ -77,6 +77,7 @@ async fn look(
         .isolation_level(IsolationLevel::RepeatableRead)
         .start()
         .await?;
+    transaction.batch_execute(UNLIMITED).await?;
     let sql = contract.sql(
         "SELECT pg_current_snapshot()::text, :\"schema\".publication_identity(:'publication')",
     );
@@ -111,13 +112,20 @@ async fn is_older_than_slot(client: &Client, contract: &Contract) -> Result<bool
 }
 
 fn rows_beside_the_slot(contract: &Contract, rows: i64) -> Error {
+    // A row that is deleted once it is published may be in the slot and nowhere else.
+    let order = match contract.outbox.is_ours() || contract.outbox.preset.tracking().is_some() {
+        true => "",
+        false => {
+            ", and a later row of a key before an earlier one, where rows are deleted that the slot still holds"
+        }
+    };
     Error::new(
         ErrorKind::Slot,
         format!(
             "replication slot \"{slot}\" was made by someone else, and {outbox} has rows: {rows}; those that were \
              committed before the slot's position would never be published; `postbox setup --backfill none` takes \
              the slot over and leaves them unpublished, `--backfill pending` sends all of them first, also those that \
-             the slot still holds",
+             the slot still holds{order}",
             slot = contract.slot,
             outbox = contract.outbox.quoted()
         ),

@@ -8,7 +8,7 @@
 
 use std::time::Duration;
 
-use pgwire_replication::ReplicationClient;
+use pgwire_replication::{PgWireError, ReplicationClient};
 use tokio_postgres::types::PgLsn;
 use tokio_postgres::{Client, IsolationLevel, Transaction};
 
@@ -18,7 +18,7 @@ use crate::contract::Contract;
 use crate::database::{sort, sort_replication, within};
 use crate::error::{Error, ErrorKind, Result};
 use crate::setup::backfill;
-use crate::setup::{ANSWER_MAX, PATIENCE};
+use crate::setup::{ANSWER_MAX, PATIENCE, UNLIMITED};
 
 /// Where a slot begins.
 pub(in crate::setup) struct Start {
@@ -35,6 +35,11 @@ pub(in crate::setup) struct Start {
 /// How long the server may take to begin a slot. It waits for each open transaction in
 /// turn, and says nothing meanwhile, as if it had died.
 const CREATION_MAX: Duration = Duration::from_secs(600);
+
+/// How often it is tried, and how long to wait in between, where too many transactions are
+/// on their way for a slot's snapshot: the next one may find fewer.
+const CREATIONS: usize = 5;
+const CREATION_PAUSE: Duration = Duration::from_secs(1);
 
 /// Transaction ids below 3 are reserved: this snapshot sees no row of ours.
 pub(in crate::setup) const SEES_NOTHING: &str = "3:3:";
@@ -68,19 +73,28 @@ pub(in crate::setup) async fn create_slot(
     };
     let command = format!("CREATE_REPLICATION_SLOT {slot} LOGICAL pgoutput {options}");
     let doing = format!("create {}", object(contract));
-    let created = async { Ok(replication.simple_query(&command).await) };
+    let created = async {
+        for _ in 1..CREATIONS {
+            let created = replication.simple_query(&command).await;
+            if !created.as_ref().is_err_and(|error| is(error, TOO_LARGE)) {
+                return Ok(created);
+            }
+            tokio::time::sleep(CREATION_PAUSE).await;
+        }
+        Ok(replication.simple_query(&command).await)
+    };
     let rows = match within(CREATION_MAX, &doing, created).await? {
         Ok(rows) => rows,
         Err(error) => {
-            let in_time = !error.to_string().contains("SQLSTATE 55P03");
+            let (too_large, too_late) = (is(&error, TOO_LARGE), is(&error, LOCK_TIMEOUT));
             let error = sort_replication(doing, error);
-            if in_time {
-                return Err(error);
-            }
             let failover = existing.is_some_and(|slot| slot.failover);
-            return Err(open_transaction(client, contract, failover)
-                .await?
-                .caused_by(error));
+            let why = match (too_large, too_late) {
+                (true, _) => snapshot_too_large(contract, failover),
+                (_, true) => open_transaction(client, contract, failover).await?,
+                _ => return Err(error),
+            };
+            return Err(why.caused_by(error));
         }
     };
     failpoint!("slot_created");
@@ -137,8 +151,7 @@ async fn look_before(
     snapshot: String,
 ) -> Result<Start, tokio_postgres::Error> {
     let transaction = import(client, exported, true).await?;
-    let unlimited = "SET LOCAL statement_timeout = 0";
-    transaction.batch_execute(unlimited).await?;
+    transaction.batch_execute(UNLIMITED).await?;
     let sql = contract.sql(
         "SELECT count(*), coalesce(min(seq) - 1, 0), :\"schema\".publication_identity(:'publication') \
          FROM :\"schema\".outbox WHERE NOT pg_visible_in_snapshot(xid, $1::text::pg_snapshot)",
@@ -164,9 +177,7 @@ async fn look_aside(
     snapshot: String,
 ) -> Result<Start, tokio_postgres::Error> {
     let transaction = import(client, exported, !copies).await?;
-    transaction
-        .batch_execute("SET LOCAL statement_timeout = 0")
-        .await?;
+    transaction.batch_execute(UNLIMITED).await?;
     let rows_before = match copies {
         true => backfill::copy(&transaction, contract).await?,
         false => backfill::count(&transaction, contract).await?,
@@ -217,6 +228,38 @@ fn in_order(snapshot: String) -> String {
     }
 }
 
+/// What the server says where a slot's snapshot would hold more transactions than there is
+/// room for, and where it has waited for one for as long as it may.
+const TOO_LARGE: &str = "40001";
+const LOCK_TIMEOUT: &str = "55P03";
+
+fn is(error: &PgWireError, state: &str) -> bool {
+    error.to_string().contains(&format!("SQLSTATE {state}"))
+}
+
+/// Those that were rolled back count, if they began since the oldest that is open.
+fn snapshot_too_large(contract: &Contract, failover: bool) -> Error {
+    let message = format!(
+        "{} was not made, as too many transactions had begun since the oldest that was open, {CREATIONS} times: \
+         end those that stay open, or write less meanwhile, and run the command again{}",
+        object(contract),
+        and_follow(contract, failover)
+    );
+    Error::new(ErrorKind::Slot, message)
+}
+
+/// What else is to be done where the slot is gone that was to be made anew.
+fn and_follow(contract: &Contract, failover: bool) -> String {
+    match failover {
+        true => format!(
+            ", then, as the next slot will not follow a fail-over as this one did, \
+             ALTER_REPLICATION_SLOT {} (FAILOVER) in a replication session",
+            contract.slot
+        ),
+        false => String::new(),
+    }
+}
+
 /// A slot begins when every transaction that was open has ended.
 async fn open_transaction(client: &Client, contract: &Contract, failover: bool) -> Result<Error> {
     let sql = "SELECT format('process %s of database \"%s\" has been in one since %s', pid, datname, \
@@ -239,13 +282,7 @@ async fn open_transaction(client: &Client, contract: &Contract, failover: bool) 
         "{} was not made, as a transaction stayed open for {PATIENCE}: {named}; end it and run the command again",
         object(contract)
     );
-    if failover {
-        message += &format!(
-            ", then, as the next slot will not follow a fail-over as this one did, \
-             ALTER_REPLICATION_SLOT {} (FAILOVER) in a replication session",
-            contract.slot
-        );
-    }
+    message += &and_follow(contract, failover);
     Ok(Error::new(ErrorKind::Slot, message))
 }
 

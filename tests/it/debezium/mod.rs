@@ -1,7 +1,8 @@
-//! Debezium itself, in Kafka Connect, and our relay on its table.
+//! Debezium itself, in Kafka Connect, and our relay on its table; and its table alone.
 
 mod handover;
 mod records;
+mod table;
 
 use std::path::PathBuf;
 use std::process::Command;

@@ -288,3 +288,57 @@ async fn a_take_over_waits_for_what_was_committed_and_is_not_seen() {
     let complaint = setup.complaint(4);
     assert!(complaint.contains("has rows: 1;"), "{complaint}");
 }
+
+/// There is a limit to what a slot's snapshot can hold, of transactions that were rolled
+/// back too. Here one stays open when the slot is about to begin, and many come after it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slot_whose_snapshot_was_too_large_is_made_again() {
+    let settings = [
+        "max_connections=20",
+        "max_wal_senders=5",
+        "max_replication_slots=5",
+    ];
+    let fixture = Fixture::with_postgres(&settings).await;
+    let junk = "CREATE TABLE junk (x integer)";
+    fixture.client.batch_execute(junk).await.unwrap();
+    let (first, first_id) = open_transaction(&fixture).await;
+    let set_up = std::thread::scope(|scope| {
+        let set_up = scope.spawn(|| fixture.setup(&[]));
+        let steps = async {
+            wait_until_waited_for(&fixture, &first_id).await;
+            let (second, second_id) = open_transaction(&fixture).await;
+            first.batch_execute("COMMIT").await.unwrap();
+            wait_until_waited_for(&fixture, &second_id).await;
+            let (third, third_id) = open_transaction(&fixture).await;
+            let many = "DO $$ BEGIN FOR i IN 1..500 LOOP BEGIN \
+                            INSERT INTO junk VALUES (i); RAISE EXCEPTION 'no'; \
+                        EXCEPTION WHEN raise_exception THEN NULL; END; END LOOP; END $$";
+            for statement in [many, "INSERT INTO junk VALUES (1)"] {
+                fixture.client.batch_execute(statement).await.unwrap();
+            }
+            second.batch_execute("COMMIT").await.unwrap();
+            wait_until("it is waited for, or set-up is over", async || {
+                set_up.is_finished() || is_waited_for(&fixture, &third_id).await
+            })
+            .await;
+            third.batch_execute("COMMIT").await.unwrap();
+        };
+        let handle = tokio::runtime::Handle::current();
+        tokio::task::block_in_place(|| handle.block_on(steps));
+        set_up.join().unwrap()
+    });
+    assert_eq!(set_up.results(), all_created(&fixture));
+    assert_events_flow(&fixture, &[]).await;
+}
+
+async fn wait_until_waited_for(fixture: &Fixture, id: &str) {
+    let is = async || is_waited_for(fixture, id).await;
+    wait_until("a transaction is waited for", is).await;
+}
+
+async fn is_waited_for(fixture: &Fixture, id: &str) -> bool {
+    let sql = format!(
+        "SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = 'transactionid' AND transactionid = '{id}'"
+    );
+    count(fixture, &sql).await > 0
+}

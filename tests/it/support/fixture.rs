@@ -182,17 +182,19 @@ impl Fixture {
 
     /// `postbox recover` as a process that ends at this failpoint.
     pub(crate) fn recover_until(&self, step: &str) -> Output {
-        self.run_until(step, "recover", &[])
+        let mut command = self.command("recover", &self.database_url, &[]);
+        run(command.env("FAILPOINTS", format!("{step}=panic")))
     }
 
     /// The same with `postbox setup`.
     pub(crate) fn setup_until(&self, step: &str, flags: &[&str]) -> Output {
-        self.run_until(step, "setup", flags)
+        self.setup_with(&format!("{step}=panic"), flags)
     }
 
-    fn run_until(&self, step: &str, command: &str, flags: &[&str]) -> Output {
-        let mut command = self.command(command, &self.database_url, flags);
-        run(command.env("FAILPOINTS", format!("{step}=panic")))
+    /// `postbox setup` as a process with these failpoints.
+    pub(crate) fn setup_with(&self, failpoints: &str, flags: &[&str]) -> Output {
+        let mut command = self.command("setup", &self.database_url, flags);
+        run(command.env("FAILPOINTS", failpoints))
     }
 
     fn run(&self, command: &str, database_url: &str, flags: &[&str]) -> Output {
