@@ -33,8 +33,8 @@ pub(super) async fn take_over(
             ErrorKind::Slot,
             format!(
                 "replication slot \"{slot}\" is not surely younger than publication \"{}\", and cannot be read past \
-                 the point where there was none: if nothing else needs it, SELECT pg_drop_replication_slot('{slot}') \
-                 and run `postbox setup` again",
+                 the point where there was none: if its reader has only just begun, let it go on for a while and run \
+                 `postbox setup` again; or, if nothing needs what it holds, SELECT pg_drop_replication_slot('{slot}') first",
                 contract.publication,
                 slot = contract.slot,
             ),
