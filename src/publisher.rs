@@ -120,7 +120,7 @@ impl Publisher {
     }
 
     /// Where a record goes, if its topic was resolved. Partitions that are added
-    /// later are used by the next producer, so that a key stays where it is.
+    /// later are used by the next attempt, so that a key stays where it is.
     pub fn destination(&self, record: &Record<'_>) -> Option<Destination> {
         let known = self.topics.get(record.topic)?;
         Some(Destination {

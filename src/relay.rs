@@ -1,4 +1,4 @@
-//! The loop that carries events from the slot to Kafka, and starts again.
+//! The loop that carries events from the slot, or the table, to Kafka, and starts again.
 //!
 //! Everything that can break breaks one way: the attempt ends, its stream and
 //! its producer go, and the next one starts where the slot was last confirmed.

@@ -250,7 +250,8 @@ impl Source {
         }
     }
 
-    /// Whether an answer of the server is outstanding.
+    /// Whether an answer of the server has been outstanding for so long that it is worth
+    /// telling.
     pub fn is_asking(&self) -> bool {
         match self {
             Self::Wal(_) => false,

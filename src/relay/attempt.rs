@@ -1,4 +1,4 @@
-//! One attempt: from opening the slot until something breaks or the relay is
+//! One attempt: from opening the source until something breaks or the relay is
 //! told to stop.
 
 use std::sync::Arc;

@@ -1,8 +1,8 @@
 //! From nothing to a source that is ours.
 //!
-//! Three connections, in an order that takes nothing from another relay before this
+//! Connections are opened in an order that takes nothing from another relay before this
 //! one can do its work: a session that checks what was set up, the brokers, and then
-//! the slot. Only the relay that holds the slot may claim the checkpoint, and only
+//! the slot, or a session that reads the table. Only the relay that holds the slot may claim the checkpoint, and only
 //! then may it read what the checkpoint says is missing.
 //!
 //! A divided relay that is to serve other slices goes on with the connections it has.

@@ -3,7 +3,8 @@
 //! A row is marked after the broker has it and before its position is confirmed: whatever
 //! becomes of this relay, no row that the slot will not give again is unmarked. So what
 //! `window.rs` says can be confirmed waits here, until the rows before it are marked, many
-//! in a statement. Rows are marked amid a transaction, too, as one may have millions. It is done in a session of its own, as a heartbeat must not wait for it.
+//! in a statement. Rows are marked amid a transaction, too, as one may have millions. It is
+//! done in a session of its own, as a heartbeat must not wait for it.
 //!
 //! # What is misleading
 //!

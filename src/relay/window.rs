@@ -147,7 +147,7 @@ impl Window {
         }
     }
 
-    /// What is for the next attempt: the producer, if it is not at fault, and the suspects.
+    /// What may be for the next attempt: the producer, and the suspects.
     pub(super) fn close(self) -> (Publisher, BTreeSet<Place>) {
         (self.publisher, self.suspects)
     }
