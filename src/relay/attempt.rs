@@ -655,13 +655,12 @@ impl<'r> Attempt<'r> {
     /// read on may be dropped next. But a server that stops is not held up.
     async fn take_leave(&mut self, kind: ErrorKind) {
         use ErrorKind::{BrokerAway, DatabaseAway, Event, Publication, SlotInUse};
-        // Of its slices some may still be this relay's.
-        let is_left = kind == SlotInUse && self.control.is_divided();
-        // What the others may be sending by now is not waited for.
-        let is_late = self.was_frozen && self.control.frozen_max().is_some();
-        if is_late {
+        // What another may be sending by now is not waited for.
+        if self.was_frozen && self.control.frozen_max().is_some() {
             return;
         }
+        // Of its slices some may still be this relay's.
+        let is_left = kind == SlotInUse && self.control.is_divided();
         if matches!(kind, DatabaseAway | Event | Publication) || is_left || self.has_put_off {
             let settled = async {
                 while !self.window.is_settled() || !self.is_marked() {

@@ -264,15 +264,21 @@ async fn assert_matches_snapshots(fixture: &Fixture, events: u64) {
     assert_eq!(backlog.oldest.is_some(), events > 0, "{backlog:?}");
 }
 
-/// Each slice of a divided relay has a place of its own.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_pending_of_each_slice_is_counted() {
+/// An outbox that a relay has divided, which has stopped.
+async fn divided() -> Fixture {
     let fixture = Fixture::empty().await;
     let poll = ["--mode", "poll"];
     fixture.setup(&poll).results();
     let mut relay = Relay::start(&fixture, &[&poll[..], &["--shards", "1"]].concat());
     relay.wait_for_log("serving 64 of 64 slices").await;
     relay.drain().await;
+    fixture
+}
+
+/// Each slice of a divided relay has a place of its own.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_pending_of_each_slice_is_counted() {
+    let fixture = divided().await;
     for key in 0..40 {
         fixture.insert(&format!("k{key}"), "{}").await;
     }
@@ -291,12 +297,7 @@ async fn what_is_pending_of_each_slice_is_counted() {
 /// However many of the rows there are that are other slices', or delivered.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_backlog_of_slices_is_counted_as_far_as_it_is_worth_it() {
-    let fixture = Fixture::empty().await;
-    let poll = ["--mode", "poll"];
-    fixture.setup(&poll).results();
-    let mut relay = Relay::start(&fixture, &[&poll[..], &["--shards", "1"]].concat());
-    relay.wait_for_log("serving 64 of 64 slices").await;
-    relay.drain().await;
+    let fixture = divided().await;
     let insert = "INSERT INTO postbox.outbox (aggregate_type, aggregate_id, event_type) \
                   SELECT 'order', 'k' || n, 'changed' FROM generate_series(1, $1) AS n";
     let insert = async |rows: i32| {
