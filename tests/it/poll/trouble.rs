@@ -78,7 +78,9 @@ async fn a_relay_that_cannot_drain_asks_for_nothing_until_it_can() {
     let topic = create_topic(&fixture).await;
     let [first, stuck, leaving] = [(); 3].map(|()| start(&fixture, &[]));
     wait_for_division(&fixture, &[22, 21, 21]).await;
-    tokio::time::sleep(Duration::from_secs(1)).await;
+    // So that it need not ask about the topic: it would wait for an answer, and not for this.
+    insert_for(&fixture, &stuck, &topic).await;
+    wait_until("it knows the topic", async || stuck.published(&topic) == 1).await;
     fixture.second_broker("pause");
     insert_for(&fixture, &stuck, &topic).await;
     wait_until("it cannot drain", async || {
