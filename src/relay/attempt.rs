@@ -1,6 +1,8 @@
 //! One attempt: from opening the source until something breaks or the relay is
 //! told to stop.
 
+mod parting;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,9 +10,10 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
 use tokio_postgres::types::PgLsn;
-use tracing::{debug, error, info};
+use tracing::{error, info};
 
-use super::connect::{Connected, Kept, PROBE_TIMEOUT, connect};
+use super::Relay;
+use super::connect::{Connected, PROBE_TIMEOUT, connect};
 use super::control::{Control, Hold, walsender_is_ending};
 use super::division::{DRAIN_MAX, Watch, served};
 use super::gather::Gather;
@@ -18,13 +21,10 @@ use super::marks::{self, Marks};
 use super::partitions::OPEN_MAX;
 use super::refused_topics::RefusedTopics;
 use super::window::{Progress, Stop, Window};
-use super::{BACKOFF_MAX, Relay};
-use crate::database::within;
 use crate::envelope::Encoder;
 use crate::error::{Error, ErrorKind, Result, joined};
 use crate::health::{SILENCE_MAX, Server};
 use crate::publisher::Topic;
-use crate::source::claim::LEFTOVERS_MAX;
 use crate::source::{Item, Mark, Row, Source};
 
 pub(super) struct Attempt<'r> {
@@ -87,18 +87,8 @@ const FROZEN_MIN: Duration = Duration::from_secs(2);
 /// After how long without a delivery the brokers are asked for a sign of life.
 const PROBE_INTERVAL: Duration = Duration::from_secs(4);
 
-/// How small a refused batch makes the next ones.
-const BATCH_BYTES_MIN: usize = 16_384;
-
 /// How long the last fence may take to be written, and then to come out of the slot.
 const LAST_FENCE_MAX: Duration = Duration::from_millis(500);
-
-/// How long the last confirmation may take to leave.
-const CONFIRMATION_MAX: Duration = Duration::from_millis(500);
-
-/// How long a server that is going away, or the end of a relay that met an event
-/// it cannot send, waits until what is in flight is confirmed.
-const PARTING_MAX: Duration = Duration::from_secs(2);
 
 impl<'r> Attempt<'r> {
     /// Carries events until something breaks, or `shutdown` becomes true and
@@ -116,65 +106,8 @@ impl<'r> Attempt<'r> {
             return Ok(Ended::Stopped);
         };
         let mut attempt = Attempt::new(relay, connected);
-        let mut result = attempt.carry(shutdown).await;
-        if let Err(error) = &result {
-            // Before leave is taken, which takes a while.
-            attempt.relay.health.stopped(error);
-            attempt.take_leave(error.kind()).await;
-            // Another may send it next: no more of it is to leave here.
-            attempt.window.publisher.purge();
-        }
-        attempt.update_gauges();
-        let knows_all = attempt.source.stop().await;
-        if let Ok(Ended::Divided) = result {
-            result = attempt.control.hand_over().await.map(|()| Ended::Divided);
-        }
-        // It must not ask for slices behind a release.
-        attempt.watch = None;
-        let is_divided = matches!(result, Ok(Ended::Divided));
-        let is_released = is_divided || attempt.control.release().await;
-        failpoint!("released");
-        let unstored = match result {
-            Err(_) if !attempt.is_stored() => attempt.relay.unstored.max(attempt.window.last_sent),
-            Ok(Ended::Divided) if !attempt.has_caught_up() => attempt.relay.unstored,
-            _ => None,
-        };
-        let relay = attempt.relay;
-        relay.unstored = unstored;
-        relay.was_frozen = attempt.was_frozen;
-        if !is_released || !knows_all {
-            relay.leftovers_until = Some(Instant::now() + LEFTOVERS_MAX);
-        }
-        relay.worked = attempt.window.has_delivered
-            || attempt.has_put_off
-            || attempt.began.elapsed() > BACKOFF_MAX;
-        let refused = attempt.window.has_refused;
-        let (publisher, suspects) = attempt.window.close();
-        relay.suspects = suspects;
-        relay.kept = match (attempt.source, attempt.control.checked()) {
-            // What is asked for long may be asked for longer: another session need not wait.
-            (Source::Poll(poller), (session, Some(checked)))
-                if is_divided && !poller.is_asking() =>
-            {
-                Some(Kept {
-                    session,
-                    checked,
-                    publisher: publisher.anew(),
-                    poller: poller.anew(),
-                })
-            }
-            (source, _) => {
-                source.close().await;
-                None
-            }
-        };
-        relay.metrics.in_flight_events.set(0);
-        relay.metrics.in_flight_bytes.set(0);
-        relay.metrics.slices.set(0);
-        if refused && relay.suspects.len() > 1 {
-            relay.batch_bytes = (relay.batch_bytes / 2).max(BATCH_BYTES_MIN);
-        }
-        result
+        let result = attempt.carry(shutdown).await;
+        attempt.part(result).await
     }
 
     fn new(relay: &'r mut Relay, connected: Connected) -> Self {
@@ -323,21 +256,6 @@ impl<'r> Attempt<'r> {
         self.stopping || self.dividing.is_some()
     }
 
-    /// Everything is delivered that was read.
-    async fn end(&mut self, deadline: Option<Instant>) -> Result<Ended> {
-        if self.stopping {
-            self.finish(deadline).await?;
-            return Ok(Ended::Stopped);
-        }
-        within(
-            PARTING_MAX,
-            "store where the slices stand",
-            self.finish(None),
-        )
-        .await?;
-        Ok(Ended::Divided)
-    }
-
     /// It cannot drain for now: others have to wait for the slices they want.
     fn go_on(&mut self) {
         self.dividing = None;
@@ -409,36 +327,6 @@ impl<'r> Attempt<'r> {
 
     fn awaits_fence(&self) -> bool {
         !self.fencing.is_empty() || self.last_fence.is_some()
-    }
-
-    /// Whether what attempts before this one sent, and could not confirm, has been sent
-    /// again, or will not come again.
-    fn has_caught_up(&self) -> bool {
-        self.relay
-            .unstored
-            .is_none_or(|place| self.source.has_passed(place, self.window.last_sent))
-    }
-
-    /// Whether an orderly end need not read more: who hands slices over goes on with the
-    /// others, and with what it owes.
-    fn has_read_on(&self) -> bool {
-        !self.stopping || self.has_caught_up()
-    }
-
-    /// Whether Postgres has stored that everything was delivered that was sent, now or
-    /// before. That it was told is not enough: a connection that breaks takes with it what
-    /// was written and not yet read.
-    fn is_stored(&self) -> bool {
-        let is_delivered = match self.has_put_off {
-            // It was the last.
-            true => self.window.is_settled(),
-            false => !self.window.has_work() && self.source.mark().is_none(),
-        };
-        is_delivered
-            && self.is_marked()
-            && !self.source.is_amid()
-            && self.control.is_stored()
-            && self.has_caught_up()
     }
 
     fn take(&mut self, item: Item) -> Result<()> {
@@ -646,106 +534,6 @@ impl<'r> Attempt<'r> {
         metrics.received_lsn.set(bytes(self.source.received()));
         metrics.confirmed_lsn.set(bytes(self.source.confirmed()));
         self.window.update_gauges();
-    }
-
-    /// The attempt is over. What is in flight is still delivered and confirmed if
-    /// that takes a moment only, so that it is not repeated: a Postgres that stops
-    /// waits for it, and a relay that is started again and again because of one
-    /// event must not send those before it each time; and a slot that cannot be
-    /// read on may be dropped next. But a server that stops is not held up.
-    async fn take_leave(&mut self, kind: ErrorKind) {
-        use ErrorKind::{BrokerAway, DatabaseAway, Event, Publication, SlotInUse};
-        // What another may be sending by now is not waited for.
-        if self.was_frozen && self.control.frozen_max().is_some() {
-            return;
-        }
-        // Of its slices some may still be this relay's.
-        let is_left = kind == SlotInUse && self.control.is_divided();
-        if matches!(kind, DatabaseAway | Event | Publication) || is_left || self.has_put_off {
-            let settled = async {
-                while !self.window.is_settled() || !self.is_marked() {
-                    tokio::select! {
-                        () = self.window.publisher.reported() => {}
-                        marked = marks::next(self.marks.as_mut()) => self.confirm(marked?),
-                    }
-                    self.look_at_clock();
-                    self.settle()?;
-                }
-                Ok::<_, Error>(())
-            };
-            // If it takes longer, or fails: then they are repeated.
-            let settled = timeout(PARTING_MAX, settled).await;
-            if let Ok(Ok(())) = settled {
-                if let Some(mark) = self.source.mark_before_last() {
-                    // The last row may be the one that cannot go out.
-                    self.control.reached((mark, self.source.confirmed()), true);
-                }
-                let _ = timeout(PARTING_MAX, self.control.store()).await;
-            }
-        }
-        // A walsender that is busy writing may not read the last confirmation before it
-        // is let go, and would begin with the transaction before a refused event again.
-        if kind == BrokerAway {
-            let _ = timeout(PARTING_MAX, self.control.store()).await;
-        }
-        // What was confirmed last may not have left yet.
-        let sent = self.source.confirmation_sent();
-        let _ = timeout(CONFIRMATION_MAX, sent).await;
-    }
-
-    fn is_drained(&self) -> bool {
-        self.window.is_settled()
-            && self.is_marked()
-            && self.held.is_none()
-            && !self.source.is_amid()
-            && self.has_read_on()
-            && !self.awaits_fence()
-    }
-
-    /// Everything is delivered: see to it that Postgres knows.
-    async fn finish(&mut self, deadline: Option<Instant>) -> Result<()> {
-        let confirmed = self.source.confirmed();
-        if let Some(mark) = self.source.mark() {
-            self.control.reached((mark, confirmed), true);
-        } else if u64::from(confirmed) == 0 && self.control.is_stored() {
-            return Ok(());
-        }
-        failpoint!("drained");
-        let sent = async {
-            self.source.confirmation_sent().await;
-            failpoint!("told");
-            // A status message that was written is not yet read; closing could
-            // still discard it.
-            self.control.flush(confirmed).await
-        };
-        tokio::select! {
-            confirmed = sent => confirmed?,
-            () = sleep_until(deadline) => {
-                let message = format!(
-                    "everything was delivered, but Postgres did not take the confirmation of {confirmed} in time: \
-                     the last events will be sent again"
-                );
-                return Err(Error::new(ErrorKind::NotDrained, message));
-            }
-        }
-        match self.source {
-            Source::Wal(_) => info!(lsn = %confirmed, "drained and confirmed"),
-            Source::Poll(_) if self.stopping => info!("drained and stored"),
-            Source::Poll(_) => debug!("drained and stored"),
-            Source::Claim(_) => info!("drained and completed"),
-        }
-        Ok(())
-    }
-
-    fn not_drained(&self) -> Error {
-        let seconds = self.relay.settings.shutdown_timeout.as_secs_f32();
-        let in_transaction = self.source.is_amid() && self.source.mark().is_none();
-        let what = match in_transaction {
-            true => "a transaction was still being read, and all its events",
-            false => "events were still in flight, and",
-        };
-        let message = format!("not drained within {seconds} s: {what} will be sent again");
-        Error::new(ErrorKind::NotDrained, message)
     }
 
     fn stopped(&mut self, stop: Stop) -> Error {
