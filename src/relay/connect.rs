@@ -305,16 +305,18 @@ async fn open_session(settings: &RelaySettings) -> Result<Session> {
     // waits for a lock does not notice that its client has gone. Later than we give it
     // up, as we say better why. And a relay that is frozen with the checkpoint locked
     // must let the next one have it, which waits for it for `SILENCE_MAX`.
+    // A synchronous standby that is away must not end the relay: of what it stores here, a
+    // standby that lacks the last only repeats more.
     let limits = format!(
-        "SET statement_timeout = {}; SET idle_in_transaction_session_timeout = {}",
+        "SET synchronous_commit = local; SET statement_timeout = {}; SET idle_in_transaction_session_timeout = {}",
         (SILENCE_MAX * 3 / 2).as_millis(),
         (SILENCE_MAX / 2).as_millis()
     );
     let limited = async {
         let done = session.client.batch_execute(&limits).await;
-        done.map_err(|error| sort("limit statements", error))
+        done.map_err(|error| sort("set limits", error))
     };
-    within(SILENCE_MAX, "limit statements", limited).await?;
+    within(SILENCE_MAX, "set limits", limited).await?;
     Ok(session)
 }
 

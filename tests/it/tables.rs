@@ -7,6 +7,7 @@ use postbox::oracle::{Load, Verdict};
 
 use crate::claim::claiming;
 use crate::claim::spakky::is_clean_without_keys;
+use crate::setup::slot::{HOLDING_UP, hold_up};
 use crate::support::{Fixture, Relay, SMALL_WINDOW, WINDOW, statement, wait_until};
 
 /// The fixtures' view by which the oracle writes is in the schema `postbox`.
@@ -162,19 +163,52 @@ async fn a_row_that_cannot_be_marked_yet_is_not_confirmed() {
     other.batch_execute(lock).await.unwrap();
     let relay = Relay::streaming(&fixture, &MARK).await;
     wait_until("it is delivered", async || fixture.keys().await == ["a"]).await;
-    wait_until("readiness tells", async || {
-        relay
-            .get("/readyz")
-            .1
-            .contains("rows are being marked published")
-    })
-    .await;
+    wait_until_it_marks(&relay).await;
     assert!(fixture.confirmed().await < end);
     other.batch_execute("ROLLBACK").await.unwrap();
     fixture.wait_for_confirmation().await;
     relay.drain().await;
     assert_eq!(fixture.keys().await, ["a"]);
     assert_eq!(fixture.rows_that_are("status = 'completed'").await, 1);
+}
+
+/// The slot gives what waits for its standby, and no session can mark it yet.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_row_that_cannot_be_seen_yet_is_marked_when_it_can() {
+    let fixture = Fixture::with_postgres(&[HOLDING_UP]).await;
+    fixture.make_omni_box().await;
+    fixture.set_up_table(&OMNI_BOX);
+    let end = fixture.wal_end().await;
+    let insert = format!(
+        "INSERT INTO postbox.outbox (aggregate_type, aggregate_id, event_type, payload) \
+         VALUES ('{}', 'a', 'changed', '{{}}')",
+        fixture.topic
+    );
+    let held_up = hold_up(&fixture, &insert).await;
+    let relay = Relay::streaming(&fixture, &MARK).await;
+    wait_until("it is delivered", async || fixture.keys().await == ["a"]).await;
+    wait_until_it_marks(&relay).await;
+    assert!(fixture.confirmed().await <= end);
+    // The standby is there, as far as the server can tell: the marks wait for it, too.
+    for statement in [
+        "ALTER SYSTEM RESET synchronous_standby_names",
+        "SELECT pg_reload_conf()",
+    ] {
+        fixture.client.batch_execute(statement).await.unwrap();
+    }
+    held_up.await.unwrap();
+    fixture.wait_for_confirmation().await;
+    relay.drain().await;
+    assert_eq!(fixture.keys().await, ["a"]);
+    assert_eq!(fixture.rows_that_are("status = 'completed'").await, 1);
+}
+
+async fn wait_until_it_marks(relay: &Relay) {
+    wait_until("readiness tells", async || {
+        let (_, state) = relay.get("/readyz");
+        state.contains("rows are being marked published")
+    })
+    .await;
 }
 
 /// As omni-box's partitioned table: its primary key is created_at and id.

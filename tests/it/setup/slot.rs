@@ -1,5 +1,6 @@
 //! The replication slot: when it is made, when it is refused.
 
+use tokio::task::JoinHandle;
 use tokio_postgres::Client;
 
 use super::{all_created, all_there, assert_events_flow, count, forget_slot, slots, statement};
@@ -14,9 +15,15 @@ pub(crate) async fn open_transaction(fixture: &Fixture) -> (Client, String) {
     (client, id)
 }
 
-/// Commits an event that nobody sees, as its commit waits for a standby that there is
-/// not: what ends when it is no longer to wait.
-pub(crate) async fn held_up_event(fixture: &Fixture) -> tokio::task::JoinHandle<()> {
+/// Commits an event that nobody sees: what ends when it is no longer to wait.
+pub(crate) async fn held_up_event(fixture: &Fixture) -> JoinHandle<()> {
+    let emit = "SELECT postbox.emit('order', 'a', 'order_placed', '{}')";
+    hold_up(fixture, emit).await
+}
+
+/// Commits this, and nobody sees it, as its commit waits for a standby that there is not:
+/// what ends when it is no longer to wait.
+pub(crate) async fn hold_up(fixture: &Fixture, sql: &str) -> JoinHandle<()> {
     for statement in [
         "ALTER SYSTEM SET synchronous_standby_names = 'nobody'",
         "SELECT pg_reload_conf()",
@@ -32,10 +39,8 @@ pub(crate) async fn held_up_event(fixture: &Fixture) -> tokio::task::JoinHandle<
     let writer = connect(&fixture.database_url).await;
     let waits = "SET synchronous_commit = on";
     writer.batch_execute(waits).await.unwrap();
-    let held_up = tokio::spawn(async move {
-        let emit = "SELECT postbox.emit('order', 'a', 'order_placed', '{}')";
-        writer.batch_execute(emit).await.unwrap();
-    });
+    let sql = sql.to_owned();
+    let held_up = tokio::spawn(async move { writer.batch_execute(&sql).await.unwrap() });
     let sql = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'";
     wait_until("a commit is held up", async || {
         count(fixture, sql).await > 0
