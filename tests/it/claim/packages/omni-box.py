@@ -196,15 +196,15 @@ async def read_back():
     async with sessions() as session:
         ids = (await session.execute(text(f"SELECT id FROM {MODEL.__tablename__}"))).scalars().all()
     states, refused = {}, []
-    for id in ids:
-        async with Repository() as repository:
+    async with Repository() as repository:
+        for id in ids:
             try:
                 event = await repository.get_by_id(id)
             except Exception as error:
                 refused.append([str(id), str(error)])
                 continue
-        state = f"{event.status.value}{', locked' if event.is_locked else ''}"
-        states[state] = states.get(state, 0) + 1
+            state = f"{event.status.value}{', locked' if event.is_locked else ''}"
+            states[state] = states.get(state, 0) + 1
     return {"states": states, "refused": refused}
 
 
