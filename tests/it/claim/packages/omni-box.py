@@ -24,7 +24,7 @@ from omni_box.infra.storage.postgres import (
     PostgresOutboxRepository,
 )
 from omni_box.utils import utc_now
-from sqlalchemy import text
+from sqlalchemy import select, text
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase
 
@@ -192,16 +192,14 @@ async def hold(rows):
 
 
 async def read_back():
-    """Each row by their repository, which checks it: how many there are in each state, and which it refuses."""
-    async with sessions() as session:
-        ids = (await session.execute(text(f"SELECT id FROM {MODEL.__tablename__}"))).scalars().all()
+    """Each row as their repository makes an event of it: how many there are in each state, and which it refuses."""
     states, refused = {}, []
     async with Repository() as repository:
-        for id in ids:
+        for row in (await repository._session.execute(select(MODEL))).scalars():
             try:
-                event = await repository.get_by_id(id)
+                event = repository._to_entity(row)
             except Exception as error:
-                refused.append([str(id), str(error)])
+                refused.append([str(row.id), str(error)])
                 continue
             state = f"{event.status.value}{', locked' if event.is_locked else ''}"
             states[state] = states.get(state, 0) + 1
