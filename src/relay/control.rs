@@ -411,8 +411,8 @@ async fn run(
         match result {
             Ok(Ok(())) => shared.health.heard(Server::Postgres),
             Ok(Err(error)) => return error,
-            // A session that waits for a lock, or for a synchronous standby, compares
-            // nothing: it is as good as gone. And a lease that is not renewed is over.
+            // A session that waits for a lock compares nothing: it is as good as gone. And a
+            // lease that is not renewed is over.
             Err(_) => {
                 let message = format!(
                     "the control session does not answer within {} s",
