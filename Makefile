@@ -27,7 +27,7 @@ test-matrix: ## Run the tests that need servers, or those that TESTS names, on e
 	@cargo test --locked --test it --no-run
 	@dev/matrix "$(VERSIONS)" $(TESTS)
 
-campaign: ## Harm everything, at random but for SEED, in RUNS runs, JOBS at a time, in MODE=wal|poll|divided|claims or all, and sum up what the oracle finds.
+campaign: ## Harm everything, at random but for SEED, in RUNS runs, JOBS at a time, in MODE=wal|poll|divided|claims|marks or all, and sum up what the oracle finds.
 	@dev/bootstrap
 	@dev/fetch
 	SEED=$(or $(SEED),1) RUNS=$(or $(RUNS),20) JOBS=$(or $(JOBS),3) MODE=$(MODE) \

@@ -53,7 +53,7 @@ pub(super) enum Cause {
     /// a second older.
     Postgres,
     /// A start from the checkpoint's snapshot: all since a fence, as many rows as the recovery
-    /// has counted.
+    /// has counted; or from a copy of the rows that are not marked.
     Slot,
 }
 
@@ -143,9 +143,9 @@ impl History {
 
     /// A relay with this log has ended.
     pub(super) fn ended(&mut self, mode: Mode, log: &str, end: End) {
-        if mode == Mode::Wal {
+        if mode.has_slot() {
             let ended_well_at = matches!(end, End::Told(0)).then(now);
-            self.starts.extend(starts(log, ended_well_at));
+            self.starts.extend(starts(mode, log, ended_well_at));
             return;
         }
         let mut is_at_work = false;
@@ -182,16 +182,16 @@ impl History {
         let records = Records::new(records);
         self.starts.sort_unstable_by_key(|start| start.at);
         self.breaks.sort_unstable_by_key(|broke| broke.from);
-        match schedule.mode {
-            Mode::Wal => self.since_starts(schedule, &records),
-            _ => self.since_breaks(schedule, &records),
+        match schedule.mode.has_slot() {
+            true => self.since_starts(schedule, &records),
+            false => self.since_breaks(schedule, &records),
         }
     }
 
     /// What was repeated after each start, and how much might have been.
     fn since_starts(&self, schedule: &Schedule, records: &Records<'_>) -> Vec<Stretch> {
         let transaction = schedule.transaction_max();
-        let mut stretches = Vec::with_capacity(self.starts.len());
+        let mut stretches: Vec<Stretch> = Vec::with_capacity(self.starts.len());
         for (index, start) in self.starts.iter().enumerate() {
             let earlier = &self.starts[..index];
             let end = self.starts.get(index + 1).map_or(i64::MAX, |next| next.at);
@@ -211,20 +211,37 @@ impl History {
                 Cause::Clean => 0,
                 Cause::Relay => since(STATUS_INTERVAL + LATE),
                 Cause::Postgres => since(STORE_INTERVAL + 2 * LATE),
-                Cause::Slot => {
-                    let mut recoveries = self.recoveries.iter().rev();
-                    let last = recoveries.find(|(at, _)| *at <= start.at);
-                    last.expect("a recovery").1
-                }
+                Cause::Slot => self.resent_max(schedule, start.at),
+            };
+            // A gap that an earlier start has not read to its end.
+            let rest = match (start.has_gap, cause, stretches.last()) {
+                (false, ..) | (_, Cause::Slot, _) | (.., None) => 0,
+                (.., Some(earlier)) => earlier.bound.saturating_sub(earlier.repeated),
             };
             stretches.push(Stretch {
                 cause,
                 repeated: records.repeated(start.at, end),
-                bound,
+                bound: bound + rest,
                 why: None,
             });
         }
         stretches
+    }
+
+    /// How many rows the last recovery before this time may have left to be sent again.
+    ///
+    /// Where rows are marked, those that are delivered and not marked. Relays mark in the order
+    /// in which they send, and what one has sent and not marked is as much as may be in flight:
+    /// relays that send in the same order leave no more than that together. A recovery begins
+    /// another order, by time, in which what is left may lie anywhere.
+    fn resent_max(&self, schedule: &Schedule, at: i64) -> usize {
+        let mut recoveries = self.recoveries.iter().filter(|(ended, _)| *ended <= at);
+        let orders = recoveries.clone().count();
+        let (_, rows) = *recoveries.next_back().expect("a recovery");
+        match schedule.mode {
+            Mode::Marks => rows.min(orders * schedule.in_flight_max),
+            _ => rows,
+        }
     }
 
     /// What a start at this time goes on from, after these.
@@ -323,22 +340,28 @@ impl<'r> Records<'r> {
     }
 }
 
-/// How many rows a recovery has found that were committed since the last fence.
+/// How many rows a recovery has found that were committed since the last fence, or are not
+/// marked.
 fn rows_missed(report: &str) -> usize {
-    let (_, rows) = report
-        .split_once("rows committed since the last checkpoint: ")
+    let found = [
+        "rows committed since the last checkpoint: ",
+        "rows that are not marked published: ",
+    ];
+    let (_, rows) = found
+        .iter()
+        .find_map(|found| report.split_once(found))
         .unwrap_or_else(|| panic!("{report}"));
     let end = rows.find(|c: char| !c.is_ascii_digit());
     rows[..end.unwrap_or(rows.len())].parse().unwrap()
 }
 
 /// When the relay of this log began to stream.
-fn starts(log: &str, ended_well_at: Option<i64>) -> Vec<Start> {
+fn starts(mode: Mode, log: &str, ended_well_at: Option<i64>) -> Vec<Start> {
     let mut has_gap = false;
     let mut starts = Vec::new();
     for line in log.lines() {
         has_gap |= line.contains(" what the slot does not give is sent first");
-        if line.contains(Mode::Wal.at_work()) {
+        if line.contains(mode.at_work()) {
             starts.push(Start {
                 at: time(line),
                 has_gap: std::mem::take(&mut has_gap),

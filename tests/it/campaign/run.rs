@@ -15,6 +15,8 @@ use crate::support::{Fixture, Relay, Weather, wait_until};
 pub(super) struct Outcome {
     pub(super) mode: Mode,
     pub(super) verdict: Verdict,
+    /// Rows that were confirmed and not marked published.
+    pub(super) unmarked: i64,
     /// From each start of a relay, or each break, to the next.
     pub(super) stretches: Vec<Stretch>,
     /// The longest time in which nothing reached Kafka, harm included.
@@ -31,6 +33,11 @@ const STALL_MAX: Duration = Duration::from_secs(60);
 const END_MAX: Duration = Duration::from_secs(1);
 
 impl Outcome {
+    /// But for what was repeated.
+    pub(super) fn is_as_promised(&self) -> bool {
+        self.verdict.is_clean(usize::MAX) && self.unmarked == 0
+    }
+
     pub(super) fn is_over_bound(&self) -> bool {
         let mut stretches = self.stretches.iter();
         stretches.any(|stretch| stretch.repeated > stretch.bound)
@@ -257,8 +264,8 @@ impl Run<'_> {
         self.fixture.reconnect().await;
         self.fixture.drop_slot().await;
         self.history.slot_dropped();
-        let recovery = self.fixture.recover(&[]);
-        self.history.recovered(recovery.results());
+        let report = self.schedule.mode.recover(&self.fixture);
+        self.history.recovered(&report);
         self.start_relay();
     }
 
@@ -341,6 +348,8 @@ impl Run<'_> {
             );
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
+        // Before an orderly end, which might mark what is left.
+        let unmarked = mode.unmarked(&self.fixture).await;
         self.stop_all().await;
         let ledger = self.fixture.ledger().await;
         let records = self.fixture.records().await;
@@ -351,6 +360,7 @@ impl Run<'_> {
         Outcome {
             mode,
             verdict: oracle::judge(&ledger, &records),
+            unmarked,
             stretches: self.history.stretches(&self.schedule, &records),
             longest_stall: Duration::from_millis(stall),
             longest_recovery,

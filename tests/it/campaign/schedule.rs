@@ -96,7 +96,7 @@ impl Schedule {
         }
         steps.sort_by_key(|step| step.at);
         let (relays, at_work_max) = match mode {
-            Mode::Wal | Mode::Poll => (1, 1),
+            Mode::Wal | Mode::Poll | Mode::Marks => (1, 1),
             Mode::Divided => {
                 let at_work_max = choices.between(2, 4);
                 (choices.between(2, at_work_max), at_work_max)
@@ -214,10 +214,10 @@ const GENTLE: [Harm; 6] = [
 /// What is drawn from in this mode. Without a slot, what is repeated is held against all
 /// that went before it: so a third of the runs have nothing that allows for any.
 fn harms(mode: Mode, choices: &mut Choices) -> &'static [Harm] {
-    match mode {
-        Mode::Wal => &WITH_SLOT,
-        _ if choices.below(3) == 0 => &GENTLE,
-        _ => &WITHOUT_SLOT,
+    match mode.has_slot() {
+        true => &WITH_SLOT,
+        false if choices.below(3) == 0 => &GENTLE,
+        false => &WITHOUT_SLOT,
     }
 }
 

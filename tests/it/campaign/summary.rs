@@ -24,6 +24,7 @@ struct Tally {
     inversions: usize,
     ghosts: usize,
     duplicates: usize,
+    unmarked: i64,
     /// By what a stretch begins with: how many there were, and the most that was repeated in
     /// one, with its bound.
     repeated: BTreeMap<Cause, (usize, (usize, usize))>,
@@ -60,6 +61,7 @@ impl Tally {
         self.inversions += verdict.inversions.len();
         self.ghosts += verdict.ghosts.len() + verdict.misplaced.len();
         self.duplicates += verdict.duplicates;
+        self.unmarked += outcome.unmarked;
         for step in Schedule::draw(seed, outcome.mode, Load::new("postbox", "events")).steps {
             *self.harms.entry(name(step.action)).or_default() += 1;
         }
@@ -73,7 +75,7 @@ impl Tally {
         }
         self.longest_stall = self.longest_stall.max(outcome.longest_stall);
         self.longest_recovery = self.longest_recovery.max(outcome.longest_recovery);
-        if !verdict.is_clean(usize::MAX) {
+        if !outcome.is_as_promised() {
             self.failed.push(seed);
         }
     }
@@ -97,15 +99,18 @@ impl Tally {
         writeln!(f, "inversions                  {}", self.inversions)?;
         writeln!(f, "ghosts                      {}", self.ghosts)?;
         writeln!(f, "duplicates                  {}", self.duplicates)?;
+        if mode == Mode::Marks {
+            writeln!(f, "confirmed and not marked    {}", self.unmarked)?;
+        }
         for (cause, (stretches, (most, bound))) in &self.repeated {
             writeln!(
                 f,
                 "{:<28}{stretches}; most repeated after one {most} (its bound: {bound})",
-                match (mode, cause) {
-                    (Mode::Wal, Cause::Clean) => "restarts of nothing left",
-                    (Mode::Wal, Cause::Relay) => "restarts of the stream",
-                    (_, Cause::Clean) => "beginnings",
-                    (_, Cause::Relay) => "breaks",
+                match (mode.has_slot(), cause) {
+                    (true, Cause::Clean) => "restarts of nothing left",
+                    (true, Cause::Relay) => "restarts of the stream",
+                    (false, Cause::Clean) => "beginnings",
+                    (false, Cause::Relay) => "breaks",
                     (_, Cause::Postgres) => "restarts after a crash",
                     (_, Cause::Slot) => "restarts after a recovery",
                 }
@@ -142,6 +147,7 @@ pub(super) fn report(seed: u64, outcome: &Outcome) {
     let Outcome {
         mode,
         verdict,
+        unmarked,
         stretches,
         longest_stall,
         longest_recovery,
@@ -153,7 +159,10 @@ pub(super) fn report(seed: u64, outcome: &Outcome) {
         longest_stall.as_secs_f64(),
         longest_recovery.as_secs_f64()
     );
-    if !verdict.is_clean(usize::MAX) || outcome.is_over_bound() {
+    if !outcome.is_as_promised() || outcome.is_over_bound() {
+        if *unmarked > 0 {
+            eprintln!("  {unmarked} rows confirmed and not marked");
+        }
         let schedule = Schedule::draw(seed, *mode, Load::new("postbox", "events"));
         eprint!("{schedule}");
         for stretch in stretches {
