@@ -45,7 +45,7 @@ pub use slot::{SlotState, find_slot, slot_state};
 pub(crate) use checkpoint::compare_publication;
 pub(crate) use division::{FREE_MAX, where_slices_stand};
 pub(crate) use lease::check_free as check_lease_is_free;
-pub(crate) use polling::{check_order, has_xid_index};
+pub(crate) use polling::{check_order, has_xid_index, rows_to_come};
 pub(crate) use publication::{PUBLICATION, exists as publication_exists};
 pub(crate) use slices::{KEY_COLUMNS, slice_of};
 pub(crate) use slot::{MAY_REPLICATE, what_prevents_a_slot};

@@ -328,6 +328,7 @@ async fn set_up_slot(
         Stored::At(checkpoint) if checkpoint.mode == Mode::Poll => {
             checkpoint.check_system(contract, &catalog::system(client).await?)?;
             migrations::apply(client, contract, report).await?;
+            check_rows(client, contract).await?;
             merge::merge(client, contract, report).await?;
             let Stored::At(checkpoint) = catalog::stored(client, contract).await? else {
                 return Err(slot::taken_over(contract));
@@ -344,6 +345,7 @@ async fn set_up_slot(
             // Before anything is written: it may be refused.
             let replication = Box::pin(open_replication(database, client, contract)).await?;
             migrations::apply(client, contract, report).await?;
+            check_rows(client, contract).await?;
             let made = create_publication(client, contract).await?;
             catalog::check_publication(client, contract).await?;
             report.add(publication(contract), made);
@@ -351,6 +353,17 @@ async fn set_up_slot(
             let backfill = options.backfill;
             slot::create(client, replication, contract, is_new, backfill, report).await
         }
+    }
+}
+
+/// Refuses rows that would never be read from the table.
+async fn check_rows(client: &Client, contract: &Contract) -> Result<()> {
+    if !contract.outbox.is_ours() {
+        return Ok(());
+    }
+    match catalog::rows_to_come(client, contract).await? {
+        Some(error) => Err(error),
+        None => Ok(()),
     }
 }
 
@@ -377,6 +390,7 @@ async fn set_up_polling(
         Stored::At(_) | Stored::Missing => {}
     }
     migrations::apply(client, contract, report).await?;
+    check_rows(client, contract).await?;
     match &stored {
         Stored::At(checkpoint) if checkpoint.mode == Mode::Poll => {
             polling::check(client, contract, checkpoint, report).await

@@ -70,6 +70,22 @@ async fn check_table(client: &Client, contract: &Contract) -> Result<()> {
     }
 }
 
+/// What is wrong with rows that were copied from another cluster, if there are any whose
+/// numbers are still to come here: until then no snapshot sees them, and no relay sends them.
+pub(crate) async fn rows_to_come(client: &Client, contract: &Contract) -> Result<Option<Error>> {
+    let outbox = contract.table("outbox");
+    let to_come = "xid >= pg_snapshot_xmax(pg_current_snapshot())";
+    let sql = format!("SELECT EXISTS (SELECT FROM {outbox} WHERE {to_come})");
+    let rows = client.query_typed(&sql, &[]).await;
+    let rows = rows.map_err(|error| sort(format!("look at the rows of {outbox}"), error))?;
+    let message = format!(
+        "rows of {outbox} have a number in xid that no transaction of this cluster has had yet, as rows have that were \
+         copied from another one, and would not be sent: UPDATE {outbox} SET xid = DEFAULT WHERE {to_come}"
+    );
+    let found = rows.first().is_some_and(|row| row.get(0));
+    Ok(found.then(|| Error::new(ErrorKind::Database, message)))
+}
+
 /// Whether rows are found by their transaction.
 pub(crate) async fn has_xid_index(client: &Client, contract: &Contract) -> Result<bool> {
     let outbox = contract.table("outbox");

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 use tokio_postgres::Client;
-use tracing::info;
+use tracing::{info, warn};
 
 use super::control::Hold;
 use super::division::Division;
@@ -181,6 +181,11 @@ async fn connect_to_table(relay: &mut Relay) -> Result<Connected> {
             Some(place) => catalog::is_delivered(client, contract, place.ordinal).await?,
             None => false,
         };
+        if checked.is_ok()
+            && let Some(error) = catalog::rows_to_come(client, contract).await?
+        {
+            warn!("{}", error.chain());
+        }
         Ok((checked, delivered))
     };
     let (checked, delivered) = within(SILENCE_MAX, "read what was set up", checked).await?;

@@ -27,7 +27,8 @@ use tokio_postgres::types::Type;
 use super::slot::start::create_slot;
 use super::slot::{finish, identify_system, is_in_the_way, object, taken_over};
 use super::{
-    ANSWER_MAX, Missed, Report, State, create_publication, lock, open_replication, publication,
+    ANSWER_MAX, Missed, Report, State, check_rows, create_publication, lock, open_replication,
+    publication,
 };
 use crate::catalog::{self, Checkpoint, Gap, Mode, Stored};
 use crate::contract::Contract;
@@ -76,6 +77,7 @@ pub async fn recover(database: &Database, contract: &Contract, missed: Missed) -
     if !contract.outbox.is_ours() && missed == Missed::Send {
         return Err(unknown_rows(contract));
     }
+    check_rows(client, contract).await?;
     make_slot(database, client, contract, &checkpoint, missed, &mut report).await?;
     Ok(report)
 }

@@ -3,7 +3,8 @@
 //! The column `xid` says which transaction wrote a row. A `pg_snapshot` S1 does not see
 //! those that had not begun, `xid >= xmax(S1)`, and those that were running,
 //! `xid = ANY (xip(S1))`, and sees all others that were committed: so this is what a
-//! later snapshot S2 has more, exactly. Neither an order of ids nor of transactions
+//! later snapshot S2 has more, exactly; but for a row that was copied from another cluster,
+//! whose number is still to come here: until then S2 does not see it either. Neither an order of ids nor of transactions
 //! comes into it, so a transaction that takes long holds up nobody, and is not missed
 //! when it ends.
 //!
@@ -336,7 +337,8 @@ impl Statements {
         // runs may have many rows, of which none is seen.
         let by_xid = |until: &str| {
             format!(
-                "SELECT r.* FROM (SELECT * FROM {table} WHERE xid >= $1::text::xid8 \
+                "SELECT r.* FROM (SELECT * FROM {table} \
+                                  WHERE (xid >= $1::text::xid8 AND xid < pg_snapshot_xmax(pg_current_snapshot())) \
                                      OR xid = ANY (ARRAY( \
                                          SELECT x FROM unnest($2::text::xid8[]) AS x \
                                          WHERE pg_visible_in_snapshot(x, pg_current_snapshot()))) OFFSET 0) AS r \

@@ -6,7 +6,7 @@ use super::{POLL, polling};
 use crate::faults::restore::{back_up, restore as restore_backup};
 use crate::promotion::{assert_told_of_timeline, demote};
 use crate::setup::slot::{HOLDING_UP, held_up_event};
-use crate::support::{Fixture, Relay, wait_until};
+use crate::support::{Fixture, Relay, statement, wait_until};
 
 /// What is seen is not yet on the disk, if its session has not waited for that.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -187,6 +187,38 @@ async fn what_was_not_published_in_another_cluster_is_in_this_one() {
         // Nothing more to adopt.
         restored.setup(&adopt).results();
     }
+}
+
+/// Copied by hand, or by replication: no snapshot of this cluster sees their numbers.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_whose_numbers_are_still_to_come_are_told_and_not_sent_again_and_again() {
+    let fixture = Fixture::polling().await;
+    fixture.insert("copied", "{}").await;
+    let copied = "UPDATE postbox.outbox SET xid = '99999999999'";
+    fixture.client.batch_execute(copied).await.unwrap();
+    let relay = polling(&fixture, &[]).await;
+    fixture.insert("new", "{}").await;
+    fixture.wait_until_published(&relay, 1).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let log = relay.log();
+    assert!(log.contains("WARN rows of \"postbox\".\"outbox\""), "{log}");
+    relay.drain().await;
+    assert_eq!(fixture.keys().await, ["new"]);
+
+    let forget = "DELETE FROM postbox.checkpoint";
+    fixture.client.batch_execute(forget).await.unwrap();
+    let refused = fixture.setup(&POLL);
+    let refused = refused.complaint(3);
+    assert!(refused.contains("copied from another one"), "{refused}");
+    let flags = ["--mode", "wal", "--backfill", "pending"];
+    let refused = fixture.setup(&flags);
+    let mend = statement(refused.complaint(3), "UPDATE");
+    fixture.client.batch_execute(mend).await.unwrap();
+    fixture.setup(&flags).results();
+    let relay = Relay::streaming(&fixture, &[]).await;
+    fixture.wait_until_published(&relay, 2).await;
+    relay.drain().await;
+    assert_eq!(fixture.keys().await, ["copied", "new", "new"]);
 }
 
 impl Fixture {
