@@ -63,10 +63,10 @@ async fn campaign(first: u64, runs: u64, jobs: u64, asked: Option<Mode>) -> Summ
 
 /// Part of every test run: each mode takes turns, with most kinds of harm. Each mode with a
 /// slot has a run with an orderly end before any other harm, and one that loses its slot;
-/// each other mode has a run with only what must have nothing repeated.
+/// each other mode has one run with only what must have nothing repeated, and one with more.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_short_campaign_is_clean() {
-    let (first, runs) = (64, 20);
+    let (first, runs) = (21_309, 10);
     let count = |mode: Mode, is_wanted: &dyn Fn(&Schedule) -> bool| {
         let seeds = (first..first + runs).filter(|seed| Mode::of(*seed) == mode);
         let load = || Load::new("postbox", "events");
@@ -82,13 +82,13 @@ async fn a_short_campaign_is_clean() {
         steps.any(|step| step.action == Action::LoseSlot)
     };
     for mode in Mode::ALL {
-        assert!(count(mode, &|_| true) >= 4);
+        assert!(count(mode, &|_| true) >= 2);
         match mode.has_slot() {
             true => {
                 assert!(count(mode, &begins_with_an_end) >= 1);
                 assert!(count(mode, &loses_its_slot) >= 1);
             }
-            false => assert!(count(mode, &|schedule| schedule.is_gentle) >= 1),
+            false => assert_eq!(count(mode, &|schedule| schedule.is_gentle), 1),
         }
     }
     let summary = campaign(first, runs, 3, None).await;
