@@ -2,6 +2,8 @@
 .PHONY: help demo test test-matrix campaign trials fuzz bench bench-soak bench-compare bench-poll bench-claim bench-micro bench-report lint
 
 VERSIONS ?= 14 15 16 17 18
+# Tests wait for servers a third of the time.
+export RUST_TEST_THREADS ?= $(shell echo $$((3 * $$(getconf _NPROCESSORS_ONLN) / 2)))
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
