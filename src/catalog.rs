@@ -42,7 +42,7 @@ pub use publication::{check_publication, publication_identity};
 pub use slices::{SLICES, Slices, Standing};
 pub use slot::{SlotState, find_slot, slot_state};
 
-pub(crate) use checkpoint::compare_publication;
+pub(crate) use checkpoint::{check_table, compare_publication};
 pub(crate) use division::{FREE_MAX, where_slices_stand};
 pub(crate) use lease::check_free as check_lease_is_free;
 pub(crate) use polling::{check_order, has_xid_index};
@@ -131,6 +131,10 @@ async fn whole(client: &Client, contract: &Contract, mode: Mode) -> Result<Check
         Stored::Recovering(_) => return Err(recovery_is_unfinished(contract)),
         Stored::Unfinished | Stored::Missing => return Err(not_set_up(contract)),
     };
+    if (checkpoint.mode, mode) == (Mode::Wal, Mode::Poll) {
+        // It cannot be changed by a set-up for this table.
+        check_table(client, contract, &checkpoint).await?;
+    }
     checkpoint.check_mode(contract, mode)?;
     Ok(checkpoint)
 }

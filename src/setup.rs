@@ -374,6 +374,9 @@ async fn set_up_polling(
     match &stored {
         Stored::Recovering(_) => return Err(catalog::recovery_is_unfinished(contract)),
         Stored::Unfinished => return Err(slot::setup_is_unfinished(contract)),
+        Stored::At(checkpoint) if checkpoint.mode == Mode::Wal => {
+            catalog::check_table(client, contract, checkpoint).await?;
+        }
         Stored::At(_) | Stored::Missing => {}
     }
     migrations::apply(client, contract, report).await?;

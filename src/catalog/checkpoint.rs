@@ -314,6 +314,21 @@ pub(crate) async fn compare_publication(
     })
 }
 
+/// Refuses a slot that was set up for another table than the contract's, which no relay of
+/// this table may take for its own.
+pub(crate) async fn check_table(
+    client: &Client,
+    contract: &Contract,
+    checkpoint: &Checkpoint,
+) -> Result<()> {
+    if publication::held_outbox(client, contract, &checkpoint.publication_identity).await? {
+        return Ok(());
+    }
+    // A table that was made again has another identity, too: that says how to go on.
+    compare_publication(client, contract, checkpoint).await?;
+    Err(is_of_another_table(contract))
+}
+
 /// It was right when the slot was set up, and is the same. (What would make it right for
 /// this table would break the relay of the other.)
 fn is_of_another_table(contract: &Contract) -> Error {

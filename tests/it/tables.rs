@@ -597,3 +597,24 @@ async fn what_cannot_be_set_up_is_refused_and_nothing_is_touched() {
         relay.log()
     );
 }
+
+/// Its slot would be dropped, and with it what it has not given.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_slot_of_a_table_is_not_changed_to_poll_another() {
+    let fixture = Fixture::omni_box().await;
+    fixture.set_up_table(&OMNI_BOX);
+    fixture.insert("a", "{\"n\": 1}").await;
+    let poll = ["--schema", "box", "--mode", "poll"];
+    let refused = fixture.setup(&poll);
+    let refused = refused.complaint(5);
+    let why = "was not set up for \"box\".\"outbox\"";
+    assert!(refused.contains(why), "{refused}");
+    let mut early = Relay::start(&fixture, &poll);
+    assert_eq!(early.exit_code().await, 5, "{}", early.log());
+    assert!(early.log().contains(why), "{}", early.log());
+    assert!(fixture.set_up_table(&OMNI_BOX).contains("already there"));
+    let relay = Relay::streaming(&fixture, &OMNI_BOX).await;
+    fixture.wait_for_confirmation().await;
+    relay.drain().await;
+    assert_eq!(fixture.keys().await, ["a"]);
+}
