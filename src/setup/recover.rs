@@ -96,6 +96,7 @@ pub(super) async fn take_over_polling(
     }
     if let Some(slot) = catalog::find_slot(client, &contract.slot).await? {
         // That of a change to polling that was cut short is ours.
+        slot.check_ours(&contract.slot)?;
         match checkpoint.has_left_slot() {
             true => slot.check_unused(&contract.slot)?,
             false => return Err(is_in_the_way(contract, &slot)),

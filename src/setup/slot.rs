@@ -223,8 +223,12 @@ pub(super) fn taken_over(contract: &Contract) -> Error {
     )
 }
 
-/// A slot of this name is another's, where an outbox is adopted.
+/// A slot of this name is another's, where one is to be made. One that cannot be ours is
+/// not for us to have dropped.
 pub(super) fn is_in_the_way(contract: &Contract, slot: &SlotState) -> Error {
+    if let Err(error) = slot.check_ours(&contract.slot) {
+        return error;
+    }
     let active = slot.active_pid.map_or("", |_| ", and somebody reads it");
     let message = format!(
         "{} is there already{active}: if nothing needs it, SELECT pg_drop_replication_slot('{}') and run the command again",

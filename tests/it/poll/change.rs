@@ -145,3 +145,18 @@ async fn a_slot_that_a_change_has_left_is_complained_of_until_it_is_dropped() {
     assert!(!relay.log().contains("is left"), "{}", relay.log());
     relay.drain().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slot_of_another_database_is_left_to_it() {
+    let (fixture, elsewhere) = (Fixture::polling().await, Fixture::empty().await);
+    let slot = &fixture.contract.slot;
+    let make = format!("SELECT pg_create_logical_replication_slot('{slot}', 'pgoutput')");
+    elsewhere.client.batch_execute(&make).await.unwrap();
+    let setup = fixture.setup(&["--mode", "wal"]);
+    let complaint = setup.complaint(4);
+    let why = format!("belongs to database \"{}\"", elsewhere.database.name());
+    assert!(complaint.contains(&why), "{complaint}");
+    assert!(!complaint.contains("pg_drop"), "{complaint}");
+    let drop = format!("SELECT pg_drop_replication_slot('{slot}')");
+    elsewhere.client.batch_execute(&drop).await.unwrap();
+}
