@@ -19,6 +19,12 @@
 //! relay starts, and a recovery that was interrupted begins again: the slot that
 //! it left has given nothing. Its epoch rises, so that a relay that has lost the
 //! slot and does not know it yet can no longer write it.
+//!
+//! A relay that polls and is to read a slot goes on polling until that is there: the mode
+//! changes with the LSN, in one statement. Until then the checkpoint names a publication, as
+//! that of a change to polling that was cut short does: there may be a slot, which nobody has
+//! read. So either mode can be set up from there. A relay that polls meanwhile raises the
+//! epoch, and the slot is made for nothing: what lies before it was not known.
 
 use pgwire_replication::ReplicationClient;
 use tokio_postgres::Client;
@@ -176,11 +182,12 @@ async fn remake(
     missed: Missed,
 ) -> Result<String> {
     let system = identify_system(client, &mut replication).await?;
+    // Of a relay that polls the mode stays, and nobody has its lease.
     let begin = contract.sql(
         "UPDATE :\"schema\".checkpoint \
-         SET mode = 'wal', lsn = NULL, second_snapshot = NULL, seq = NULL, publication = :'publication', \
+         SET lsn = NULL, second_snapshot = NULL, seq = NULL, publication = :'publication', \
              owner = NULL, expires_at = NULL, epoch = epoch + 1, updated_at = now() \
-         WHERE name = :'slot' AND epoch = $1 RETURNING name",
+         WHERE name = :'slot' AND epoch = $1 RETURNING epoch",
     );
     failpoint!("recovery_beginning");
     let doing = || format!("write checkpoint \"{}\"", contract.slot);
@@ -189,9 +196,8 @@ async fn remake(
         let begun = client.query_typed(&begin, &epoch).await;
         begun.map_err(|error| sort(doing(), error))
     };
-    if within(ANSWER_MAX, &doing(), begun).await?.is_empty() {
-        return Err(taken_over(contract));
-    }
+    let begun = within(ANSWER_MAX, &doing(), begun).await?;
+    let epoch: i64 = begun.first().ok_or_else(|| taken_over(contract))?.get(0);
     failpoint!("recovery_begun");
     let existing = catalog::find_slot(client, &contract.slot).await?;
     let (existing, since) = (existing.as_ref(), &checkpoint.snapshot);
@@ -204,7 +210,7 @@ async fn remake(
         seq: start.seq_before,
     });
     failpoint!("recovery_finishing");
-    finish(client, contract, &system, &start, gap.as_ref()).await?;
+    finish(client, contract, &system, &start, gap.as_ref(), Some(epoch)).await?;
     failpoint!("recovery_finished");
     let found = match (contract.outbox.is_ours(), contract.outbox.preset.tracking()) {
         (true, _) => format!("rows committed since the last checkpoint: {rows}"),

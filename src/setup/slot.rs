@@ -72,7 +72,7 @@ pub(super) async fn create(
         write(client, contract, "BEGIN").await?;
         note_intention(client, contract).await?;
         failpoint!("taking_over");
-        finish(client, contract, &system, &start, gap.as_ref()).await?;
+        finish(client, contract, &system, &start, gap.as_ref(), None).await?;
         write(client, contract, "COMMIT").await?;
         let rows = start.rows_before;
         let fate = match gap {
@@ -105,7 +105,7 @@ pub(super) async fn create(
         return Err(rows_before_the_slot(contract, start.rows_before));
     }
     let gap = pending(&start, backfill);
-    finish(client, contract, &system, &start, gap.as_ref()).await?;
+    finish(client, contract, &system, &start, gap.as_ref(), None).await?;
     let rows = start.rows_before;
     let fate = match gap {
         Some(_) => "they are sent first",
@@ -175,19 +175,21 @@ pub(super) async fn write(client: &Client, contract: &Contract, sql: &str) -> Re
     within(ANSWER_MAX, &doing, written).await
 }
 
-/// Writes where the slot begins, and the gap before it that is to be sent.
+/// Writes where the slot begins, and the gap before it that is to be sent: in the epoch, if
+/// there is one, in which what lies before it was found out.
 pub(super) async fn finish(
     client: &Client,
     contract: &Contract,
     system: &System,
     start: &Start,
     gap: Option<&Gap>,
+    epoch: Option<i64>,
 ) -> Result<()> {
     let sql = contract.sql(
         "UPDATE :\"schema\".checkpoint \
-         SET lsn = $1, snapshot = $2::pg_snapshot, second_snapshot = $3::pg_snapshot, seq = $4, \
+         SET mode = 'wal', lsn = $1, snapshot = $2::pg_snapshot, second_snapshot = $3::pg_snapshot, seq = $4, \
              system_identifier = $5, timeline = $6, publication_identity = $7, updated_at = now() \
-         WHERE name = :'slot' AND lsn IS NULL RETURNING name",
+         WHERE name = :'slot' AND lsn IS NULL AND epoch = coalesce($8, epoch) RETURNING name",
     );
     let snapshot = gap.map_or(&start.snapshot, |gap| &gap.since);
     let second_snapshot = gap.map(|gap| &gap.until);
@@ -200,6 +202,7 @@ pub(super) async fn finish(
         (&system.identifier as _, Type::TEXT),
         (&system.timeline as _, Type::INT4),
         (&start.publication_identity as _, Type::TEXT),
+        (&epoch as _, Type::INT8),
     ];
     let doing = format!("write checkpoint \"{}\"", contract.slot);
     let written = async {
@@ -217,7 +220,7 @@ pub(super) fn taken_over(contract: &Contract) -> Error {
     Error::new(
         ErrorKind::Slot,
         format!(
-            "checkpoint \"{}\" was taken over meanwhile: run the command again",
+            "checkpoint \"{}\" was taken over meanwhile: stop its relay, and run the command again",
             contract.slot
         ),
     )
