@@ -54,6 +54,9 @@ const ANSWER_MAX: Duration = Duration::from_secs(90);
 const UNLIMITED: &str = "SELECT set_config(name, '0', true) FROM pg_settings \
      WHERE name IN ('statement_timeout', 'transaction_timeout')";
 
+/// What a session begins with. A policy that hides rows of the outbox must be an error.
+const SETTINGS: [(&str, &str); 2] = [("row_security", "off"), ("lock_timeout", PATIENCE)];
+
 /// Names our advisory lock. Locks of this kind are per database.
 const LOCK: i64 = i64::from_be_bytes(*b"\0postbox");
 
@@ -215,7 +218,7 @@ pub async fn setup(
 ) -> Result<Report> {
     contract.validate()?;
     options.validate(&contract.outbox)?;
-    let mut session = database.connect("postbox setup").await?;
+    let mut session = database.connect_alone("postbox setup", &SETTINGS).await?;
     let client = &mut session.client;
     lock(client).await?;
     catalog::check_server(client).await?;
@@ -432,11 +435,7 @@ impl SetupOptions {
 
 /// One set-up at a time in a database. The lock goes with the session.
 async fn lock(client: &Client) -> Result<()> {
-    // A policy that hides rows of the outbox must be an error.
-    let sql = format!("SET row_security = off; SET lock_timeout = '{PATIENCE}'");
     let doing = "wait for another `postbox setup`";
-    let set = client.batch_execute(&sql).await;
-    set.map_err(|error| sort(doing, error))?;
     // Not by waiting in a statement: who builds an index beside writers waits for all
     // statements that have begun.
     let sql = format!("SELECT pg_try_advisory_lock({LOCK})");

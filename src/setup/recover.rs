@@ -33,7 +33,8 @@ use tokio_postgres::types::Type;
 use super::slot::start::create_slot;
 use super::slot::{finish, identify_system, is_in_the_way, object, taken_over};
 use super::{
-    ANSWER_MAX, Missed, Report, State, create_publication, lock, open_replication, publication,
+    ANSWER_MAX, Missed, Report, SETTINGS, State, create_publication, lock, open_replication,
+    publication,
 };
 use crate::catalog::{self, Checkpoint, Gap, Mode, Stored};
 use crate::contract::Contract;
@@ -55,7 +56,7 @@ use crate::source::BACKFILL_SEQ;
 /// has the statement that mends it.
 pub async fn recover(database: &Database, contract: &Contract, missed: Missed) -> Result<Report> {
     contract.validate()?;
-    let mut session = database.connect("postbox recover").await?;
+    let mut session = database.connect_alone("postbox recover", &SETTINGS).await?;
     let client = &mut session.client;
     lock(client).await?;
     catalog::check_server(client).await?;
