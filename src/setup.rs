@@ -229,9 +229,6 @@ pub async fn setup(
 
     let mut report = Report::default();
     let mut stored = catalog::stored(client, contract).await?;
-    if options.adopt {
-        stored = adopt(database, client, contract, stored, &mut report).await?;
-    }
     if let Stored::At(checkpoint) = &stored
         && checkpoint.mode == Mode::Poll
         && !contract.outbox.is_ours()
@@ -246,6 +243,10 @@ pub async fn setup(
         }
         _ => Mode::Wal,
     };
+    options.check_notify(mode)?;
+    if options.adopt {
+        stored = adopt(database, client, contract, stored, &mut report).await?;
+    }
     match mode {
         Mode::Wal => {
             catalog::check_wal_level(client).await?;
@@ -407,6 +408,16 @@ impl SetupOptions {
 }
 
 impl SetupOptions {
+    /// A trigger that nobody listens to makes commits wait for each other.
+    fn check_notify(&self, mode: Mode) -> Result<()> {
+        if (mode, self.notify) != (Mode::Wal, Some(true)) {
+            return Ok(());
+        }
+        let message =
+            "--notify true fights --mode wal: only a relay that polls is woken; leave it out";
+        Err(Error::new(ErrorKind::Settings, message))
+    }
+
     /// Of another library's table, only a slot is ours to set up.
     fn check_preset(&self, table: &Table) -> Result<()> {
         let preset = table.preset.name();
