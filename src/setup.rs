@@ -26,6 +26,7 @@ use std::time::{Duration, Instant};
 
 use pgwire_replication::ReplicationClient;
 use tokio_postgres::Client;
+use tokio_postgres::types::Type;
 
 use crate::catalog::{self, Mode, PUBLICATION, Stored};
 use crate::contract::{Contract, check_name};
@@ -225,6 +226,7 @@ pub async fn setup(
     grants::check_roles(client, options).await?;
     if !contract.outbox.is_ours() {
         claim::shape(client, &contract.outbox).await?;
+        check_kind(client, contract).await?;
     }
 
     let mut report = Report::default();
@@ -259,6 +261,23 @@ pub async fn setup(
     }
     grants::apply(client, contract, options, mode, &mut report).await?;
     Ok(report)
+}
+
+/// A slot gives the rows of tables only.
+async fn check_kind(client: &Client, contract: &Contract) -> Result<()> {
+    let outbox = contract.outbox.quoted();
+    let sql = "SELECT CASE relkind WHEN 'v' THEN 'a view' WHEN 'm' THEN 'a materialized view' \
+                                   WHEN 'f' THEN 'a foreign table' END \
+               FROM pg_class WHERE oid = to_regclass($1)";
+    let rows = client.query_typed(sql, &[(&outbox, Type::TEXT)]).await;
+    let rows = rows.map_err(|error| sort(format!("look at {outbox}"), error))?;
+    match rows.first().and_then(|row| row.get::<_, Option<&str>>(0)) {
+        None => Ok(()),
+        Some(kind) => Err(Error::new(
+            ErrorKind::Database,
+            format!("{outbox} is {kind} and must be a table: a slot gives the rows of tables only"),
+        )),
+    }
 }
 
 /// From a slot, unless there is a reason why not that waiting does not mend.
@@ -347,6 +366,10 @@ async fn set_up_slot(
         Stored::Missing | Stored::Unfinished => {
             // Before anything is written: it may be refused.
             let replication = Box::pin(open_replication(database, client, contract)).await?;
+            migrations::version(client, contract).await?;
+            if stored == Stored::Missing && options.backfill == Backfill::Refuse {
+                slot::refuse_rows(client, contract).await?;
+            }
             migrations::apply(client, contract, report).await?;
             let made = create_publication(client, contract).await?;
             catalog::check_publication(client, contract).await?;

@@ -24,7 +24,7 @@ use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
 use self::start::{SEES_NOTHING, Start, create_slot};
-use super::{ANSWER_MAX, Backfill, Report, State, backfill};
+use super::{ANSWER_MAX, Backfill, Report, State, UNLIMITED, backfill};
 use crate::catalog::{self, Checkpoint, Gap, SlotState, Stored, System};
 use crate::contract::Contract;
 use crate::database::{sort, sort_replication, within};
@@ -114,6 +114,37 @@ pub(super) async fn create(
     let note = format!("rows in the outbox before it: {rows}; {fate}");
     report.add_with_note(object(contract), State::Created, (rows > 0).then_some(note));
     Ok(())
+}
+
+/// Refuses rows that no slot would give, before anything is made. More may come until the
+/// slot begins.
+pub(super) async fn refuse_rows(client: &mut Client, contract: &Contract) -> Result<()> {
+    if catalog::find_slot(client, &contract.slot).await?.is_some() {
+        // It may hold them.
+        return Ok(());
+    }
+    let outbox = contract.outbox.quoted();
+    let counted = async {
+        let sql = "SELECT to_regclass($1) IS NOT NULL";
+        let found = client
+            .query_typed_one(sql, &[(&outbox, Type::TEXT)])
+            .await?;
+        if !found.get::<_, bool>(0) {
+            return Ok(0);
+        }
+        let transaction = client.build_transaction().read_only(true).start().await?;
+        transaction.batch_execute(UNLIMITED).await?;
+        let rows = backfill::count(&transaction, contract).await?;
+        transaction.commit().await?;
+        Ok(rows)
+    };
+    match counted
+        .await
+        .map_err(|error| sort(format!("read {outbox}"), error))?
+    {
+        0 => Ok(()),
+        rows => Err(rows_before_the_slot(contract, rows)),
+    }
 }
 
 /// The rows before the slot, if they are to be sent.

@@ -618,3 +618,26 @@ async fn the_slot_of_a_table_is_not_changed_to_poll_another() {
     relay.drain().await;
     assert_eq!(fixture.keys().await, ["a"]);
 }
+
+/// It is looked at before anything is made.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_refused_leaves_nothing_behind() {
+    let fixture = Fixture::empty().await;
+    let table = "CREATE TABLE rows ( \
+                     id uuid PRIMARY KEY DEFAULT gen_random_uuid(), aggregatetype text NOT NULL DEFAULT 'x', \
+                     aggregateid text NOT NULL DEFAULT 'a', type text NOT NULL DEFAULT 't', payload jsonb); \
+                 INSERT INTO rows DEFAULT VALUES; CREATE VIEW looks AS SELECT * FROM rows";
+    fixture.client.batch_execute(table).await.unwrap();
+    for (table, code, why) in [
+        ("public.rows", 4, "would never be published: 1;"),
+        ("public.looks", 3, "is a view and must be a table"),
+    ] {
+        let flags = ["--table-preset", "debezium", "--table", table];
+        let refused = fixture.setup(&flags);
+        let refused = refused.complaint(code);
+        assert!(refused.contains(why), "{refused}");
+        let left = "(SELECT nspname::text FROM pg_namespace WHERE nspname = 'postbox' \
+                     UNION ALL SELECT pubname FROM pg_publication) AS left_behind";
+        assert_eq!(fixture.rows_of(left).await, 0, "{table}");
+    }
+}
