@@ -211,8 +211,28 @@ impl fmt::Display for State {
 /// once existed is gone (it is never made again without being asked to), is
 /// another's, or would leave rows unpublished. `Publication`: it is there and
 /// wrong, or has been changed since. `Rights`: the session's role, or a role that
-/// was named, lacks something.
+/// was named, lacks something. `SlotInUse`: a relay is at work.
 pub async fn setup(
+    database: &Database,
+    contract: &Contract,
+    options: &SetupOptions,
+) -> Result<Report> {
+    let done = set_up(database, contract, options).await;
+    done.map_err(stop_it_first)
+}
+
+/// What to do about who is at work, which another relay would only wait for.
+fn stop_it_first(error: Error) -> Error {
+    match error.kind() {
+        ErrorKind::SlotInUse => {
+            let message = format!("{}; stop it first", error.chain());
+            Error::new(ErrorKind::SlotInUse, message)
+        }
+        _ => error,
+    }
+}
+
+async fn set_up(
     database: &Database,
     contract: &Contract,
     options: &SetupOptions,

@@ -34,7 +34,7 @@ use super::slot::start::create_slot;
 use super::slot::{finish, identify_system, is_in_the_way, object, taken_over};
 use super::{
     ANSWER_MAX, Missed, Report, SETTINGS, State, create_publication, lock, open_replication,
-    publication,
+    publication, stop_it_first,
 };
 use crate::catalog::{self, Checkpoint, Gap, Mode, Stored};
 use crate::contract::Contract;
@@ -55,6 +55,11 @@ use crate::source::BACKFILL_SEQ;
 /// checkpoint belongs to another cluster. `Publication`: it is wrong, and the message
 /// has the statement that mends it.
 pub async fn recover(database: &Database, contract: &Contract, missed: Missed) -> Result<Report> {
+    let done = recover_slot(database, contract, missed).await;
+    done.map_err(stop_it_first)
+}
+
+async fn recover_slot(database: &Database, contract: &Contract, missed: Missed) -> Result<Report> {
     contract.validate()?;
     let mut session = database.connect_alone("postbox recover", &SETTINGS).await?;
     let client = &mut session.client;

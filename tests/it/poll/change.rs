@@ -90,18 +90,16 @@ async fn a_relay_at_work_is_not_changed() {
     let fixture = Fixture::new().await;
     let relay = Relay::streaming(&fixture, &[]).await;
     let setup = fixture.setup(&POLL);
-    assert!(
-        setup.complaint(4).contains("is in use by process"),
-        "{setup:?}"
-    );
+    let complaint = setup.complaint(4);
+    assert!(complaint.contains("is in use by process"), "{setup:?}");
+    assert!(complaint.contains("; stop it first"), "{setup:?}");
     relay.drain().await;
     fixture.setup(&POLL).results();
     let relay = polling(&fixture, &[]).await;
     let setup = fixture.setup(&["--mode", "wal"]);
-    assert!(
-        setup.complaint(4).contains("is at work: process "),
-        "{setup:?}"
-    );
+    let complaint = setup.complaint(4);
+    assert!(complaint.contains("is at work: process "), "{setup:?}");
+    assert!(complaint.contains("; stop it first"), "{setup:?}");
     relay.drain().await;
 }
 
