@@ -106,7 +106,9 @@ async fn the_printed_script_does_the_same() {
 async fn a_notification_wakes_the_relay() {
     let fixture = Fixture::polling().await;
     let notify = [&POLL[..], &["--notify", "true"]].concat();
-    fixture.setup(&notify).results();
+    let setup = fixture.setup(&notify);
+    let note = "created (relays listen from their next start)";
+    assert!(setup.results().contains(note), "{setup:?}");
     let slow = ["--poll-interval-min", "10ms", "--poll-interval-max", "1m"];
     let relay = polling(&fixture, &slow).await;
     // So that the pauses are long by now, were it not woken.
