@@ -66,11 +66,13 @@ async fn recover_slot(database: &Database, contract: &Contract, missed: Missed) 
     lock(client).await?;
     catalog::check_server(client).await?;
     catalog::check_wal_level(client).await?;
-    catalog::check_schema_version(client, contract).await?;
+    catalog::check_schema_version(client, contract, Mode::Wal).await?;
     let (checkpoint, finished) = match catalog::stored(client, contract).await? {
         Stored::At(checkpoint) => (checkpoint, true),
         Stored::Recovering(checkpoint) => (checkpoint, false),
-        Stored::Missing | Stored::Unfinished => return Err(catalog::not_set_up(contract)),
+        Stored::Missing | Stored::Unfinished => {
+            return Err(catalog::not_set_up(contract, Some(Mode::Wal)));
+        }
     };
     checkpoint.check_mode(contract, Mode::Wal)?;
     checkpoint.check_system(contract, &catalog::system(client).await?)?;

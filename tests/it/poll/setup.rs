@@ -206,3 +206,14 @@ async fn a_relay_that_may_choose_says_how_it_reads_and_why() {
     )
     .await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_without_a_set_up_names_its_own() {
+    let fixture = Fixture::empty().await;
+    for mode in ["poll", "auto"] {
+        let mut relay = Relay::start(&fixture, &["--mode", mode]);
+        assert_eq!(relay.exit_code().await, 4, "{}", relay.log());
+        let command = format!("run `postbox setup --mode {mode}`");
+        assert!(relay.log().contains(&command), "{}", relay.log());
+    }
+}
