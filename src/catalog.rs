@@ -42,7 +42,7 @@ pub use publication::{check_publication, publication_identity};
 pub use slices::{SLICES, Slices, Standing};
 pub use slot::{SlotState, find_slot, slot_state};
 
-pub(crate) use checkpoint::compare_publication;
+pub(crate) use checkpoint::{check_table, compare_publication};
 pub(crate) use division::{FREE_MAX, where_slices_stand};
 pub(crate) use lease::check_free as check_lease_is_free;
 pub(crate) use polling::{check_order, has_xid_index, rows_to_come};
@@ -105,7 +105,7 @@ impl System {
 pub async fn check(client: &Client, contract: &Contract) -> Result<Checkpoint> {
     contract.validate()?;
     check_server(client).await?;
-    check_schema_version(client, contract).await?;
+    check_schema_version(client, contract, Mode::Wal).await?;
     let checkpoint = whole(client, contract, Mode::Wal).await?;
     check_wal_level(client).await?;
     let system = system(client).await?;
@@ -129,8 +129,12 @@ async fn whole(client: &Client, contract: &Contract, mode: Mode) -> Result<Check
     let checkpoint = match stored(client, contract).await? {
         Stored::At(checkpoint) => checkpoint,
         Stored::Recovering(_) => return Err(recovery_is_unfinished(contract)),
-        Stored::Unfinished | Stored::Missing => return Err(not_set_up(contract)),
+        Stored::Unfinished | Stored::Missing => return Err(not_set_up(contract, Some(mode))),
     };
+    if (checkpoint.mode, mode) == (Mode::Wal, Mode::Poll) {
+        // It cannot be changed by a set-up for this table.
+        check_table(client, contract, &checkpoint).await?;
+    }
     checkpoint.check_mode(contract, mode)?;
     Ok(checkpoint)
 }
@@ -239,9 +243,13 @@ pub(crate) async fn schema_version(client: &Client, contract: &Contract) -> Resu
 
 /// A relay needs what its version of the schema has. A later version may have
 /// more: set-up comes before the relays when both are upgraded.
-pub(crate) async fn check_schema_version(client: &Client, contract: &Contract) -> Result<()> {
+pub(crate) async fn check_schema_version(
+    client: &Client,
+    contract: &Contract,
+    mode: Mode,
+) -> Result<()> {
     let Some(version) = schema_version(client, contract).await? else {
-        return Err(not_set_up(contract));
+        return Err(not_set_up(contract, Some(mode)));
     };
     let schema = &contract.schema;
     if version < SCHEMA_VERSION {
@@ -271,7 +279,13 @@ pub(crate) fn recovery_is_unfinished(contract: &Contract) -> Error {
     Error::new(ErrorKind::Slot, message)
 }
 
-pub(crate) fn not_set_up(contract: &Contract) -> Error {
+/// There is nothing for a relay that is to read so; none: as it was set up.
+pub(crate) fn not_set_up(contract: &Contract, mode: Option<Mode>) -> Error {
+    let (object, command) = match mode {
+        Some(Mode::Wal) => ("replication slot", "postbox setup"),
+        Some(Mode::Poll) => ("relay", "postbox setup --mode poll"),
+        None => ("relay", "postbox setup --mode auto"),
+    };
     let claims = match contract.outbox.preset.tracking() {
         Some(_) => ", or read the table by claims, with --mode poll",
         None => "",
@@ -279,7 +293,7 @@ pub(crate) fn not_set_up(contract: &Contract) -> Error {
     Error::new(
         ErrorKind::Slot,
         format!(
-            "replication slot \"{}\" has not been set up in schema \"{}\": run `postbox setup`{claims}",
+            "{object} \"{}\" has not been set up in schema \"{}\": run `{command}`{claims}",
             contract.slot, contract.schema
         ),
     )

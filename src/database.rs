@@ -70,6 +70,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use pgwire_replication::ReplicationConfig;
+use tokio_postgres::error::SqlState;
 
 use crate::error::{Error, ErrorKind, Result};
 
@@ -106,7 +107,22 @@ impl Database {
     ///
     /// As [`sort`] sorts them; `DatabaseAway` when the time is up.
     pub async fn connect(&self, application_name: &str) -> Result<Session> {
-        self.open(application_name, true).await
+        self.open(application_name, &[], true).await
+    }
+
+    /// Opens an ordinary session that is ours alone until it ends, and begins it with these
+    /// settings, as it may hold locks and settings that no other client must be lent. They are
+    /// handed over at its start, as `options`, which a pooler refuses; whether they hold is
+    /// looked at, for one that passes them over.
+    ///
+    /// # Errors
+    /// As [`connect`](Self::connect); `Database` where a pooler is in between.
+    pub async fn connect_alone(
+        &self,
+        application_name: &str,
+        settings: &[(&str, &str)],
+    ) -> Result<Session> {
+        self.open(application_name, settings, true).await
     }
 
     /// Opens an ordinary session and sets nothing in it, as a pooler may lend the
@@ -115,24 +131,39 @@ impl Database {
     /// # Errors
     /// As [`connect`](Self::connect).
     pub async fn connect_pooled(&self, application_name: &str) -> Result<Session> {
-        self.open(application_name, false).await
+        self.open(application_name, &[], false).await
     }
 
-    async fn open(&self, application_name: &str, is_ours: bool) -> Result<Session> {
+    async fn open(
+        &self,
+        application_name: &str,
+        settings: &[(&str, &str)],
+        is_ours: bool,
+    ) -> Result<Session> {
         let doing = format!("connect to {}", self.display());
         let tls = self.tls.connector()?;
         let mut config = self.config.clone();
         config.application_name(application_name);
-        let opened = async {
-            let session = Session::open(&config, tls).await?;
-            if is_ours {
-                session.strengthen().await?;
+        if !settings.is_empty() {
+            config.options(with_settings(self.options(), settings));
+        }
+        let refused = |error: tokio_postgres::Error| {
+            // Postgres itself has nothing against how we begin.
+            let is_pooler = error.code() == Some(&SqlState::PROTOCOL_VIOLATION);
+            match is_pooler && !settings.is_empty() {
+                true => pooler_in_between(&doing),
+                false => sort(&doing, error),
             }
-            Ok(session)
         };
         let opened = async {
-            let session: Result<_, tokio_postgres::Error> = opened.await;
-            session.map_err(|error| sort(&doing, error))
+            let session = Session::open(&config, tls).await.map_err(refused)?;
+            if !session.holds(settings).await.map_err(refused)? {
+                return Err(pooler_in_between(&doing));
+            }
+            if is_ours {
+                session.strengthen().await.map_err(refused)?;
+            }
+            Ok(session)
         };
         within(self.connect_timeout, &doing, opened).await
     }
@@ -211,6 +242,24 @@ impl Database {
     pub fn connect_timeout(&self) -> Duration {
         self.connect_timeout
     }
+}
+
+/// The `options` of a session that begins with these settings, whatever else they say.
+fn with_settings(options: Option<&str>, settings: &[(&str, &str)]) -> String {
+    let ours = settings.iter().map(|(name, value)| {
+        // There, a space ends a setting.
+        let value = value.replace('\\', r"\\").replace(' ', r"\ ");
+        format!("-c {name}={value}")
+    });
+    let said = options.map(str::to_owned);
+    said.into_iter().chain(ours).collect::<Vec<_>>().join(" ")
+}
+
+fn pooler_in_between(doing: &str) -> Error {
+    let message = format!(
+        "{doing}: a connection pooler is between us and the server: connect to Postgres itself"
+    );
+    Error::new(ErrorKind::Database, message)
 }
 
 /// An answer of the server, for which its client waits without end: a connection that

@@ -26,6 +26,7 @@ use std::time::{Duration, Instant};
 
 use pgwire_replication::ReplicationClient;
 use tokio_postgres::Client;
+use tokio_postgres::types::Type;
 
 use crate::catalog::{self, Mode, PUBLICATION, Stored};
 use crate::contract::{Contract, check_name};
@@ -53,6 +54,9 @@ const ANSWER_MAX: Duration = Duration::from_secs(90);
 /// the server has each of them.
 const UNLIMITED: &str = "SELECT set_config(name, '0', true) FROM pg_settings \
      WHERE name IN ('statement_timeout', 'transaction_timeout')";
+
+/// What a session begins with. A policy that hides rows of the outbox must be an error.
+const SETTINGS: [(&str, &str); 2] = [("row_security", "off"), ("lock_timeout", PATIENCE)];
 
 /// Names our advisory lock. Locks of this kind are per database.
 const LOCK: i64 = i64::from_be_bytes(*b"\0postbox");
@@ -207,28 +211,46 @@ impl fmt::Display for State {
 /// once existed is gone (it is never made again without being asked to), is
 /// another's, or would leave rows unpublished. `Publication`: it is there and
 /// wrong, or has been changed since. `Rights`: the session's role, or a role that
-/// was named, lacks something.
+/// was named, lacks something. `SlotInUse`: a relay is at work.
 pub async fn setup(
+    database: &Database,
+    contract: &Contract,
+    options: &SetupOptions,
+) -> Result<Report> {
+    let done = set_up(database, contract, options).await;
+    done.map_err(stop_it_first)
+}
+
+/// What to do about who is at work, which another relay would only wait for.
+fn stop_it_first(error: Error) -> Error {
+    match error.kind() {
+        ErrorKind::SlotInUse => {
+            let message = format!("{}; stop it first", error.chain());
+            Error::new(ErrorKind::SlotInUse, message)
+        }
+        _ => error,
+    }
+}
+
+async fn set_up(
     database: &Database,
     contract: &Contract,
     options: &SetupOptions,
 ) -> Result<Report> {
     contract.validate()?;
     options.validate(&contract.outbox)?;
-    let mut session = database.connect("postbox setup").await?;
+    let mut session = database.connect_alone("postbox setup", &SETTINGS).await?;
     let client = &mut session.client;
     lock(client).await?;
     catalog::check_server(client).await?;
     grants::check_roles(client, options).await?;
     if !contract.outbox.is_ours() {
         claim::shape(client, &contract.outbox).await?;
+        check_kind(client, contract).await?;
     }
 
     let mut report = Report::default();
     let mut stored = catalog::stored(client, contract).await?;
-    if options.adopt {
-        stored = adopt(database, client, contract, stored, &mut report).await?;
-    }
     if let Stored::At(checkpoint) = &stored
         && checkpoint.mode == Mode::Poll
         && !contract.outbox.is_ours()
@@ -243,6 +265,10 @@ pub async fn setup(
         }
         _ => Mode::Wal,
     };
+    options.check_notify(mode)?;
+    if options.adopt {
+        stored = adopt(database, client, contract, stored, &mut report).await?;
+    }
     match mode {
         Mode::Wal => {
             catalog::check_wal_level(client).await?;
@@ -255,6 +281,23 @@ pub async fn setup(
     }
     grants::apply(client, contract, options, mode, &mut report).await?;
     Ok(report)
+}
+
+/// A slot gives the rows of tables only.
+async fn check_kind(client: &Client, contract: &Contract) -> Result<()> {
+    let outbox = contract.outbox.quoted();
+    let sql = "SELECT CASE relkind WHEN 'v' THEN 'a view' WHEN 'm' THEN 'a materialized view' \
+                                   WHEN 'f' THEN 'a foreign table' END \
+               FROM pg_class WHERE oid = to_regclass($1)";
+    let rows = client.query_typed(sql, &[(&outbox, Type::TEXT)]).await;
+    let rows = rows.map_err(|error| sort(format!("look at {outbox}"), error))?;
+    match rows.first().and_then(|row| row.get::<_, Option<&str>>(0)) {
+        None => Ok(()),
+        Some(kind) => Err(Error::new(
+            ErrorKind::Database,
+            format!("{outbox} is {kind} and must be a table: a slot gives the rows of tables only"),
+        )),
+    }
 }
 
 /// From a slot, unless there is a reason why not that waiting does not mend.
@@ -344,6 +387,10 @@ async fn set_up_slot(
         Stored::Missing | Stored::Unfinished => {
             // Before anything is written: it may be refused.
             let replication = Box::pin(open_replication(database, client, contract)).await?;
+            migrations::version(client, contract).await?;
+            if stored == Stored::Missing && options.backfill == Backfill::Refuse {
+                slot::refuse_rows(client, contract).await?;
+            }
             migrations::apply(client, contract, report).await?;
             check_rows(client, contract).await?;
             let made = create_publication(client, contract).await?;
@@ -387,6 +434,9 @@ async fn set_up_polling(
     match &stored {
         Stored::Recovering(_) => return Err(catalog::recovery_is_unfinished(contract)),
         Stored::Unfinished => return Err(slot::setup_is_unfinished(contract)),
+        Stored::At(checkpoint) if checkpoint.mode == Mode::Wal => {
+            catalog::check_table(client, contract, checkpoint).await?;
+        }
         Stored::At(_) | Stored::Missing => {}
     }
     migrations::apply(client, contract, report).await?;
@@ -415,6 +465,16 @@ impl SetupOptions {
 }
 
 impl SetupOptions {
+    /// A trigger that nobody listens to makes commits wait for each other.
+    fn check_notify(&self, mode: Mode) -> Result<()> {
+        if (mode, self.notify) != (Mode::Wal, Some(true)) {
+            return Ok(());
+        }
+        let message =
+            "--notify true fights --mode wal: only a relay that polls is woken; leave it out";
+        Err(Error::new(ErrorKind::Settings, message))
+    }
+
     /// Of another library's table, only a slot is ours to set up.
     fn check_preset(&self, table: &Table) -> Result<()> {
         let preset = table.preset.name();
@@ -443,11 +503,7 @@ impl SetupOptions {
 
 /// One set-up at a time in a database. The lock goes with the session.
 async fn lock(client: &Client) -> Result<()> {
-    // A policy that hides rows of the outbox must be an error.
-    let sql = format!("SET row_security = off; SET lock_timeout = '{PATIENCE}'");
     let doing = "wait for another `postbox setup`";
-    let set = client.batch_execute(&sql).await;
-    set.map_err(|error| sort(doing, error))?;
     // Not by waiting in a statement: who builds an index beside writers waits for all
     // statements that have begun.
     let sql = format!("SELECT pg_try_advisory_lock({LOCK})");

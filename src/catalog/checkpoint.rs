@@ -182,7 +182,7 @@ pub async fn claim(
     match rows.first().map(|row| read(row, contract)).transpose()? {
         Some(Stored::At(checkpoint)) => Ok(checkpoint),
         _ => match stored(client, contract).await? {
-            Stored::Missing => Err(super::not_set_up(contract)),
+            Stored::Missing => Err(super::not_set_up(contract, Some(Mode::Wal))),
             Stored::At(_) => Err(taken_over(contract)),
             _ => Err(super::recovery_is_unfinished(contract)),
         },
@@ -314,6 +314,21 @@ pub(crate) async fn compare_publication(
     })
 }
 
+/// Refuses a slot that was set up for another table than the contract's, which no relay of
+/// this table may take for its own.
+pub(crate) async fn check_table(
+    client: &Client,
+    contract: &Contract,
+    checkpoint: &Checkpoint,
+) -> Result<()> {
+    if publication::held_outbox(client, contract, &checkpoint.publication_identity).await? {
+        return Ok(());
+    }
+    // A table that was made again has another identity, too: that says how to go on.
+    compare_publication(client, contract, checkpoint).await?;
+    Err(is_of_another_table(contract))
+}
+
 /// It was right when the slot was set up, and is the same. (What would make it right for
 /// this table would break the relay of the other.)
 fn is_of_another_table(contract: &Contract) -> Error {
@@ -344,6 +359,11 @@ impl Checkpoint {
     /// Refuses another cluster; warns of another timeline.
     pub(crate) fn check_system(&self, contract: &Contract, system: &System) -> Result<()> {
         if self.system.identifier != system.identifier {
+            // Of what is given up, set-up no longer knows the mode.
+            let mode = match self.mode {
+                Mode::Wal => "",
+                Mode::Poll => " --mode poll",
+            };
             return Err(Error::new(
                 ErrorKind::Database,
                 format!(
@@ -353,11 +373,12 @@ impl Checkpoint {
                     self.system.identifier,
                     system.identifier,
                     match contract.outbox.is_ours() {
-                        true =>
-                            "run `postbox setup --adopt`, after which the relay publishes what was not, or ",
-                        false => "",
+                        true => format!(
+                            "run `postbox setup{mode} --adopt`, after which the relay publishes what was not, or "
+                        ),
+                        false => String::new(),
                     },
-                    give_up(contract)
+                    give_up(contract, mode)
                 ),
             ));
         }
@@ -385,9 +406,9 @@ impl Checkpoint {
 }
 
 /// How to begin anew, without what was not published.
-fn give_up(contract: &Contract) -> String {
+fn give_up(contract: &Contract, mode: &str) -> String {
     format!(
-        "to give up what was not published, DELETE FROM {} WHERE name = {}; then run `postbox setup --backfill none`",
+        "to give up what was not published, DELETE FROM {} WHERE name = {}; then run `postbox setup{mode} --backfill none`",
         contract.table("checkpoint"),
         postgres_protocol::escape::escape_literal(&contract.slot)
     )

@@ -28,7 +28,7 @@ use std::sync::LazyLock;
 use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
-use super::{Checkpoint, Gap, Held, LEASE, SLICES, Slices, Standing, lease, not_set_up};
+use super::{Checkpoint, Gap, Held, LEASE, Mode, SLICES, Slices, Standing, lease, not_set_up};
 use crate::contract::Contract;
 use crate::database::{query_after, sort};
 use crate::error::{Error, ErrorKind, Result};
@@ -98,7 +98,9 @@ pub async fn look(client: &Client, contract: &Contract) -> Result<Look> {
     let name = [(&contract.slot as _, Type::TEXT)];
     let rows = client.query_typed(&sql, &name).await;
     let rows = rows.map_err(|error| sort(doing("read", contract), error))?;
-    let first = rows.first().ok_or_else(|| not_set_up(contract))?;
+    let first = rows
+        .first()
+        .ok_or_else(|| not_set_up(contract, Some(Mode::Poll)))?;
     let slices = rows.iter().filter_map(|row| {
         Some(Slice {
             number: row.get::<_, Option<i32>>(1)?.cast_unsigned(),

@@ -83,7 +83,7 @@ pub async fn claim_lease(
     match rows.first().map(|row| read(row, contract)).transpose()? {
         Some(Stored::At(checkpoint)) => Ok(checkpoint),
         _ => match stored(client, contract).await? {
-            Stored::Missing => Err(not_set_up(contract)),
+            Stored::Missing => Err(not_set_up(contract, Some(Mode::Poll))),
             _ => Err(taken_over(contract)),
         },
     }

@@ -22,7 +22,7 @@ pub async fn check_polling(
 ) -> Result<Checkpoint> {
     contract.validate()?;
     super::check_server(client).await?;
-    super::check_schema_version(client, contract).await?;
+    super::check_schema_version(client, contract, Mode::Poll).await?;
     let checkpoint = super::whole(client, contract, Mode::Poll).await?;
     let system = super::system(client).await?;
     checkpoint.check_system(contract, &system)?;

@@ -153,6 +153,27 @@ async fn serves_another_table(client: &Client, contract: &Contract) -> Result<bo
     Ok(rows.first().is_some_and(|row| row.get(0)))
 }
 
+/// Whether a publication of this identity gave the outbox: it held it by name, or, where it
+/// may be shared, otherwise.
+pub(super) async fn held_outbox(
+    client: &Client,
+    contract: &Contract,
+    identity: &str,
+) -> Result<bool> {
+    let sql = "SELECT $1 ~ format(' table [0-9]+@[0-9]+:%s( |$)', to_regclass($2)::oid) \
+                   OR ($3 AND $1 ~ '\"puballtables\": true| schema [0-9]+@')";
+    let outbox = contract.outbox.quoted();
+    let is_shared = contract.outbox.preset.shares_publication();
+    let parameters = [
+        (&identity as _, Type::TEXT),
+        (&outbox as _, Type::TEXT),
+        (&is_shared as _, Type::BOOL),
+    ];
+    let row = client.query_typed_one(sql, &parameters).await;
+    let row = row.map_err(|error| sort(doing(contract), error))?;
+    Ok(row.get::<_, Option<bool>>(0).unwrap_or(false))
+}
+
 /// The first statement of `sql/publication.sql`, in one line.
 fn create_statement(contract: &Contract) -> String {
     let lines = PUBLICATION.lines().filter(|line| !line.starts_with("--"));

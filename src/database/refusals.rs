@@ -70,6 +70,12 @@ pub static RULES: &[Rule] = {
             "correct the user, or let pg_hba.conf admit it, for replication too",
         ),
         rule(
+            ("42501", "row-level security"),
+            "a policy hides rows of the table",
+            Rights,
+            "let the role see all of them, by ALTER ROLE … BYPASSRLS or ALTER TABLE … DISABLE ROW LEVEL SECURITY",
+        ),
+        rule(
             ("42501", ""),
             "a right is missing",
             Rights,

@@ -55,6 +55,22 @@ impl Session {
         })
     }
 
+    /// Whether the session began with these settings, whatever their values: the server knows
+    /// where each of them comes from.
+    pub(super) async fn holds(
+        &self,
+        settings: &[(&str, &str)],
+    ) -> Result<bool, tokio_postgres::Error> {
+        if settings.is_empty() {
+            return Ok(true);
+        }
+        let names: Vec<&str> = settings.iter().map(|(name, _)| *name).collect();
+        let sql = "SELECT count(*) FROM pg_settings WHERE name = ANY ($1) AND source = 'client'";
+        let names = [(&names as _, Type::TEXT_ARRAY)];
+        let held: i64 = self.client.query_typed_one(sql, &names).await?.get(0);
+        Ok(usize::try_from(held) == Ok(settings.len()))
+    }
+
     /// Sets what our commits need.
     pub(super) async fn strengthen(&self) -> Result<(), tokio_postgres::Error> {
         self.client.batch_execute(SYNCHRONOUS_COMMIT).await

@@ -87,6 +87,12 @@ async fn mode_of_checkpoint(relay: &mut Relay) -> Result<Mode> {
     let stored = catalog::stored(client, &settings.contract);
     let mode = match within(SILENCE_MAX, "read what was set up", stored).await? {
         Stored::At(checkpoint) => checkpoint.mode,
+        Stored::Missing if settings.contract.outbox.is_ours() => {
+            // A standby may not have what its primary has.
+            let checked = catalog::check_server(client);
+            within(SILENCE_MAX, "look at the server", checked).await?;
+            return Err(catalog::not_set_up(&settings.contract, None));
+        }
         // Whoever goes on says what is missing.
         _ => return Ok(Mode::Wal),
     };

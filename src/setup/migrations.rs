@@ -18,12 +18,8 @@ pub(super) const MIGRATIONS: &[&str] = &[include_str!("../../sql/0001_outbox.sql
 
 const _: () = assert!(MIGRATIONS.len() == SCHEMA_VERSION as usize);
 
-/// Applies what is missing, each migration in a transaction of its own.
-pub(super) async fn apply(
-    client: &mut Client,
-    contract: &Contract,
-    report: &mut Report,
-) -> Result<()> {
+/// The version that there is, zero where there is none. Refuses one that is newer than ours.
+pub(super) async fn version(client: &Client, contract: &Contract) -> Result<i32> {
     let schema = &contract.schema;
     let found = schema_version(client, contract).await?.unwrap_or(0);
     if found > SCHEMA_VERSION {
@@ -35,6 +31,17 @@ pub(super) async fn apply(
             ),
         ));
     }
+    Ok(found)
+}
+
+/// Applies what is missing, each migration in a transaction of its own.
+pub(super) async fn apply(
+    client: &mut Client,
+    contract: &Contract,
+    report: &mut Report,
+) -> Result<()> {
+    let schema = &contract.schema;
+    let found = version(client, contract).await?;
     if found == 0 {
         create_schema(client, contract, report).await?;
     }

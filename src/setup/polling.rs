@@ -202,7 +202,8 @@ pub(super) async fn set_notify(
         let _ = client.batch_execute("ROLLBACK").await;
     }
     done.map_err(|error| sort(format!("set {object}"), error))?;
-    report.add(object, state);
+    let note = (state == State::Created).then(|| "relays listen from their next start".to_owned());
+    report.add_with_note(object, state, note);
     Ok(())
 }
 

@@ -19,7 +19,7 @@ const POLLING: &str = include_str!("../../sql/polling.sql");
 /// written. For a slot, unless the options say otherwise.
 ///
 /// # Errors
-/// `Settings`: of another library's table, what lies before a slot is copied under the
+/// `Settings`: what a script cannot do was asked for; of another library's table, what lies before a slot is copied under the
 /// snapshot that the slot is made with, which a script cannot see.
 pub fn print_sql(contract: &Contract, options: &SetupOptions) -> Result<String> {
     if !contract.outbox.is_ours() {
@@ -31,8 +31,21 @@ pub fn print_sql(contract: &Contract, options: &SetupOptions) -> Result<String> 
     }
     let mode = match options.mode {
         Reading::By(mode) => mode,
-        Reading::AsItWas | Reading::Auto => Mode::Wal,
+        Reading::AsItWas => Mode::Wal,
+        Reading::Auto => {
+            let why = "--mode auto fights --print: a script decides nothing; say wal or poll";
+            return Err(Error::new(ErrorKind::Settings, why));
+        }
     };
+    if options.adopt {
+        let why = "--adopt fights --print: a script takes nothing over; leave one of them out";
+        return Err(Error::new(ErrorKind::Settings, why));
+    }
+    if options.notify == Some(false) {
+        let why = "--notify false fights --print: a script drops no trigger; leave it out";
+        return Err(Error::new(ErrorKind::Settings, why));
+    }
+    options.check_notify(mode)?;
     let mut script =
         format!("{HEAD}SET lock_timeout = '{PATIENCE}';\nSELECT pg_advisory_lock({LOCK});\n\n");
     if mode == Mode::Wal {

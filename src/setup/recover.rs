@@ -19,6 +19,12 @@
 //! relay starts, and a recovery that was interrupted begins again: the slot that
 //! it left has given nothing. Its epoch rises, so that a relay that has lost the
 //! slot and does not know it yet can no longer write it.
+//!
+//! A relay that polls and is to read a slot goes on polling until that is there: the mode
+//! changes with the LSN, in one statement. Until then the checkpoint names a publication, as
+//! that of a change to polling that was cut short does: there may be a slot, which nobody has
+//! read. So either mode can be set up from there. A relay that polls meanwhile raises the
+//! epoch, and the slot is made for nothing: what lies before it was not known.
 
 use pgwire_replication::ReplicationClient;
 use tokio_postgres::Client;
@@ -27,8 +33,8 @@ use tokio_postgres::types::Type;
 use super::slot::start::create_slot;
 use super::slot::{finish, identify_system, is_in_the_way, object, taken_over};
 use super::{
-    ANSWER_MAX, Missed, Report, State, check_rows, create_publication, lock, open_replication,
-    publication,
+    ANSWER_MAX, Missed, Report, SETTINGS, State, check_rows, create_publication, lock,
+    open_replication, publication, stop_it_first,
 };
 use crate::catalog::{self, Checkpoint, Gap, Mode, Stored};
 use crate::contract::Contract;
@@ -49,17 +55,24 @@ use crate::source::BACKFILL_SEQ;
 /// checkpoint belongs to another cluster. `Publication`: it is wrong, and the message
 /// has the statement that mends it.
 pub async fn recover(database: &Database, contract: &Contract, missed: Missed) -> Result<Report> {
+    let done = recover_slot(database, contract, missed).await;
+    done.map_err(stop_it_first)
+}
+
+async fn recover_slot(database: &Database, contract: &Contract, missed: Missed) -> Result<Report> {
     contract.validate()?;
-    let mut session = database.connect("postbox recover").await?;
+    let mut session = database.connect_alone("postbox recover", &SETTINGS).await?;
     let client = &mut session.client;
     lock(client).await?;
     catalog::check_server(client).await?;
     catalog::check_wal_level(client).await?;
-    catalog::check_schema_version(client, contract).await?;
+    catalog::check_schema_version(client, contract, Mode::Wal).await?;
     let (checkpoint, finished) = match catalog::stored(client, contract).await? {
         Stored::At(checkpoint) => (checkpoint, true),
         Stored::Recovering(checkpoint) => (checkpoint, false),
-        Stored::Missing | Stored::Unfinished => return Err(catalog::not_set_up(contract)),
+        Stored::Missing | Stored::Unfinished => {
+            return Err(catalog::not_set_up(contract, Some(Mode::Wal)));
+        }
     };
     checkpoint.check_mode(contract, Mode::Wal)?;
     checkpoint.check_system(contract, &catalog::system(client).await?)?;
@@ -98,6 +111,7 @@ pub(super) async fn take_over_polling(
     }
     if let Some(slot) = catalog::find_slot(client, &contract.slot).await? {
         // That of a change to polling that was cut short is ours.
+        slot.check_ours(&contract.slot)?;
         match checkpoint.has_left_slot() {
             true => slot.check_unused(&contract.slot)?,
             false => return Err(is_in_the_way(contract, &slot)),
@@ -177,11 +191,12 @@ async fn remake(
     missed: Missed,
 ) -> Result<String> {
     let system = identify_system(client, &mut replication).await?;
+    // Of a relay that polls the mode stays, and nobody has its lease.
     let begin = contract.sql(
         "UPDATE :\"schema\".checkpoint \
-         SET mode = 'wal', lsn = NULL, second_snapshot = NULL, seq = NULL, publication = :'publication', \
+         SET lsn = NULL, second_snapshot = NULL, seq = NULL, publication = :'publication', \
              owner = NULL, expires_at = NULL, epoch = epoch + 1, updated_at = now() \
-         WHERE name = :'slot' AND epoch = $1 RETURNING name",
+         WHERE name = :'slot' AND epoch = $1 RETURNING epoch",
     );
     failpoint!("recovery_beginning");
     let doing = || format!("write checkpoint \"{}\"", contract.slot);
@@ -190,9 +205,8 @@ async fn remake(
         let begun = client.query_typed(&begin, &epoch).await;
         begun.map_err(|error| sort(doing(), error))
     };
-    if within(ANSWER_MAX, &doing(), begun).await?.is_empty() {
-        return Err(taken_over(contract));
-    }
+    let begun = within(ANSWER_MAX, &doing(), begun).await?;
+    let epoch: i64 = begun.first().ok_or_else(|| taken_over(contract))?.get(0);
     failpoint!("recovery_begun");
     let existing = catalog::find_slot(client, &contract.slot).await?;
     let (existing, since) = (existing.as_ref(), &checkpoint.snapshot);
@@ -205,7 +219,7 @@ async fn remake(
         seq: start.seq_before,
     });
     failpoint!("recovery_finishing");
-    finish(client, contract, &system, &start, gap.as_ref()).await?;
+    finish(client, contract, &system, &start, gap.as_ref(), Some(epoch)).await?;
     failpoint!("recovery_finished");
     let found = match (contract.outbox.is_ours(), contract.outbox.preset.tracking()) {
         (true, _) => format!("rows committed since the last checkpoint: {rows}"),

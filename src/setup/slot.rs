@@ -24,7 +24,7 @@ use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
 use self::start::{SEES_NOTHING, Start, create_slot};
-use super::{ANSWER_MAX, Backfill, Report, State, backfill};
+use super::{ANSWER_MAX, Backfill, Report, State, UNLIMITED, backfill};
 use crate::catalog::{self, Checkpoint, Gap, SlotState, Stored, System};
 use crate::contract::Contract;
 use crate::database::{sort, sort_replication, within};
@@ -72,7 +72,7 @@ pub(super) async fn create(
         write(client, contract, "BEGIN").await?;
         note_intention(client, contract).await?;
         failpoint!("taking_over");
-        finish(client, contract, &system, &start, gap.as_ref()).await?;
+        finish(client, contract, &system, &start, gap.as_ref(), None).await?;
         write(client, contract, "COMMIT").await?;
         let rows = start.rows_before;
         let fate = match gap {
@@ -105,7 +105,7 @@ pub(super) async fn create(
         return Err(rows_before_the_slot(contract, start.rows_before));
     }
     let gap = pending(&start, backfill);
-    finish(client, contract, &system, &start, gap.as_ref()).await?;
+    finish(client, contract, &system, &start, gap.as_ref(), None).await?;
     let rows = start.rows_before;
     let fate = match gap {
         Some(_) => "they are sent first",
@@ -114,6 +114,37 @@ pub(super) async fn create(
     let note = format!("rows in the outbox before it: {rows}; {fate}");
     report.add_with_note(object(contract), State::Created, (rows > 0).then_some(note));
     Ok(())
+}
+
+/// Refuses rows that no slot would give, before anything is made. More may come until the
+/// slot begins.
+pub(super) async fn refuse_rows(client: &mut Client, contract: &Contract) -> Result<()> {
+    if catalog::find_slot(client, &contract.slot).await?.is_some() {
+        // It may hold them.
+        return Ok(());
+    }
+    let outbox = contract.outbox.quoted();
+    let counted = async {
+        let sql = "SELECT to_regclass($1) IS NOT NULL";
+        let found = client
+            .query_typed_one(sql, &[(&outbox, Type::TEXT)])
+            .await?;
+        if !found.get::<_, bool>(0) {
+            return Ok(0);
+        }
+        let transaction = client.build_transaction().read_only(true).start().await?;
+        transaction.batch_execute(UNLIMITED).await?;
+        let rows = backfill::count(&transaction, contract).await?;
+        transaction.commit().await?;
+        Ok(rows)
+    };
+    match counted
+        .await
+        .map_err(|error| sort(format!("read {outbox}"), error))?
+    {
+        0 => Ok(()),
+        rows => Err(rows_before_the_slot(contract, rows)),
+    }
 }
 
 /// The rows before the slot, if they are to be sent.
@@ -175,19 +206,21 @@ pub(super) async fn write(client: &Client, contract: &Contract, sql: &str) -> Re
     within(ANSWER_MAX, &doing, written).await
 }
 
-/// Writes where the slot begins, and the gap before it that is to be sent.
+/// Writes where the slot begins, and the gap before it that is to be sent: in the epoch, if
+/// there is one, in which what lies before it was found out.
 pub(super) async fn finish(
     client: &Client,
     contract: &Contract,
     system: &System,
     start: &Start,
     gap: Option<&Gap>,
+    epoch: Option<i64>,
 ) -> Result<()> {
     let sql = contract.sql(
         "UPDATE :\"schema\".checkpoint \
-         SET lsn = $1, snapshot = $2::pg_snapshot, second_snapshot = $3::pg_snapshot, seq = $4, \
+         SET mode = 'wal', lsn = $1, snapshot = $2::pg_snapshot, second_snapshot = $3::pg_snapshot, seq = $4, \
              system_identifier = $5, timeline = $6, publication_identity = $7, updated_at = now() \
-         WHERE name = :'slot' AND lsn IS NULL RETURNING name",
+         WHERE name = :'slot' AND lsn IS NULL AND epoch = coalesce($8, epoch) RETURNING name",
     );
     let snapshot = gap.map_or(&start.snapshot, |gap| &gap.since);
     let second_snapshot = gap.map(|gap| &gap.until);
@@ -200,6 +233,7 @@ pub(super) async fn finish(
         (&system.identifier as _, Type::TEXT),
         (&system.timeline as _, Type::INT4),
         (&start.publication_identity as _, Type::TEXT),
+        (&epoch as _, Type::INT8),
     ];
     let doing = format!("write checkpoint \"{}\"", contract.slot);
     let written = async {
@@ -217,14 +251,18 @@ pub(super) fn taken_over(contract: &Contract) -> Error {
     Error::new(
         ErrorKind::Slot,
         format!(
-            "checkpoint \"{}\" was taken over meanwhile: run the command again",
+            "checkpoint \"{}\" was taken over meanwhile: stop its relay, and run the command again",
             contract.slot
         ),
     )
 }
 
-/// A slot of this name is another's, where an outbox is adopted.
+/// A slot of this name is another's, where one is to be made. One that cannot be ours is
+/// not for us to have dropped.
 pub(super) fn is_in_the_way(contract: &Contract, slot: &SlotState) -> Error {
+    if let Err(error) = slot.check_ours(&contract.slot) {
+        return error;
+    }
     let active = slot.active_pid.map_or("", |_| ", and somebody reads it");
     let message = format!(
         "{} is there already{active}: if nothing needs it, SELECT pg_drop_replication_slot('{}') and run the command again",

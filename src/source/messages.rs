@@ -246,7 +246,8 @@ impl Messages {
         let table = &self.outbox.table;
         let message = format!(
             "publication \"{}\" publishes \"{other}\" too, or partitions under their own names: it must \
-             publish \"{}.{}\" alone, with publish_via_partition_root = true",
+             publish \"{}.{}\" alone, with publish_via_partition_root = true; if the outbox had that name for a while, \
+             the slot cannot pass it: drop the slot and run `postbox recover`",
             self.outbox.publication, table.schema, table.name
         );
         Error::new(ErrorKind::Publication, message)

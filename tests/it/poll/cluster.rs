@@ -164,11 +164,14 @@ async fn what_was_not_published_in_another_cluster_is_in_this_one() {
         restored.insert("new", "{}").await;
         let mut relay = Relay::start(&restored, &flags);
         assert_eq!(relay.exit_code().await, 3, "{}", relay.log());
-        assert!(
-            relay.log().contains("run `postbox setup --adopt`"),
-            "{}",
-            relay.log()
-        );
+        let said = match mode {
+            "poll" => " --mode poll",
+            _ => "",
+        };
+        for command in ["--adopt", "--backfill none"] {
+            let command = format!("run `postbox setup{said} {command}`");
+            assert!(relay.log().contains(&command), "{}", relay.log());
+        }
         let adopt = [&flags[..], &["--adopt"]].concat();
         // Or not at all.
         let crashed = restored.setup_until("adopting", &adopt);

@@ -101,3 +101,40 @@ async fn a_lease_holds_through_a_pooler() {
     let verdict = fixture.judge_polling(other).await;
     assert!(verdict.is_clean(12_000), "{verdict}");
 }
+
+/// What set-up sets and locks would stay behind in a session that others are lent.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn set_up_and_recovery_are_refused() {
+    let Some((fixture, _pgbouncer, url)) = behind_pgbouncer().await else {
+        return;
+    };
+    let with_options = format!("{url}&options=-c%20datestyle%3DISO");
+    for url in [&url, &with_options] {
+        for refused in [fixture.setup_as(url, &POLL), fixture.recover_as(url, &[])] {
+            let complaint = refused.complaint(3);
+            let why =
+                "a connection pooler is between us and the server: connect to Postgres itself";
+            assert!(complaint.contains(why), "{complaint}");
+        }
+    }
+}
+
+/// One that takes them and passes them over is found out.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn set_up_is_refused_by_a_pooler_that_says_nothing() {
+    let fixture = Fixture::with_postgres(&[]).await;
+    let postgres = fixture.postgres.as_ref().expect("a Postgres of its own");
+    let deaf = ["ignore_startup_parameters = options"];
+    let Ok(pgbouncer) = Server::pgbouncer(postgres, &deaf) else {
+        eprintln!("not tested: there is no PgBouncer");
+        return;
+    };
+    let (port, database) = (pgbouncer.fact("port"), &fixture.contract.slot);
+    let url = format!("postgresql://postgres@127.0.0.1:{port}/{database}?sslmode=disable");
+    let refused = fixture.setup_as(&url, &POLL);
+    let complaint = refused.complaint(3);
+    assert!(complaint.contains("a connection pooler"), "{complaint}");
+    let locks = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'";
+    let row = fixture.client.query_one(locks, &[]).await.unwrap();
+    assert_eq!(row.get::<_, i64>(0), 0);
+}

@@ -106,7 +106,9 @@ async fn the_printed_script_does_the_same() {
 async fn a_notification_wakes_the_relay() {
     let fixture = Fixture::polling().await;
     let notify = [&POLL[..], &["--notify", "true"]].concat();
-    fixture.setup(&notify).results();
+    let setup = fixture.setup(&notify);
+    let note = "created (relays listen from their next start)";
+    assert!(setup.results().contains(note), "{setup:?}");
     let slow = ["--poll-interval-min", "10ms", "--poll-interval-max", "1m"];
     let relay = polling(&fixture, &slow).await;
     // So that the pauses are long by now, were it not woken.
@@ -203,4 +205,15 @@ async fn a_relay_that_may_choose_says_how_it_reads_and_why() {
         "--mode auto: a replication slot is read, as it was set up",
     )
     .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_without_a_set_up_names_its_own() {
+    let fixture = Fixture::empty().await;
+    for mode in ["poll", "auto"] {
+        let mut relay = Relay::start(&fixture, &["--mode", mode]);
+        assert_eq!(relay.exit_code().await, 4, "{}", relay.log());
+        let command = format!("run `postbox setup --mode {mode}`");
+        assert!(relay.log().contains(&command), "{}", relay.log());
+    }
 }

@@ -122,7 +122,9 @@ async fn what_a_relay_has_begun_to_send_is_not_skipped() {
     let refused = skip_while(&fixture, "epoch = epoch + 1").await;
     let complaint = refused.complaint(4);
     let slot = &fixture.contract.slot;
-    let why = format!("checkpoint \"{slot}\" was taken over meanwhile: run the command again");
+    let why = format!(
+        "checkpoint \"{slot}\" was taken over meanwhile: stop its relay, and run the command again"
+    );
     assert!(complaint.contains(&why), "{complaint}");
     let relay = Relay::streaming(&fixture, &FAST).await;
     fixture.wait_for_confirmation().await;

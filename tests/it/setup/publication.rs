@@ -173,3 +173,28 @@ async fn version(fixture: &Fixture) -> i64 {
     let sql = "SELECT current_setting('server_version_num')::bigint";
     count(fixture, sql).await
 }
+
+/// The slot cannot pass what it was called then.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_outbox_that_had_another_name_for_a_while_is_recovered() {
+    let fixture = Fixture::new().await;
+    let renamed = [
+        "ALTER TABLE postbox.outbox RENAME TO o2",
+        "INSERT INTO postbox.o2 (aggregate_type, aggregate_id, event_type) VALUES ($1, 'a', 'x')",
+        "ALTER TABLE postbox.o2 RENAME TO outbox",
+    ];
+    fixture.client.batch_execute(renamed[0]).await.unwrap();
+    let inserted = fixture.client.execute(renamed[1], &[&fixture.topic]).await;
+    inserted.unwrap();
+    fixture.client.batch_execute(renamed[2]).await.unwrap();
+    let mut relay = Relay::start(&fixture, &[]);
+    assert_eq!(relay.exit_code().await, 5, "{}", relay.log());
+    let way_out = "drop the slot and run `postbox recover`";
+    assert!(relay.log().contains(way_out), "{}", relay.log());
+    fixture.drop_slot().await;
+    fixture.recover(&[]).results();
+    let relay = Relay::streaming(&fixture, &[]).await;
+    fixture.wait_for_confirmation().await;
+    relay.drain().await;
+    assert_eq!(fixture.keys().await, ["a"]);
+}

@@ -223,3 +223,32 @@ fn the_script_is_printed_without_a_database() {
             .contains("pg_create_logical_replication_slot('mine', 'pgoutput')")
     );
 }
+
+/// What would have no effect is not passed over in silence.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn flags_without_an_effect_are_refused() {
+    let fixture = Fixture::empty().await;
+    for (flags, why) in [
+        (&["--print", "--adopt"][..], "--adopt fights --print"),
+        (
+            &["--print", "--mode", "poll", "--notify", "false"],
+            "--notify false fights --print",
+        ),
+        (&["--print", "--mode", "auto"], "--mode auto fights --print"),
+        (
+            &["--print", "--notify", "true"],
+            "--notify true fights --mode wal",
+        ),
+        (
+            &["--mode", "wal", "--notify", "true"],
+            "--notify true fights --mode wal",
+        ),
+        (&["--notify", "true"], "--notify true fights --mode wal"),
+    ] {
+        let refused = fixture.setup(flags);
+        let refused = refused.complaint(2);
+        assert!(refused.contains(why), "{refused}");
+    }
+    let schemas = "SELECT count(*) FROM pg_namespace WHERE nspname = 'postbox'";
+    assert_eq!(count(&fixture, schemas).await, 0);
+}
