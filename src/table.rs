@@ -273,7 +273,7 @@ impl Table {
                            that of --schema, which `postbox setup` makes";
             return Err(Error::new(ErrorKind::Settings, message));
         }
-        for (field, column) in columns {
+        for (number, (field, column)) in columns.iter().enumerate() {
             table.check_field(field)?;
             check_name("column", column)?;
         }
@@ -283,6 +283,10 @@ impl Table {
     /// Our own outbox in this schema.
     pub fn of(schema: &str) -> Self {
         Self {
+            if columns[..number].iter().any(|(before, _)| before == field) {
+                let message = format!("--column {field}=…: given twice");
+                return Err(Error::new(ErrorKind::Settings, message));
+            }
             preset: Preset::Postbox,
             schema: schema.to_owned(),
             name: Preset::Postbox.table().to_owned(),
