@@ -150,7 +150,8 @@ impl<'r> Attempt<'r> {
             encoder: Encoder::new(settings.format, settings.route.clone())
                 .with_headers(settings.headers)
                 .placing(settings.contract.outbox.placements())
-                .keyed(settings.contract.outbox.is_keyed()),
+                .keyed(settings.contract.outbox.is_keyed())
+                .timed(settings.contract.outbox.preset.times_records()),
             window: Window::new(
                 connected.publisher,
                 std::mem::take(&mut relay.suspects),
