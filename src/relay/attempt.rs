@@ -453,6 +453,9 @@ impl<'r> Attempt<'r> {
 
     /// Everything before this is delivered, and marked where it is to be.
     fn confirm(&mut self, progress: Progress) {
+        if progress.has_moved {
+            self.relay.health.moved();
+        }
         let has_events = progress.events > 0;
         if has_events {
             self.window.confirmed();
@@ -507,6 +510,8 @@ impl<'r> Attempt<'r> {
     fn waiting(&self) -> Option<String> {
         let settings = &self.relay.settings;
         let mut waiting = match (self.window.waiting(), &self.held) {
+            // What is in flight lies behind them.
+            _ if !self.is_marked() => "rows are being marked published".to_owned(),
             (Some(waiting), _) => waiting,
             (None, Some(row)) => format!("{} waits for its topic", self.source.name_of(row)),
             (None, None) if !self.is_marked() => "rows are being marked published".to_owned(),

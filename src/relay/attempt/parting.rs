@@ -239,3 +239,6 @@ impl Attempt<'_> {
         Error::new(ErrorKind::NotDrained, message)
     }
 }
+            false if !self.is_marked() && self.window.is_settled() => {
+                "rows that were delivered could not be marked published, and"
+            }
