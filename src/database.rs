@@ -73,7 +73,7 @@ use pgwire_replication::ReplicationConfig;
 
 use crate::error::{Error, ErrorKind, Result};
 
-pub use errors::{Refusal, sort, sort_replication};
+pub use errors::{Refusal, sort, sort_replication, sort_with};
 pub use session::{Session, query_after};
 
 use parameters::percent_encode;

@@ -514,7 +514,7 @@ impl<'r> Attempt<'r> {
             _ if !self.is_marked() => "rows are being marked published".to_owned(),
             (Some(waiting), _) => waiting,
             (None, Some(row)) => format!("{} waits for its topic", self.source.name_of(row)),
-            (None, None) if !self.is_marked() => "rows are being marked published".to_owned(),
+            (None, None) if self.source.locked() > 0 => locked(self.source.locked()),
             (None, None) if self.source.mark().is_some() || self.source.is_asking() => {
                 "the table is read".to_owned()
             }
@@ -566,6 +566,11 @@ fn poison(
 ) -> Error {
     let message = format!("{} cannot go out", source.name_of(row));
     Error::new(ErrorKind::Event, message).caused_by(why)
+}
+
+/// Why rows that are claimed cannot be completed.
+fn locked(rows: usize) -> String {
+    format!("{rows} of the rows that are done with are locked by somebody else")
 }
 
 async fn sleep_until(deadline: Option<Instant>) {
