@@ -43,7 +43,7 @@ use crate::contract::Contract;
 use crate::database::{query_after, sort};
 use crate::envelope::Route;
 use crate::error::{Error, ErrorKind, Result};
-use crate::source::claim::ClaimSettings;
+use crate::source::claim::{self, ClaimSettings};
 
 /// From how many on no more events are counted.
 pub const EVENTS_MAX: u64 = 100_000;
@@ -147,7 +147,8 @@ async fn measure_in_transaction(
 pub async fn measure_claims(client: &Client, settings: &ClaimSettings) -> Result<Backlog> {
     let sql = settings.pending(EVENTS_MAX)?;
     let rows = query_after(BEGIN, client, &sql, &[]).await;
-    let rows = rows.map_err(|error| sort(DOING, error))?;
+    let failed = |error| claim::failed(&settings.table, "measure the backlog of", error);
+    let rows = rows.map_err(failed)?;
     let mut found = Found::default();
     for row in &rows {
         let events = row.get::<_, i64>(1).unsigned_abs();

@@ -74,7 +74,7 @@ use tokio_postgres::error::SqlState;
 
 use crate::error::{Error, ErrorKind, Result};
 
-pub use errors::{Refusal, sort, sort_replication};
+pub use errors::{Refusal, sort, sort_replication, sort_with};
 pub use session::{Session, query_after};
 
 use parameters::percent_encode;

@@ -90,8 +90,8 @@ pub struct Record<'a> {
     pub value: Option<&'a [u8]>,
     /// In the order in which they go out.
     pub headers: Vec<Header<'a>>,
-    /// Milliseconds since 1970.
-    pub timestamp_millis: i64,
+    /// Milliseconds since 1970; `None`: when it is sent.
+    pub timestamp_millis: Option<i64>,
 }
 
 impl Record<'_> {
@@ -111,6 +111,7 @@ pub struct Encoder {
     /// The headers that are made of columns.
     placed: Vec<String>,
     is_keyed: bool,
+    is_timed: bool,
     topic: String,
     value: Vec<u8>,
 }
@@ -124,6 +125,7 @@ impl Encoder {
             headers: HeaderStyle::default(),
             placed: Vec::new(),
             is_keyed: true,
+            is_timed: true,
             topic: String::new(),
             value: Vec::new(),
         }
@@ -149,6 +151,12 @@ impl Encoder {
     #[must_use]
     pub fn keyed(self, is_keyed: bool) -> Self {
         Self { is_keyed, ..self }
+    }
+
+    /// The same, whose records have the time of their event, or that when they are sent.
+    #[must_use]
+    pub fn timed(self, is_timed: bool) -> Self {
+        Self { is_timed, ..self }
     }
 
     /// The record of an event.
@@ -178,7 +186,7 @@ impl Encoder {
                 Some(Value::Payload(text)) => Some(text.as_bytes()),
             },
             headers,
-            timestamp_millis: event.created_at.unix_millis(),
+            timestamp_millis: (self.is_timed).then(|| event.created_at.unix_millis()),
         })
     }
 

@@ -130,7 +130,8 @@ impl Health {
         }
     }
 
-    /// An event was delivered or a position confirmed.
+    /// An event was delivered, and marked published where it is to be, or a position can be
+    /// confirmed.
     pub fn moved(&self) {
         self.with(|state| state.moved = Instant::now());
     }

@@ -235,8 +235,8 @@ impl Publisher {
         let sequence = usize::try_from(sequence).expect("fewer events than addresses");
         let mut message = BaseRecord::with_opaque_to(record.topic, sequence)
             .partition(partition)
-            .timestamp(timestamp(record.timestamp_millis))
             .headers(headers);
+        message.timestamp = record.timestamp_millis.map(timestamp);
         message.key = record.key;
         message.payload = record.value;
         let Err((error, _)) = self.producer.client().send(message) else {

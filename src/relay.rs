@@ -137,6 +137,8 @@ pub struct Relay {
     nonce: String,
     /// How it was last said that events are read, where that is as it was set up.
     told: Option<Mode>,
+    /// Whether a slot that nobody reads was looked for.
+    has_looked_for_slot: bool,
     /// Whether the last attempt delivered anything, or held for a while.
     worked: bool,
     /// Until when what attempts before have claimed may not have been given back.
@@ -160,6 +162,7 @@ impl Relay {
             unstored: None,
             nonce: uuid::Uuid::new_v4().to_string(),
             told: None,
+            has_looked_for_slot: false,
             worked: false,
             leftovers_until: None,
             was_frozen: false,

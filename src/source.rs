@@ -260,6 +260,14 @@ impl Source {
         }
     }
 
+    /// How many rows cannot be completed as somebody else has locked them.
+    pub fn locked(&self) -> usize {
+        match self {
+            Self::Wal(_) | Self::Poll(_) => 0,
+            Self::Claim(claimer) => claimer.claims().locked(),
+        }
+    }
+
     /// Waits until the last confirmation was written to the server, if that is
     /// still possible. Cancel-safe.
     pub async fn confirmation_sent(&self) {

@@ -114,6 +114,13 @@ impl Preset {
         }
     }
 
+    /// Whether a record's time is that of its row. With these libraries it is when the
+    /// record is sent, and their clocks are the application's: Kafka refuses a time that is
+    /// an hour ahead, and may forget a record of long ago before it is read.
+    pub fn times_records(self) -> bool {
+        self.tracking().is_none()
+    }
+
     /// Whether its rows can be read from the table itself.
     pub fn can_be_polled(self) -> bool {
         self != Self::Debezium
@@ -273,9 +280,13 @@ impl Table {
                            that of --schema, which `postbox setup` makes";
             return Err(Error::new(ErrorKind::Settings, message));
         }
-        for (field, column) in columns {
+        for (number, (field, column)) in columns.iter().enumerate() {
             table.check_field(field)?;
             check_name("column", column)?;
+            if columns[..number].iter().any(|(before, _)| before == field) {
+                let message = format!("--column {field}=…: given twice");
+                return Err(Error::new(ErrorKind::Settings, message));
+            }
         }
         Ok(table)
     }

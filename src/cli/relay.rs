@@ -326,6 +326,10 @@ impl RelayCommand {
         if self.claims.mark && preset.tracking().is_none() {
             return refuse("fights --mark: its rows have no column for that");
         }
+        if self.claims.mark && matches!(self.mode, ModeArgument::Poll) {
+            let message = "--mark fights --mode poll: rows that are claimed are completed anyway";
+            return Err(Error::new(ErrorKind::Settings, message));
+        }
         match (preset.tracking(), self.mode, self.tuning.shards) {
             (None, ModeArgument::Poll | ModeArgument::Auto, _) if !preset.can_be_polled() => {
                 refuse(

@@ -2,6 +2,7 @@
 //!
 //! What the server refuses is sorted by its SQLSTATE ([`refusals`]).
 
+use std::borrow::Cow;
 use std::error::Error as StdError;
 use std::fmt;
 use std::io;
@@ -22,7 +23,7 @@ const INVALID_CERTIFICATE: &str = "invalid peer certificate";
 pub struct Refusal {
     sqlstate: String,
     message: String,
-    next_step: &'static str,
+    next_step: Cow<'static, str>,
 }
 
 impl Refusal {
@@ -35,7 +36,7 @@ impl Refusal {
 impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} (SQLSTATE {})", self.message, self.sqlstate)?;
-        match self.next_step {
+        match &*self.next_step {
             "" => Ok(()),
             next_step => write!(f, "; {next_step}"),
         }
@@ -49,7 +50,7 @@ impl StdError for Refusal {}
 pub fn sort(context: impl Into<String>, error: tokio_postgres::Error) -> Error {
     let context = context.into();
     if let Some(refusal) = error.as_db_error() {
-        return refused(context, refusal.code().code(), refusal.message());
+        return refused(context, refusal.code().code(), refusal.message(), None);
     }
     if let Some(tls) = find_rustls(&error) {
         return sort_tls(context, tls, &error.to_string());
@@ -64,6 +65,21 @@ pub fn sort(context: impl Into<String>, error: tokio_postgres::Error) -> Error {
     }
 }
 
+/// The same, where something else than usual is to be done about some refusals: `next_step`
+/// says what, of a SQLSTATE and a message.
+pub fn sort_with(
+    context: impl Into<String>,
+    error: tokio_postgres::Error,
+    next_step: impl FnOnce(&str, &str) -> Option<String>,
+) -> Error {
+    let Some(refusal) = error.as_db_error() else {
+        return sort(context, error);
+    };
+    let (sqlstate, message) = (refusal.code().code(), refusal.message());
+    let next_step = next_step(sqlstate, message);
+    refused(context.into(), sqlstate, message, next_step)
+}
+
 /// Sorts an error of the replication session, which carries the SQLSTATE only
 /// as the end of a text. `context` says what was being tried.
 pub fn sort_replication(context: impl Into<String>, error: PgWireError) -> Error {
@@ -72,7 +88,7 @@ pub fn sort_replication(context: impl Into<String>, error: PgWireError) -> Error
         PgWireError::Server(text) => {
             let tail = text.strip_suffix(')');
             if let Some((message, state)) = tail.and_then(|text| text.rsplit_once(" (SQLSTATE ")) {
-                return refused(context, state, message);
+                return refused(context, state, message, None);
             }
             ErrorKind::DatabaseAway
         }
@@ -110,12 +126,12 @@ pub fn sort_replication(context: impl Into<String>, error: PgWireError) -> Error
     Error::new(kind, context).caused_by(error)
 }
 
-fn refused(context: String, sqlstate: &str, message: &str) -> Error {
+fn refused(context: String, sqlstate: &str, message: &str, next_step: Option<String>) -> Error {
     let rule = refusals::find(sqlstate, message);
     Error::new(rule.kind, context).caused_by(Refusal {
         sqlstate: sqlstate.to_owned(),
         message: message.to_owned(),
-        next_step: rule.next_step,
+        next_step: next_step.map_or(Cow::Borrowed(rule.next_step), Cow::Owned),
     })
 }
 

@@ -17,8 +17,9 @@ pub struct Seen {
     pub id: Uuid,
     /// The record's key.
     pub key: String,
-    /// The record's time, in milliseconds since 1970: when the event was written, or
-    /// when the broker took it, where the topic says so.
+    /// The record's time, in milliseconds since 1970: when the event was written, or when it
+    /// was sent where its table is omni-box's or spakky's, or when the broker took it, where
+    /// the topic says so.
     pub timestamp_millis: i64,
 }
 

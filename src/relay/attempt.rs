@@ -150,7 +150,8 @@ impl<'r> Attempt<'r> {
             encoder: Encoder::new(settings.format, settings.route.clone())
                 .with_headers(settings.headers)
                 .placing(settings.contract.outbox.placements())
-                .keyed(settings.contract.outbox.is_keyed()),
+                .keyed(settings.contract.outbox.is_keyed())
+                .timed(settings.contract.outbox.preset.times_records()),
             window: Window::new(
                 connected.publisher,
                 std::mem::take(&mut relay.suspects),
@@ -452,6 +453,9 @@ impl<'r> Attempt<'r> {
 
     /// Everything before this is delivered, and marked where it is to be.
     fn confirm(&mut self, progress: Progress) {
+        if progress.has_moved {
+            self.relay.health.moved();
+        }
         let has_events = progress.events > 0;
         if has_events {
             self.window.confirmed();
@@ -506,9 +510,11 @@ impl<'r> Attempt<'r> {
     fn waiting(&self) -> Option<String> {
         let settings = &self.relay.settings;
         let mut waiting = match (self.window.waiting(), &self.held) {
+            // What is in flight lies behind them.
+            _ if !self.is_marked() => "rows are being marked published".to_owned(),
             (Some(waiting), _) => waiting,
             (None, Some(row)) => format!("{} waits for its topic", self.source.name_of(row)),
-            (None, None) if !self.is_marked() => "rows are being marked published".to_owned(),
+            (None, None) if self.source.locked() > 0 => locked(self.source.locked()),
             (None, None) if self.source.mark().is_some() || self.source.is_asking() => {
                 "the table is read".to_owned()
             }
@@ -560,6 +566,11 @@ fn poison(
 ) -> Error {
     let message = format!("{} cannot go out", source.name_of(row));
     Error::new(ErrorKind::Event, message).caused_by(why)
+}
+
+/// Why rows that are claimed cannot be completed.
+fn locked(rows: usize) -> String {
+    format!("{rows} of the rows that are done with are locked by somebody else")
 }
 
 async fn sleep_until(deadline: Option<Instant>) {

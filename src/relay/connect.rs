@@ -11,6 +11,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use postgres_protocol::escape::escape_literal;
 use tokio::time::Instant;
 use tokio_postgres::Client;
 use tracing::{info, warn};
@@ -262,12 +263,25 @@ impl Kept {
 }
 
 /// Nothing of ours is needed in the database: each row says whose it is.
-async fn connect_to_claims(relay: &Relay, claims: &ClaimSettings) -> Result<Connected> {
-    let settings = &relay.settings;
-    let name = format!("postbox {} control", settings.contract.slot);
-    let session = settings.database.connect_pooled(&name).await?;
+async fn connect_to_claims(relay: &mut Relay, claims: &ClaimSettings) -> Result<Connected> {
+    let slot = relay.settings.contract.slot.clone();
+    let name = format!("postbox {slot} control");
+    let session = relay.settings.database.connect_pooled(&name).await?;
     let checked = catalog::check_server(&session.client);
     within(SILENCE_MAX, "look at the server", checked).await?;
+    if !std::mem::replace(&mut relay.has_looked_for_slot, true) {
+        let left = catalog::find_slot(&session.client, &slot);
+        if let Some(left) = within(SILENCE_MAX, "look for a slot", left).await?
+            && left.active_pid.is_none()
+        {
+            let quoted = escape_literal(&slot);
+            warn!(
+                "replication slot \"{slot}\" is read by nobody, and keeps WAL until the disk is full: if rows are to \
+                 be claimed from now on, SELECT pg_drop_replication_slot({quoted})"
+            );
+        }
+    }
+    let (relay, settings) = (&*relay, &relay.settings);
     failpoint!("checked");
     let publisher = reach_brokers(relay).await?;
     // What an attempt before this one has claimed, and could not give back, is another's.

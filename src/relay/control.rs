@@ -268,8 +268,15 @@ impl Control {
     /// confirmed this position.
     pub(super) async fn flush(&mut self, lsn: PgLsn) -> Result<()> {
         self.store().await?;
-        if !matches!(self.shared.hold, Hold::Slot(_)) {
-            return Ok(());
+        let client = &self.shared.session.client;
+        match &self.shared.hold {
+            Hold::Slot(_) => {}
+            Hold::Claims(claims) if claims.locked() > 0 => {
+                // Others need not wait for what was not sent.
+                let _ = claims.release(client).await;
+                return claims.settle_all(client).await;
+            }
+            _ => return Ok(()),
         }
         loop {
             let slot = &self.shared.contract.slot;
@@ -538,8 +545,9 @@ impl Shared {
     }
 
     fn is_stored(&self) -> bool {
-        let (reached, stored) = match self.hold {
+        let (reached, stored) = match &self.hold {
             Hold::Slot(_) => (&self.confirmed, &self.stored),
+            Hold::Claims(claims) if claims.locked() > 0 => return false,
             _ => (&self.marks_reached, &self.marks_stored),
         };
         reached.load(Ordering::Relaxed) <= stored.load(Ordering::Relaxed)

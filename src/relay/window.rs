@@ -90,6 +90,8 @@ pub(super) struct Progress {
     pub(super) mark: Option<Reached>,
     /// How many events lie between it and the position before.
     pub(super) events: usize,
+    /// Whether anything has left the window.
+    pub(super) has_moved: bool,
 }
 
 impl Progress {
@@ -98,6 +100,7 @@ impl Progress {
         self.confirm = later.confirm.or(self.confirm);
         self.mark = later.mark.or(self.mark.take());
         self.events += later.events;
+        self.has_moved |= later.has_moved;
     }
 }
 
@@ -360,11 +363,12 @@ impl Window {
     fn progress(&mut self) -> Progress {
         let head = self.queue.head();
         let reached = self.queue.confirmable();
-        if self.queue.head() > head {
-            self.health.moved();
-        }
+        let has_moved = self.queue.head() > head;
         let Some((lsn, events)) = reached else {
-            return Progress::default();
+            return Progress {
+                has_moved,
+                ..Progress::default()
+            };
         };
         let mut mark = None;
         while let Some((end, ..)) = self.marks.front()
@@ -376,6 +380,7 @@ impl Window {
             confirm: Some(lsn),
             mark,
             events,
+            has_moved,
         }
     }
 

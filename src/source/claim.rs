@@ -33,7 +33,7 @@ mod statements;
 
 pub use claims::{Claims, RENEW_INTERVAL, RENEWAL_MAX};
 pub use statements::ClaimSettings;
-pub(crate) use statements::{shape, unpublished};
+pub(crate) use statements::{failed, shape, unpublished};
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::future::pending;
@@ -53,7 +53,7 @@ use super::columns::Unreadable;
 use super::messages::{Messages, Outbox};
 use super::pause::{Found, Pause};
 use super::{FORMATS, Item, Mark, Place, Position, Row};
-use crate::database::{Database, Session, query_after, sort};
+use crate::database::{Database, Session, query_after};
 use crate::error::{Result, joined};
 use crate::event::Event;
 use crate::pgoutput::{Relation, Value, encode_insert};
@@ -84,7 +84,6 @@ pub struct Claimer {
     claims: Arc<Claims>,
     messages: Messages,
     is_keyed: bool,
-    doing: String,
     rows: VecDeque<Claimed>,
     claiming: JoinSet<Result<Answer>>,
     pause: Pause,
@@ -151,7 +150,6 @@ impl Claimer {
             claims: Arc::new(Claims::new(statements, table.clone())),
             messages,
             is_keyed: table.column("partition_key").is_some(),
-            doing: format!("claim rows of {}", table.quoted()),
             rows: VecDeque::new(),
             claiming: JoinSet::new(),
             pause: Pause::new(intervals.0, intervals.1),
@@ -194,15 +192,20 @@ impl Claimer {
             if self.claiming.is_empty() && self.wants_more() {
                 if self.rows.is_empty() {
                     self.pause.over(pending()).await;
+                    self.claims.few_locked().await;
                     // A row that was refused holds its key only once that is written.
                     self.claims.settled().await;
                     self.ask();
-                } else if self.pause.is_over() && self.claims.is_settled() {
+                } else if self.pause.is_over()
+                    && self.claims.is_settled()
+                    && !self.claims.are_too_many_locked()
+                {
                     self.ask();
                 }
             }
-            if !self.rows.is_empty() {
-                self.claims.fresh().await;
+            if !self.rows.is_empty() && !self.claims.fresh().await {
+                self.give_back_first();
+                continue;
             }
             if let Some(claimed) = self.rows.pop_front() {
                 self.given = self.claims.give();
@@ -242,9 +245,10 @@ impl Claimer {
         }
         self.pause.look();
         let (session, claims) = (Arc::clone(&self.session), Arc::clone(&self.claims));
-        let held = self.passed_over.clone();
-        let (is_keyed, doing) = (self.is_keyed, self.doing.clone());
-        let claiming = async move { claim(&session, &claims, is_keyed, held, &doing).await };
+        let mut held = self.passed_over.clone();
+        held.extend(claims.locked_keys());
+        let is_keyed = self.is_keyed;
+        let claiming = async move { claim(&session, &claims, is_keyed, held).await };
         self.claiming.spawn(claiming);
     }
 
@@ -279,6 +283,20 @@ impl Claimer {
         if let Some(key) = self.last_key {
             self.refused.insert(key);
             self.give_back_refused();
+        }
+    }
+
+    /// The row that would be given next is locked by somebody, and its claim may be over.
+    fn give_back_first(&mut self) {
+        match self.rows.front().and_then(|claimed| claimed.key) {
+            Some(key) => {
+                self.refused.insert(key);
+                self.give_back_refused();
+            }
+            None => {
+                self.rows.pop_front();
+                self.claims.give_back(|number| number == 0);
+            }
         }
     }
 
@@ -347,7 +365,6 @@ async fn claim(
     claims: &Claims,
     is_keyed: bool,
     passed_over: Vec<String>,
-    doing: &str,
 ) -> Result<Answer> {
     let tokens = claims.tokens();
     let since = std::time::Instant::now();
@@ -355,11 +372,15 @@ async fn claim(
         (&tokens as _, Type::TEXT_ARRAY),
         (&passed_over as _, Type::TEXT_ARRAY),
     ];
-    let parameters = if is_keyed { &parameters[..] } else { &[] };
+    let parameters = if is_keyed {
+        &parameters[..]
+    } else {
+        &parameters[..1]
+    };
     failpoint!("claiming_rows");
     let sql = &claims.statements.claim;
     let rows = query_after(&BEGIN, &session.client, sql, parameters).await;
-    let rows = rows.map_err(|error| sort(doing, error))?;
+    let rows = rows.map_err(|error| claims.failed_to("claim rows of", error))?;
     failpoint!("rows_claimed");
     let mut answer = Answer {
         took: since.elapsed(),
@@ -382,7 +403,9 @@ async fn claim(
             created_at: row.get(5),
             token: row.get(6),
             since,
+            key: key.map(|(topic, key)| format!("{topic}\n{key}")),
             is_refused: false,
+            is_locked: false,
         });
         let key = key.map(|key| *keys.entry(key).or_insert_with(|| hash(&key)));
         answer.rows.push(Claimed {
@@ -417,8 +440,9 @@ fn hash(value: &impl Hash) -> u64 {
     hasher.finish()
 }
 
-/// Begins the transaction of a claim: what it sees is on the server's disk once it is
-/// committed, so that no row is sent that a crash takes back.
+/// Begins the transaction of each statement on claims, whatever the role or the database has
+/// set: what it sees is on the server's disk once it is committed, so that no row is sent
+/// that a crash takes back.
 static BEGIN: std::sync::LazyLock<String> = std::sync::LazyLock::new(|| {
     let own = [
         ("row_security", "off"),

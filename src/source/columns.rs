@@ -2,7 +2,7 @@
 
 use crate::event::{Event, Payload};
 use crate::pgoutput::{Relation, Tuple, Value};
-use crate::table::Table;
+use crate::table::{Table, Tracking};
 use crate::timestamp::{Timestamp, TimestampError};
 
 /// The fields of a table's columns, in the columns' order.
@@ -18,6 +18,8 @@ pub(super) struct Columns {
     created_at_is_local: bool,
     /// Whether each row must name an aggregate and a type.
     names_aggregate_and_type: bool,
+    /// The column that says whether a row is published, and how, where one does.
+    progress: Option<(usize, Tracking)>,
     /// The columns' names.
     names: Vec<String>,
     /// A column that every event needs and this table does not have.
@@ -174,6 +176,13 @@ impl Columns {
             shared,
             placed,
             names_aggregate_and_type: table.preset.names_aggregate_and_type(),
+            progress: table.preset.tracking().and_then(|tracking| {
+                let field = match tracking {
+                    Tracking::Status => "status",
+                    Tracking::Times => "published_at",
+                };
+                Some((place(field)?, tracking))
+            }),
             names: names.collect(),
             missing: missing.map(str::to_owned),
             created_at_is_local: type_of("created_at") == Some(type_oid::TIMESTAMP),
@@ -182,6 +191,19 @@ impl Columns {
                 Some(type_oid::BYTEA) => PayloadType::Bytea,
                 _ => PayloadType::Text,
             },
+        }
+    }
+
+    /// Whether a row that was inserted says that it is published or given up, as one does that
+    /// was copied, or moved to another partition.
+    pub(super) fn is_done_with(&self, row: &Tuple<'_>) -> bool {
+        let Some((column, tracking)) = self.progress else {
+            return false;
+        };
+        match (tracking, row.values().nth(column)) {
+            (Tracking::Status, Some(Value::Text(status))) => status != b"pending",
+            (Tracking::Times, Some(Value::Text(_))) => true,
+            _ => false,
         }
     }
 

@@ -29,6 +29,9 @@
 //! its name would be passed over too: whoever checks the publication must see to it that it
 //! publishes a partitioned outbox by its root.
 //!
+//! Tables of others say of each row whether it is published. One that is inserted as published
+//! or given up was copied, restored, or moved to another partition: it is passed over.
+//!
 //! Of a partitioned outbox the server describes the partition, too, and sends its rows
 //! under the name of the root. So not what is described is an error, but a row of it.
 
@@ -186,6 +189,7 @@ impl Messages {
         // cannot be read can still be named.
         if bytes.first() == Some(&b'I') {
             return match self.other_table_of(&bytes) {
+                None if self.is_done_with(&bytes) => Ok(None),
                 None => self.row(bytes).map(Some),
                 Some(_) if self.outbox.table.preset.shares_publication() => Ok(None),
                 Some(other) => Err(self.another_table(other)),
@@ -218,6 +222,18 @@ impl Messages {
         let id = insert.get(1..)?.first_chunk()?;
         let other = self.others.get(&u32::from_be_bytes(*id));
         other.map(String::as_str)
+    }
+
+    /// Whether a row that was inserted is not to be sent, by its own word.
+    fn is_done_with(&self, bytes: &[u8]) -> bool {
+        if self.outbox.table.preset.tracking().is_none() {
+            return false;
+        }
+        let Ok(Message::Insert(insert)) = pgoutput::decode(bytes) else {
+            return false;
+        };
+        let columns = self.tables.get(&insert.relation_id);
+        columns.is_some_and(|columns| columns.is_done_with(&insert.row))
     }
 
     fn row(&mut self, bytes: Bytes) -> Result<Item> {

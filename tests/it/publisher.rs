@@ -21,7 +21,7 @@ fn send(publisher: &Publisher, topic: &str, sequence: u64, value: &[u8]) -> Resu
             name: "id".into(),
             value: Some(id.into()),
         }],
-        timestamp_millis: 1,
+        timestamp_millis: Some(1),
     };
     let destination = publisher.destination(&record).unwrap();
     publisher.send(&record, destination.partition, sequence)

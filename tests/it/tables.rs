@@ -1,14 +1,16 @@
 //! Tables of others, read from a slot: in the order of commits, and untouched unless rows
 //! are to be marked.
 
-use std::time::Duration;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use postbox::oracle::{Load, Verdict};
 
 use crate::claim::claiming;
 use crate::claim::spakky::is_clean_without_keys;
 use crate::setup::slot::{HOLDING_UP, hold_up};
-use crate::support::{Fixture, Relay, SMALL_WINDOW, WINDOW, statement, wait_until};
+use crate::support::{
+    Fixture, PATIENCE, Relay, SMALL_WINDOW, WINDOW, connect, statement, wait_until,
+};
 
 /// The fixtures' view by which the oracle writes is in the schema `postbox`.
 const OMNI_BOX: [&str; 4] = ["--schema", "box", "--table-preset", "omni-box"];
@@ -160,7 +162,7 @@ async fn a_row_that_cannot_be_marked_yet_is_not_confirmed() {
     fixture.insert("a", "{\"n\": 1}").await;
     let end = fixture.wal_end().await;
     let lock = "BEGIN; SELECT FROM outbox_events FOR UPDATE";
-    let other = crate::support::connect(&fixture.database_url).await;
+    let other = connect(&fixture.database_url).await;
     other.batch_execute(lock).await.unwrap();
     let relay = Relay::streaming(&fixture, &MARK).await;
     wait_until("it is delivered", async || fixture.keys().await == ["a"]).await;
@@ -640,5 +642,121 @@ async fn what_is_refused_leaves_nothing_behind() {
         let left = "(SELECT nspname::text FROM pg_namespace WHERE nspname = 'postbox' \
                      UNION ALL SELECT pubname FROM pg_publication) AS left_behind";
         assert_eq!(fixture.rows_of(left).await, 0, "{table}");
+    }
+}
+
+/// Rows wait for as long as somebody keeps them from being marked, whatever else is in the WAL.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn readiness_says_that_rows_cannot_be_marked() {
+    let fixture = Fixture::omni_box().await;
+    fixture.set_up_table(&OMNI_BOX);
+    let hold_up = "CREATE TABLE others (n integer); \
+                   CREATE FUNCTION hold_up() RETURNS trigger LANGUAGE plpgsql AS $$ \
+                   BEGIN PERFORM pg_advisory_xact_lock_shared(1); RETURN NEW; END $$; \
+                   CREATE TRIGGER hold_up BEFORE UPDATE ON outbox_events FOR EACH ROW EXECUTE FUNCTION hold_up()";
+    fixture.client.batch_execute(hold_up).await.unwrap();
+    let holder = connect(&fixture.database_url).await;
+    let lock = "SELECT pg_advisory_lock(1)";
+    holder.batch_execute(lock).await.unwrap();
+    let flags = [&MARK[..], &["--shutdown-timeout", "1s"]].concat();
+    let mut relay = Relay::streaming(&fixture, &flags).await;
+    fixture.insert("a", "{}").await;
+    let deadline = Instant::now() + PATIENCE;
+    let complaint = loop {
+        fixture
+            .client
+            .batch_execute("INSERT INTO others VALUES (1)")
+            .await
+            .unwrap();
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let (status, text) = relay.get("/readyz");
+        if status != 200 {
+            break text;
+        }
+        assert!(Instant::now() < deadline, "ready all the time");
+    };
+    assert!(
+        complaint.contains("rows are being marked published"),
+        "{complaint}"
+    );
+    relay.signal("TERM");
+    assert_eq!(relay.exit_code().await, 9, "{}", relay.log());
+    assert!(
+        relay.log().contains("could not be marked published"),
+        "{}",
+        relay.log()
+    );
+    drop(holder);
+}
+
+/// A row may be copied, restored, or moved to another partition, once it is published.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_that_come_as_published_or_given_up_are_passed_over() {
+    let fixture = Fixture::omni_box().await;
+    fixture.set_up_table(&OMNI_BOX);
+    let relay = Relay::streaming(&fixture, &OMNI_BOX).await;
+    fixture.insert("a", "{}").await;
+    let copy = "INSERT INTO outbox_events SELECT (jsonb_populate_record(o, jsonb_build_object( \
+                    'id', gen_random_uuid(), 'status', s.status, 'completed_at', s.at, 'partition_key', 'b'))).* \
+                FROM outbox_events AS o, (VALUES ('completed', now()), ('failed', NULL)) AS s (status, at)";
+    assert_eq!(fixture.client.execute(copy, &[]).await.unwrap(), 2);
+    fixture.insert("c", "{}").await;
+    fixture.wait_for_confirmation().await;
+    relay.drain().await;
+    assert_eq!(fixture.keys().await, ["a", "c"]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_of_spakky_that_come_as_published_are_passed_over() {
+    let fixture = Fixture::spakky().await;
+    fixture.set_up_table(&SPAKKY[..4]);
+    let relay = Relay::streaming(&fixture, &SPAKKY[..4]).await;
+    fixture.insert("a", "{}").await;
+    let copy = "INSERT INTO spakky_event_outbox SELECT (jsonb_populate_record(o, jsonb_build_object( \
+                    'id', gen_random_uuid(), 'published_at', now()))).* FROM spakky_event_outbox AS o";
+    assert_eq!(fixture.client.execute(copy, &[]).await.unwrap(), 1);
+    fixture.wait_for_confirmation().await;
+    relay.drain().await;
+    assert_eq!(fixture.keys().await.len(), 1);
+}
+
+/// A record has the time at which it is sent, as their own publishers leave it: Kafka refuses
+/// one of a time to come, and forgets an old one soon.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn records_have_the_time_at_which_they_are_sent() {
+    for is_slot in [false, true] {
+        let fixture = Fixture::omni_box().await;
+        let relay = match is_slot {
+            false => claiming(&fixture, &[]).await,
+            true => {
+                fixture.set_up_table(&OMNI_BOX);
+                Relay::streaming(&fixture, &OMNI_BOX).await
+            }
+        };
+        let shift = "CREATE FUNCTION shift() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN \
+                     NEW.created_at = now() + CASE NEW.partition_key WHEN 'a' THEN interval '2 hours' ELSE interval '-30 days' END; \
+                     RETURN NEW; END $$; \
+                     CREATE TRIGGER shift BEFORE INSERT ON outbox_events FOR EACH ROW EXECUTE FUNCTION shift()";
+        fixture.client.batch_execute(shift).await.unwrap();
+        for key in ["a", "b"] {
+            fixture.insert(key, "{}").await;
+        }
+        wait_until("both are delivered", async || {
+            fixture.keys().await == ["a", "b"]
+        })
+        .await;
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap()
+            .as_millis() as i64;
+        for seen in fixture.records().await {
+            let age = now - seen.timestamp_millis;
+            assert!(
+                (-1_000..60_000).contains(&age),
+                "{} is {age} ms old",
+                seen.key
+            );
+        }
+        relay.drain().await;
     }
 }

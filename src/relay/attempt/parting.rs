@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::time::{Instant, timeout};
 use tracing::{debug, info};
 
-use super::{Attempt, Ended, sleep_until};
+use super::{Attempt, Ended, locked, sleep_until};
 use crate::database::within;
 use crate::error::{Error, ErrorKind, Result};
 use crate::relay::BACKOFF_MAX;
@@ -212,6 +212,14 @@ impl Attempt<'_> {
         tokio::select! {
             confirmed = sent => confirmed?,
             () = sleep_until(deadline) => {
+                let rows = self.source.locked();
+                if rows > 0 {
+                    let message = format!(
+                        "everything was delivered, but {}: they may be sent again",
+                        locked(rows)
+                    );
+                    return Err(Error::new(ErrorKind::NotDrained, message));
+                }
                 let message = format!(
                     "everything was delivered, but Postgres did not take the confirmation of {confirmed} in time: \
                      the last events will be sent again"
@@ -233,6 +241,9 @@ impl Attempt<'_> {
         let in_transaction = self.source.is_amid() && self.source.mark().is_none();
         let what = match in_transaction {
             true => "a transaction was still being read, and all its events",
+            false if !self.is_marked() && self.window.is_settled() => {
+                "rows that were delivered could not be marked published, and"
+            }
             false => "events were still in flight, and",
         };
         let message = format!("not drained within {seconds} s: {what} will be sent again");

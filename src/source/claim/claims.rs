@@ -3,6 +3,22 @@
 //! Rows are claimed by one session and completed by another, while they are sent. They
 //! stand here in the order in which they go out, and each write names the claim it was
 //! made under: a row that somebody else has claimed since is not touched.
+//!
+//! # Rows that somebody has locked
+//!
+//! An application, or a person, may lock a row that is ours for as long as they like. No
+//! write waits for that, since all others would wait with it: it passes over such a row, and
+//! comes back to it at the next beat. It is still ours: nobody can claim a row that is
+//! locked. Its claim may be over by the time when it is free; then it is completed by us, or
+//! claimed by somebody else who looks sooner, and repeated.
+//!
+//! - *Locked* is what still has our token and could not be written. What has another is
+//!   *lost*.
+//! - What is delivered and locked holds up nothing. Until what is refused or goes back could
+//!   be written, no more of its key is claimed, as that lies behind it.
+//! - A row that is locked before its turn and could not be renewed in time is not sent, but
+//!   goes back, with those of its key.
+//! - From [`LOCKED_MAX`] such rows on nothing more is claimed.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -10,11 +26,13 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
 use tokio_postgres::types::{ToSql, Type};
 use tracing::{debug, warn};
 
-use super::statements::{LEASE, ROWS, Statements};
-use crate::database::{query_after, sort};
+use super::BEGIN;
+use super::statements::{LEASE, ROWS, Statements, failed};
+use crate::database::query_after;
 use crate::error::{Error, ErrorKind, Result};
 use crate::table::Table;
 
@@ -42,9 +60,12 @@ const _: () = assert!(
 /// How often claims of others that have run out are given back.
 const STALE_INTERVAL: Duration = Duration::from_secs(10);
 
-/// What is done to claims survives the server, but needs no standby.
-const BEGIN: &str = "BEGIN; SET LOCAL synchronous_commit = local; SET LOCAL enable_seqscan = off; \
-                     SET LOCAL jit = off; SET LOCAL datestyle = ISO; SET LOCAL timezone = UTC";
+/// From how many rows on that are done with, and locked by somebody else, no more are
+/// claimed.
+const LOCKED_MAX: usize = ROWS as usize;
+
+/// How often a stop looks whether they are free.
+const LOCKED_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Rows claimed, and not yet done with.
 #[derive(Debug)]
@@ -70,6 +91,8 @@ struct State {
     done: u64,
     refused: Vec<(Claim, String)>,
     returned: Vec<Claim>,
+    /// What is done with and could not be written, as somebody has locked it.
+    locked: Vec<(Claim, Fate)>,
     /// When stale claims were last looked for.
     cleaned_at: Option<Instant>,
 }
@@ -81,8 +104,28 @@ pub(super) struct Claim {
     pub(super) created_at: String,
     pub(super) token: String,
     pub(super) since: Instant,
+    /// Its key behind its topic, as a claim takes those it is to pass over.
+    pub(super) key: Option<String>,
     /// It was refused, and is written about apart.
     pub(super) is_refused: bool,
+    /// Somebody had locked it when it was to be renewed.
+    pub(super) is_locked: bool,
+}
+
+/// What becomes of a row that is done with.
+#[derive(Debug, Clone)]
+enum Fate {
+    Completed,
+    /// For this reason.
+    Refused(String),
+    Returned,
+}
+
+/// What a write has done, by the number of each claim in it. The others were lost.
+struct Written {
+    /// The tokens that they have now.
+    tokens: HashMap<usize, String>,
+    locked: HashSet<usize>,
 }
 
 /// Claims as the statements take them.
@@ -136,26 +179,60 @@ impl Claims {
     /// The tokens of claims that are ours.
     pub(super) fn tokens(&self) -> Vec<String> {
         let state = self.state();
+        let locked = state.locked.iter().map(|(claim, _)| claim);
         let tokens: HashSet<&str> = state
             .held
             .iter()
+            .chain(locked)
             .map(|claim| claim.token.as_str())
             .collect();
         tokens.into_iter().map(str::to_owned).collect()
     }
 
-    /// Whether the first row that was not given is ours for certain. Its claim may be over
-    /// if it took long, or if this process did not run.
-    fn is_fresh(&self) -> bool {
+    /// Keys, each behind its topic, of which something is to be put off or given back as
+    /// soon as it is free.
+    pub(super) fn locked_keys(&self) -> Vec<String> {
         let state = self.state();
-        let next = state.held.get(state.given);
-        next.is_none_or(|claim| claim.since.elapsed() <= CLAIM_MAX)
+        let locked = state.locked.iter();
+        let waiting = locked.filter(|(_, fate)| !matches!(fate, Fate::Completed));
+        let keys: HashSet<&String> = waiting
+            .filter_map(|(claim, _)| claim.key.as_ref())
+            .collect();
+        keys.into_iter().cloned().collect()
     }
 
-    /// Waits until it is: until its claim is renewed. If that is somebody else's by then,
-    /// the renewal says so. Cancel-safe.
-    pub(super) async fn fresh(&self) {
-        while !self.is_fresh() {
+    /// How many rows are done with that somebody else has locked.
+    pub(crate) fn locked(&self) -> usize {
+        self.state().locked.len()
+    }
+
+    /// Whether so many that no more are to be claimed.
+    pub(super) fn are_too_many_locked(&self) -> bool {
+        self.locked() >= LOCKED_MAX
+    }
+
+    /// Waits until it is not so many. Cancel-safe.
+    pub(super) async fn few_locked(&self) {
+        while self.are_too_many_locked() {
+            self.written.notified().await;
+        }
+    }
+
+    /// Whether the first row that was not given is ours for certain: its claim may be over
+    /// if it took long, or if this process did not run. Waits until it is renewed; if it is
+    /// somebody else's by then, the renewal says so. False if it is not, as it is locked.
+    /// Cancel-safe.
+    pub(super) async fn fresh(&self) -> bool {
+        loop {
+            {
+                let state = self.state();
+                let next = state.held.get(state.given);
+                match next.filter(|claim| claim.since.elapsed() > CLAIM_MAX) {
+                    None => return true,
+                    Some(claim) if claim.is_locked => return false,
+                    Some(_) => {}
+                }
+            }
             self.written.notified().await;
         }
     }
@@ -212,31 +289,25 @@ impl Claims {
     /// Marks rows published: those given up to this number.
     pub(crate) async fn complete(&self, client: &Client, number: u64) -> Result<()> {
         let _one = self.writing.lock().await;
-        let (arrays, rows) = {
+        let (fates, rows) = {
             let state = self.state();
             let rows = usize::try_from(number.saturating_sub(state.done)).unwrap_or(usize::MAX);
             let rows = rows.min(state.given);
             let front = state.held.iter().take(rows);
-            let arrays: Arrays = front.filter(|claim| !claim.is_refused).collect();
-            (arrays, rows)
+            let front = front.filter(|claim| !claim.is_refused);
+            let fates: Vec<_> = front
+                .map(|claim| (claim.clone(), Fate::Completed))
+                .collect();
+            (fates, rows)
         };
         failpoint!("completing");
-        let written = self
-            .write(client, &self.statements.complete, &arrays, None)
-            .await?;
+        let locked = self.write_fates(client, fates).await?;
         failpoint!("completed");
         let mut state = self.state();
         state.held.drain(..rows);
         state.given -= rows;
         state.done += rows as u64;
-        let lost = arrays.ids.len() as u64 - written;
-        if lost > 0 {
-            let table = self.table.quoted();
-            warn!(
-                rows = lost,
-                table, "rows were no longer claimed by this relay when they were delivered"
-            );
-        }
+        state.locked.extend(locked);
         Ok(())
     }
 
@@ -247,23 +318,43 @@ impl Claims {
             let state = self.state();
             (state.refused.clone(), state.returned.clone())
         };
-        if !refused.is_empty() {
-            let arrays = refused.iter().map(|(claim, _)| claim).collect();
-            let errors: Vec<&str> = refused.iter().map(|(_, why)| why.as_str()).collect();
+        let (refusals, returns) = (refused.len(), returned.len());
+        if refusals > 0 {
             failpoint!("refusing");
-            self.write(client, &self.statements.refuse, &arrays, Some(&errors))
-                .await?;
         }
-        if !returned.is_empty() {
-            let arrays = returned.iter().collect();
-            self.write(client, &self.statements.release, &arrays, None)
-                .await?;
-        }
+        let refused = refused
+            .into_iter()
+            .map(|(claim, why)| (claim, Fate::Refused(why)));
+        let returned = returned.into_iter().map(|claim| (claim, Fate::Returned));
+        let fates = refused.chain(returned).collect();
+        let locked = self.write_fates(client, fates).await?;
         let mut state = self.state();
-        state.refused.drain(..refused.len());
-        state.returned.drain(..returned.len());
+        state.refused.drain(..refusals);
+        state.returned.drain(..returns);
+        state.locked.extend(locked);
         drop(state);
         self.written.notify_one();
+        Ok(())
+    }
+
+    /// Writes what could not be written before, as far as it is free by now.
+    async fn settle_locked(&self, client: &Client) -> Result<()> {
+        let _one = self.writing.lock().await;
+        let fates = self.state().locked.clone();
+        let locked = self.write_fates(client, fates).await?;
+        self.state().locked = locked;
+        self.written.notify_one();
+        Ok(())
+    }
+
+    /// Waits until nothing that is done with is locked by others, and is written.
+    pub(crate) async fn settle_all(&self, client: &Client) -> Result<()> {
+        while self.locked() > 0 {
+            self.settle_locked(client).await?;
+            if self.locked() > 0 {
+                tokio::time::sleep(LOCKED_INTERVAL).await;
+            }
+        }
         Ok(())
     }
 
@@ -273,49 +364,50 @@ impl Claims {
     /// # Errors
     /// `SlotInUse` if one is no longer ours.
     pub(crate) async fn renew(&self, client: &Client) -> Result<()> {
+        self.settle_locked(client).await?;
         let _one = self.writing.lock().await;
-        let (arrays, is_time) = {
+        let (claims, is_time) = {
             let mut state = self.state();
             let is_time = (state.cleaned_at).is_none_or(|at| at.elapsed() >= STALE_INTERVAL);
             if is_time {
                 state.cleaned_at = Some(Instant::now());
             }
             let old = |claim: &&Claim| !claim.is_refused && claim.since.elapsed() >= RENEW_AGE;
-            let arrays: Arrays = state.held.iter().filter(old).collect();
-            (arrays, is_time)
+            let claims: Vec<Claim> = state.held.iter().filter(old).cloned().collect();
+            (claims, is_time)
         };
-        if !arrays.ids.is_empty() {
-            self.renew_these(client, &arrays).await?;
+        if !claims.is_empty() {
+            self.renew_these(client, &claims).await?;
             self.written.notify_one();
         }
-        if let Some(sql) = &self.statements.release_stale
-            && is_time
-        {
-            let rows = query_after(BEGIN, client, sql, &[]).await;
-            let rows = rows.map_err(|error| self.failed(error))?;
-            let released: i64 = rows.first().map_or(0, |row| row.get(0));
-            debug!(rows = released, "claims of others that had run out");
-            if released >= ROWS {
-                // There are more.
-                self.state().cleaned_at = None;
-            }
+        if is_time {
+            self.release_stale(client).await?;
         }
         Ok(())
     }
 
-    async fn renew_these(&self, client: &Client, arrays: &Arrays) -> Result<()> {
+    /// Gives back what others claimed and did not renew.
+    async fn release_stale(&self, client: &Client) -> Result<()> {
+        let Some(sql) = &self.statements.release_stale else {
+            return Ok(());
+        };
+        loop {
+            let rows = query_after(&BEGIN, client, sql, &[]).await;
+            let rows = rows.map_err(|error| self.failed(error))?;
+            let released: i64 = rows.first().map_or(0, |row| row.get(0));
+            debug!(rows = released, "claims of others that had run out");
+            if released < ROWS {
+                return Ok(());
+            }
+        }
+    }
+
+    async fn renew_these(&self, client: &Client, claims: &[Claim]) -> Result<()> {
         let since = Instant::now();
-        let parameters = parameters(arrays);
-        let renewed = query_after(BEGIN, client, &self.statements.renew, &parameters).await;
-        let renewed = renewed.map_err(|error| self.failed(error))?;
-        let mut tokens: HashMap<(&str, &str), &str> = renewed
-            .iter()
-            .map(|row| ((row.get(0), row.get(1)), row.get(2)))
-            .collect();
-        let asked = arrays.ids.iter().zip(&arrays.created_at);
-        let asked: HashSet<(&str, &str)> = asked
-            .map(|(id, created_at)| (id.as_str(), created_at.as_str()))
-            .collect();
+        let written = self.write(client, &self.statements.renew, claims, None);
+        let written = written.await?;
+        let row = |claim: &Claim| (claim.id.clone(), claim.created_at.clone());
+        let mut asked: HashMap<(String, String), usize> = claims.iter().map(row).zip(0..).collect();
         let mut lost = 0;
         let mut guard = self.state();
         let state = &mut *guard;
@@ -323,11 +415,18 @@ impl Claims {
         let others = refused.chain(&mut state.returned);
         let held = state.held.iter_mut().filter(|claim| !claim.is_refused);
         for claim in held.chain(others) {
-            let row = (claim.id.as_str(), claim.created_at.as_str());
-            if let Some(token) = tokens.remove(&row) {
+            // A claim that has been added since is of another row, or a younger one.
+            if claim.since >= since {
+                continue;
+            }
+            let Some(number) = asked.remove(&row(claim)) else {
+                continue;
+            };
+            claim.is_locked = written.locked.contains(&number);
+            if let Some(token) = written.tokens.get(&number) {
                 token.clone_into(&mut claim.token);
                 claim.since = since;
-            } else if asked.contains(&row) && !claim.is_refused && claim.since < since {
+            } else if !claim.is_locked && !claim.is_refused {
                 lost += 1;
             }
         }
@@ -344,6 +443,9 @@ impl Claims {
     }
 
     /// Gives everything back that is left, and writes what was refused.
+    ///
+    /// # Errors
+    /// Also where somebody else has locked some of it.
     pub(crate) async fn release(&self, client: &Client) -> Result<()> {
         {
             let _one = self.writing.lock().await;
@@ -353,34 +455,142 @@ impl Claims {
             let held = held.into_iter().filter(|claim| !claim.is_refused);
             state.returned.extend(held);
         }
-        self.settle(client).await
+        self.settle_locked(client).await?;
+        self.settle(client).await?;
+        match self.locked() {
+            0 => Ok(()),
+            rows => Err(Error::new(
+                ErrorKind::DatabaseAway,
+                format!("{rows} rows are locked by somebody else"),
+            )),
+        }
     }
 
-    /// Runs a statement on claims; says how many were still ours.
+    /// Writes what becomes of rows; gives back what somebody else has locked. A row that is
+    /// lost is told of if it was delivered.
+    async fn write_fates(
+        &self,
+        client: &Client,
+        fates: Vec<(Claim, Fate)>,
+    ) -> Result<Vec<(Claim, Fate)>> {
+        let (mut completed, mut refused, mut errors) = (Vec::new(), Vec::new(), Vec::new());
+        let mut returned = Vec::new();
+        for (claim, fate) in fates {
+            match fate {
+                Fate::Completed => completed.push(claim),
+                Fate::Returned => returned.push(claim),
+                Fate::Refused(why) => {
+                    refused.push(claim);
+                    errors.push(why);
+                }
+            }
+        }
+        let Statements {
+            complete,
+            refuse,
+            release,
+            ..
+        } = &self.statements;
+        let mut locked = Vec::new();
+        let written = self.write(client, complete, &completed, None).await?;
+        let lost = completed.len() - written.tokens.len() - written.locked.len();
+        if lost > 0 {
+            let table = self.table.quoted();
+            warn!(
+                rows = lost,
+                table, "rows were no longer claimed by this relay when they were delivered"
+            );
+        }
+        let completed = completed
+            .into_iter()
+            .zip(std::iter::repeat(Fate::Completed));
+        locked.extend(written.left_of(completed));
+        let written = self.write(client, refuse, &refused, Some(&errors)).await?;
+        let refused = refused
+            .into_iter()
+            .zip(errors.into_iter().map(Fate::Refused));
+        locked.extend(written.left_of(refused));
+        let written = self.write(client, release, &returned, None).await?;
+        let returned = returned.into_iter().zip(std::iter::repeat(Fate::Returned));
+        locked.extend(written.left_of(returned));
+        Ok(locked)
+    }
+
+    /// Runs a statement on claims, but for those whose rows somebody else has locked.
     async fn write(
         &self,
         client: &Client,
         sql: &str,
-        arrays: &Arrays,
-        errors: Option<&Vec<&str>>,
-    ) -> Result<u64> {
-        if arrays.ids.is_empty() {
-            return Ok(0);
+        claims: &[Claim],
+        errors: Option<&Vec<String>>,
+    ) -> Result<Written> {
+        let mut written = Written {
+            tokens: HashMap::new(),
+            locked: HashSet::new(),
+        };
+        if claims.is_empty() {
+            return Ok(written);
         }
-        let mut parameters = parameters(arrays);
+        for (number, token) in self.query(client, sql, claims.iter(), errors).await? {
+            written.tokens.insert(number, token);
+        }
+        let left: Vec<usize> = (0..claims.len())
+            .filter(|number| !written.tokens.contains_key(number))
+            .collect();
+        if !left.is_empty() {
+            // One may be free by now: then it is written next time.
+            let claims = left.iter().map(|number| &claims[*number]);
+            let ours = &self.statements.ours;
+            let ours = self.query(client, ours, claims, None).await?;
+            written.locked = ours.into_iter().map(|(number, _)| left[number]).collect();
+        }
+        Ok(written)
+    }
+
+    /// What a statement on claims says of each: the number, from 0, and the token.
+    async fn query<'c>(
+        &self,
+        client: &Client,
+        sql: &str,
+        claims: impl Iterator<Item = &'c Claim>,
+        errors: Option<&Vec<String>>,
+    ) -> Result<Vec<(usize, String)>> {
+        let arrays: Arrays = claims.collect();
+        let mut parameters = parameters(&arrays);
         if let Some(errors) = errors {
             parameters.push((errors, Type::TEXT_ARRAY));
         }
-        let sql = format!("WITH written AS ({sql} RETURNING 1) SELECT count(*) FROM written");
-        let rows = query_after(BEGIN, client, &sql, &parameters).await;
-        let rows = rows.map_err(|error| self.failed(error))?;
-        Ok(rows
-            .first()
-            .map_or(0, |row| row.get::<_, i64>(0).cast_unsigned()))
+        let rows = loop {
+            match query_after(&BEGIN, client, sql, &parameters).await {
+                Ok(rows) => break rows,
+                // Triggers of the table may wait for others.
+                Err(error) if error.code() == Some(&SqlState::T_R_DEADLOCK_DETECTED) => {}
+                Err(error) => return Err(self.failed(error)),
+            }
+        };
+        let said = rows.iter().map(|row| {
+            let number = usize::try_from(row.get::<_, i64>(0) - 1);
+            (number.expect("they count from 1"), row.get(1))
+        });
+        Ok(said.collect())
+    }
+
+    /// Sorts an error of `doing` something to rows of the table.
+    pub(super) fn failed_to(&self, doing: &str, error: tokio_postgres::Error) -> Error {
+        failed(&self.table, doing, error)
     }
 
     fn failed(&self, error: tokio_postgres::Error) -> Error {
-        sort(format!("write claims of {}", self.table.quoted()), error)
+        self.failed_to("write claims of", error)
+    }
+}
+
+impl Written {
+    /// Those that somebody else has locked.
+    fn left_of<T>(&self, claims: impl Iterator<Item = T>) -> impl Iterator<Item = T> {
+        let numbered = claims.enumerate();
+        let locked = numbered.filter(|(number, _)| self.locked.contains(number));
+        locked.map(|(_, claim)| claim)
     }
 }
 
@@ -419,19 +629,28 @@ mod tests {
             created_at: String::new(),
             token: "me".to_owned(),
             since: Instant::now().checked_sub(age).expect("a time before"),
+            key: None,
             is_refused: false,
+            is_locked: false,
         }]);
         claims
     }
 
     #[tokio::test]
     async fn a_row_whose_claim_may_be_over_waits_until_it_is_renewed() {
-        claims_of_age(CLAIM_MAX / 2).fresh().await;
+        assert!(claims_of_age(CLAIM_MAX / 2).fresh().await);
         let old = claims_of_age(CLAIM_MAX);
         let moment = Duration::from_millis(50);
         assert!(timeout(moment, old.fresh()).await.is_err());
         old.state().held[0].since = Instant::now();
         old.written.notify_one();
-        old.fresh().await;
+        assert!(old.fresh().await);
+    }
+
+    #[tokio::test]
+    async fn a_row_whose_claim_may_be_over_and_that_is_locked_does_not_wait() {
+        let old = claims_of_age(CLAIM_MAX);
+        old.state().held[0].is_locked = true;
+        assert!(!old.fresh().await);
     }
 }

@@ -7,7 +7,7 @@ use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 use tracing::warn;
 
-use crate::database::sort;
+use crate::database::{sort, sort_with};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pgoutput::Column;
 use crate::table::{Table, Tracking};
@@ -109,10 +109,12 @@ impl ClaimSettings {
 pub(super) const LEASE: Duration = Duration::from_secs(10);
 
 /// Statements on claims take three arrays of text: ids, times of creation, tokens. A
-/// token is what the column has that says whose claim it is.
+/// token is what the column has that says whose claim it is. They say of those claims that
+/// were ours, and whose rows nobody had locked, the number, from 1, and the token that the
+/// row has now.
 #[derive(Debug)]
 pub(super) struct Statements {
-    /// Claims rows. Where they have a key, it takes the tokens that are ours, and keys to
+    /// Claims rows. It takes the tokens that are ours, and, where rows have a key, keys to
     /// pass over, each behind its topic and a line feed.
     pub(super) claim: String,
     /// Marks rows published that are still claimed by us.
@@ -121,8 +123,10 @@ pub(super) struct Statements {
     pub(super) refuse: String,
     /// Gives rows back.
     pub(super) release: String,
-    /// Makes claims last. Says which rows are still ours, by id and time, and their new tokens.
+    /// Makes claims last.
     pub(super) renew: String,
+    /// Only says which claims are ours, locked or not.
+    pub(super) ours: String,
     /// Gives back what others claimed and did not renew, where a claim does not do that.
     pub(super) release_stale: Option<String>,
 }
@@ -311,20 +315,40 @@ impl Statements {
             pending,
             ..
         } = &terms;
-        let update = |set: &str, fields: &str, more: &str| {
+        let asked = |error: &str| match error {
+            "" => {
+                "unnest($1::text[], $2::text[], $3::text[]) \
+                   WITH ORDINALITY AS c(id, created_at, token, number)"
+            }
+            _ => {
+                "unnest($1::text[], $2::text[], $3::text[], $4::text[]) \
+                  WITH ORDINALITY AS c(id, created_at, token, error, number)"
+            }
+        };
+        let is_ours = format!(
+            "{id} = c.id::{id_type} AND {created_at} = c.created_at::timestamptz \
+             AND {token} = c.token::{token_type} AND {pending}"
+        );
+        // Waits for nobody: what is not free it passes over. In one order, as all who lock many
+        // rows should.
+        let update = |set: &str, error: &str| {
             format!(
-                "UPDATE {table} AS e SET {set} FROM unnest({fields} \
-                 WHERE {id} = c.id::{id_type} AND {created_at} = c.created_at::timestamptz \
-                   AND {token} = c.token::{token_type} AND {pending}{more}"
+                "WITH free AS MATERIALIZED ( \
+                     SELECT c.number, {id} AS id, {created_at} AS created_at{error} \
+                     FROM {} JOIN {table} AS e ON {is_ours} \
+                     ORDER BY {created_at}, {id} FOR UPDATE OF e SKIP LOCKED), \
+                 written AS ( \
+                     UPDATE {table} AS e SET {set} FROM free AS c \
+                     WHERE {id} = c.id AND {created_at} = c.created_at \
+                     RETURNING c.number, coalesce({token}::text, '') AS token) \
+                 SELECT number, token FROM written",
+                asked(error)
             )
         };
-        let claims = "$1::text[], $2::text[], $3::text[]) AS c(id, created_at, token)";
-        let refusals =
-            "$1::text[], $2::text[], $3::text[], $4::text[]) AS c(id, created_at, token, error)";
         let stale = format!(
             "WITH freed AS (UPDATE {table} AS o SET {} FROM ( \
                  SELECT {id} AS id, {created_at} AS created_at FROM {table} AS e \
-                 WHERE {pending} AND {} < now() - interval '{} ms' \
+                 WHERE {pending} AND {} < now() - interval '{} ms' AND {token} IS DISTINCT FROM {} \
                  LIMIT {ROWS} FOR UPDATE SKIP LOCKED) AS s \
              WHERE o.{} = s.id AND o.{} = s.created_at RETURNING 1) SELECT count(*) FROM freed",
             terms.release,
@@ -333,18 +357,19 @@ impl Statements {
                 .quoted_column("locked_at")
                 .map_or_else(|| token.clone(), |locked_at| format!("e.{locked_at}")),
             settings.timeout.as_millis(),
+            escape_literal(worker),
             bare(&settings.table, "id"),
             bare(&settings.table, "created_at"),
         );
         Self {
             claim: terms.claim_of(&shape.columns),
-            complete: update(&terms.complete, claims, ""),
-            refuse: update(&terms.refuse, refusals, ""),
-            release: update(&terms.release, claims, ""),
-            renew: update(
-                &terms.claim,
-                claims,
-                &format!(" RETURNING {id}::text, {created_at}::text, {token}::text"),
+            complete: update(&terms.complete, ""),
+            refuse: update(&terms.refuse, ", c.error"),
+            release: update(&terms.release, ""),
+            renew: update(&terms.claim, ""),
+            ours: format!(
+                "SELECT c.number, c.token FROM {} JOIN {table} AS e ON {is_ours}",
+                asked("")
             ),
             release_stale: (tracking == Tracking::Status).then_some(stale),
         }
@@ -406,6 +431,9 @@ impl Terms {
             "{id}::text AS id, {created_at}::text AS created_at, {token}::text AS token, {micros} AS micros, \
              {created_at} AS at, {id} AS own_id, {texts}"
         );
+        // A claim of ours may be over while somebody has its row locked.
+        let is_not_ours =
+            format!("({token} IS NULL OR {token} <> ALL ($1::text[]::{token_type}[]))");
         let numbers = (0..columns.len()).map(|number| format!(", c.c{number}"));
         let given = format!(
             "c.id, c.created_at, c.token, c.micros{}",
@@ -432,7 +460,7 @@ impl Terms {
             return format!(
                 "WITH ranked AS MATERIALIZED ( \
                      SELECT {id} AS id, {created_at} AS created_at, {sizes} AS size, true AS is_due, false AS is_held \
-                     FROM {table} AS e WHERE {pending} AND {due} \
+                     FROM {table} AS e WHERE {pending} AND {due} AND {is_not_ours} \
                      ORDER BY {order} LIMIT {ROWS}), \
                  {chosen}, \
                  claimed AS ( \
@@ -451,7 +479,7 @@ impl Terms {
             "WITH due AS MATERIALIZED ( \
                  SELECT {topic} AS topic, {key} AS key, ({topic} IS NULL OR {key} IS NULL) AS is_free, \
                         {id} AS id, {created_at} AS created_at FROM {table} AS e \
-                 WHERE {pending} AND {due} \
+                 WHERE {pending} AND {due} AND {is_not_ours} \
                    AND coalesce({topic}::text || E'\\n' || {key}::text <> ALL ($2::text[]), true) \
                  ORDER BY {order} LIMIT {ROWS}), \
              keys AS MATERIALIZED (SELECT topic, key FROM due WHERE NOT is_free GROUP BY topic, key), \
@@ -464,7 +492,7 @@ impl Terms {
                            FROM {table} AS e \
                            WHERE {topic} = k.topic AND {key} >= k.key AND {key} <= k.key \
                              AND {pending} AND (({due}) OR {holds}) \
-                             AND ({token} IS NULL OR {token} <> ALL ($1::text[]::{token_type}[])) \
+                             AND {is_not_ours} \
                            ORDER BY {key}, {created_at}, {id} \
                            LIMIT (SELECT ceil({ROWS}.0 / count(*))::bigint FROM keys)) AS o) AS r \
                  UNION ALL SELECT d.topic, d.key, d.id, d.created_at, {sizes}, true, false \
@@ -496,6 +524,28 @@ pub(crate) fn unpublished(table: &Table) -> Option<String> {
         Tracking::Status => format!("{} = 'pending'", column(table, "status")),
         Tracking::Times => format!("{} IS NULL", column(table, "published_at")),
     })
+}
+
+/// Sorts an error of a statement on claims. Their table is not one that set-up makes, or
+/// grants anything on.
+pub(crate) fn failed(table: &Table, doing: &str, error: tokio_postgres::Error) -> Error {
+    let table = table.quoted();
+    let next_step = |sqlstate: &str, message: &str| {
+        match sqlstate {
+        // No policy mends that: rows that it lets pass might not be all.
+        "42501" if message.contains("row-level security") => Some(
+            "ALTER ROLE … BYPASSRLS, of the relay's role, which must see all rows, or let it own the table"
+                .to_owned(),
+        ),
+        "42501" => Some(format!(
+            "GRANT SELECT, UPDATE ON {table} TO the relay's role, which needs no more"
+        )),
+        "42P01" | "3F000" => Some("correct --table".to_owned()),
+        "42703" => Some("correct --column".to_owned()),
+        _ => None,
+    }
+    };
+    sort_with(format!("{doing} {table}"), error, next_step)
 }
 
 /// What a table is made of, where it is as its preset says.
@@ -613,7 +663,8 @@ pub(super) async fn warn_of_missing_index(client: &Client, table: &Table) -> Res
     };
     let sql = "SELECT EXISTS (SELECT FROM pg_index AS i WHERE i.indrelid = $1::text::regclass AND i.indisvalid \
                  AND (SELECT array_agg(a.attname::text) FROM pg_attribute AS a \
-                      WHERE a.attrelid = i.indrelid AND a.attnum IN (i.indkey[0], i.indkey[1])) @> ARRAY[$2, $3])";
+                      WHERE a.attrelid = i.indrelid AND a.attnum IN (i.indkey[0], i.indkey[1])) @> ARRAY[$2, $3]), \
+                 (SELECT relkind = 'p' FROM pg_class WHERE oid = $1::text::regclass)";
     let parameters = [
         (&table.quoted() as _, Type::TEXT),
         (&topic as _, Type::TEXT),
@@ -622,12 +673,15 @@ pub(super) async fn warn_of_missing_index(client: &Client, table: &Table) -> Res
     let found = client.query_typed_one(sql, &parameters).await;
     let found = found.map_err(|error| sort(format!("look at {}", table.quoted()), error))?;
     if !found.get::<_, bool>(0) {
+        // Postgres makes none so on a partitioned table.
+        let concurrently = if found.get(1) { "" } else { " CONCURRENTLY" };
         warn!(
-            "{} has no index that begins with its topic and key, so that each claim looks at all that is pending: \
-             CREATE INDEX CONCURRENTLY ON {} ({topic}, {key}, {})",
-            table.quoted(),
-            table.quoted(),
-            table.column("created_at").unwrap_or_default()
+            "{quoted} has no index that begins with its topic and key, so that each claim looks at all that is \
+             pending: CREATE INDEX{concurrently} ON {quoted} ({}, {}, {})",
+            bare(table, "topic"),
+            bare(table, "partition_key"),
+            bare(table, "created_at"),
+            quoted = table.quoted(),
         );
     }
     Ok(())

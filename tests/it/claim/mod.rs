@@ -3,6 +3,7 @@
 mod backlog;
 mod crash;
 mod lease;
+mod locks;
 mod order;
 mod packages;
 mod races;

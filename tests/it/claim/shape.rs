@@ -76,6 +76,21 @@ fn flags_that_do_not_go_together_are_refused() {
             &["--table-preset", "spakky", "--column", "colour=red"],
             "--column colour=…: there is no such field; use one of seq, id,",
         ),
+        (
+            &["--table-preset", "omni-box", "--mode", "poll", "--mark"],
+            "--mark fights --mode poll: rows that are claimed are completed anyway",
+        ),
+        (
+            &[
+                "--table-preset",
+                "omni-box",
+                "--column",
+                "payload=a",
+                "--column",
+                "payload=b",
+            ],
+            "--column payload=…: given twice",
+        ),
     ] {
         let flags = [
             &[
@@ -170,5 +185,77 @@ async fn the_column_of_the_last_error_may_be_narrow() {
         fixture.rows_that_are(put_off).await == 1
     })
     .await;
+    relay.drain().await;
+}
+
+/// What a relay that claims needs is not what set-up gives.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_role_that_lacks_a_right_is_told_which() {
+    for (given, expected) in [
+        (
+            "GRANT SELECT ON outbox_events TO ROLE",
+            "GRANT SELECT, UPDATE ON \"public\".\"outbox_events\" TO",
+        ),
+        (
+            "GRANT SELECT, UPDATE ON outbox_events TO ROLE; ALTER TABLE outbox_events ENABLE ROW LEVEL SECURITY",
+            "ALTER ROLE … BYPASSRLS",
+        ),
+    ] {
+        let mut fixture = Fixture::omni_box().await;
+        let (role, url) = fixture.role("relay").await;
+        let given = given.replace("ROLE;", &format!("\"{role}\";"));
+        let given = match given.strip_suffix("ROLE") {
+            Some(before) => format!("{before}\"{role}\""),
+            None => given,
+        };
+        fixture.client.batch_execute(&given).await.unwrap();
+        fixture.database_url = url;
+        let mut relay = Relay::start(&fixture, &OMNI_BOX);
+        relay.exit_code().await;
+        let log = relay.log();
+        assert!(
+            log.contains(expected) && !log.contains("postbox setup"),
+            "{log}"
+        );
+    }
+}
+
+/// Postgres makes none concurrently on a partitioned table.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_index_that_is_missing_can_be_made_as_is_said() {
+    for is_partitioned in [false, true] {
+        let fixture = Fixture::omni_box().await;
+        let drop = "ALTER TABLE outbox_events RENAME COLUMN partition_key TO \"Key\"; \
+                    DO $$ BEGIN EXECUTE (SELECT string_agg(format('DROP INDEX %s', indexrelid::regclass), '; ') \
+                        FROM pg_index WHERE indrelid = 'outbox_events'::regclass AND NOT indisprimary); END $$";
+        fixture.client.batch_execute(drop).await.unwrap();
+        if is_partitioned {
+            fixture.partition_omni_box().await;
+        }
+        let named = ["--column", "partition_key=Key"];
+        let mut relay = claiming(&fixture, &named).await;
+        relay.wait_for_log("no index that begins with").await;
+        let log = relay.log();
+        let at = log.find("CREATE INDEX").expect("a statement");
+        let statement = log[at..].lines().next().unwrap();
+        fixture.client.batch_execute(statement).await.unwrap();
+        relay.drain().await;
+        let relay = claiming(&fixture, &named).await;
+        assert!(!relay.log().contains("WARN"), "{}", relay.log());
+        relay.drain().await;
+    }
+}
+
+/// After a change from one to claims.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slot_that_nobody_reads_any_more_is_told_of() {
+    let fixture = Fixture::omni_box().await;
+    let slot = &fixture.contract.slot;
+    let create = format!("SELECT pg_create_logical_replication_slot('{slot}', 'pgoutput')");
+    fixture.client.batch_execute(&create).await.unwrap();
+    let mut relay = claiming(&fixture, &[]).await;
+    let drop = format!("SELECT pg_drop_replication_slot('{slot}')");
+    relay.wait_for_log(&drop).await;
+    fixture.client.batch_execute(&drop).await.unwrap();
     relay.drain().await;
 }

@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from datetime import timedelta
 from uuid import UUID, uuid4
 
@@ -155,6 +156,8 @@ async def read(topic, count):
                 },
                 "key": record.key.decode(),
                 "partition": record.partition,
+                "is set by": record.timestamp_type,
+                "is of now": abs(time.time() * 1000 - record.timestamp) < 600_000,
                 "headers": [[name, value.decode()] for name, value in record.headers],
                 "value": json.loads(record.value),
             }

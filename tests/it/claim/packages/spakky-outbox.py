@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from dataclasses import field
 from uuid import uuid4
 
@@ -118,6 +119,8 @@ def read(topic, count):
             {
                 "key": None if key is None else key.decode(),
                 "partition": record.partition(),
+                "is set by": record.timestamp()[0],
+                "is of now": abs(time.time() * 1000 - record.timestamp()[1]) < 600_000,
                 "headers": [[name, value.decode()] for name, value in record.headers() or []],
                 "value": record.value().decode(),
             }

@@ -41,7 +41,7 @@ async fn our_copy_of_its_table_is_what_it_makes() {
 }
 
 /// The same rows by both, one after the other: topic, value and headers are the same, and
-/// neither has a key. Ours have the row's time where its own have the producer's.
+/// neither has a key, and their times are those of the producer, also of old rows.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn our_records_are_those_of_its_transport() {
     let Some(fixture) = made_by_spakky().await else {
@@ -51,6 +51,8 @@ async fn our_records_are_those_of_its_transport() {
     let more = "UPDATE spakky_event_outbox SET headers = '{\"z\": \"ü\", \"a\": \"\", \"id\": \"of the row\"}' \
                 WHERE headers ->> 'traceparent' IS NULL";
     assert_eq!(execute(&fixture, more).await, 1);
+    let old = "UPDATE spakky_event_outbox SET created_at = created_at - interval '1 day'";
+    assert_eq!(execute(&fixture, old).await, 3);
     let relay = claiming(&fixture, &[]).await;
     fixture.wait_until_sent().await;
     relay.drain().await;
