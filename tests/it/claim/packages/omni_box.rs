@@ -193,24 +193,24 @@ async fn its_workers_and_our_relay_share_a_table() {
     let theirs = theirs.await;
     let writers = fixture.writers(fixture.steady_load());
     let relay = claiming(&fixture, &[]).await;
-    tokio::time::sleep(Duration::from_secs(8)).await;
+    let shares = "SELECT count(*), count(DISTINCT id), count(*) FILTER (WHERE worker LIKE 'theirs%') FROM completion";
+    let shares = async || {
+        let row = fixture.client.query_one(shares, &[]).await.unwrap();
+        [0, 1, 2].map(|column| row.get::<_, i64>(column) as usize)
+    };
+    wait_until("each has a share", async || {
+        let [_, rows, of_theirs] = shares().await;
+        of_theirs > 100 && rows - of_theirs > 1_000
+    })
+    .await;
     writers.stop().await.unwrap();
     fixture.wait_until_completed().await;
     theirs.drain().await;
     let verdict = fixture.judge_claims(relay).await;
-    let shares = "SELECT count(*), count(DISTINCT id), count(*) FILTER (WHERE worker LIKE 'theirs%') FROM completion";
-    let row = fixture.client.query_one(shares, &[]).await.unwrap();
-    let [completions, rows, of_theirs] = [0, 1, 2].map(|column| row.get::<_, i64>(column) as usize);
+    let [completions, rows, of_theirs] = shares().await;
     println!("{of_theirs} of {rows} rows are theirs: {verdict}");
-    assert!(
-        verdict.committed > 1_000 && verdict.is_clean(0),
-        "{verdict}"
-    );
+    assert!(verdict.is_clean(0), "{verdict}");
     assert_eq!((completions, rows), (verdict.committed, verdict.committed));
-    assert!(
-        of_theirs > 100 && rows - of_theirs > 100,
-        "{of_theirs} of {rows}"
-    );
     let expected = json!({"states": {"completed": rows}, "refused": []});
     assert_eq!(PACKAGE.ask(&fixture, &["read_back"]), expected);
 }
