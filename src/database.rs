@@ -75,7 +75,7 @@ use tokio_postgres::error::SqlState;
 use crate::error::{Error, ErrorKind, Result};
 
 pub use errors::{Refusal, sort, sort_replication, sort_with};
-pub use session::{Session, query_after};
+pub use session::{Session, despite_deadlocks, query_after};
 
 use parameters::percent_encode;
 use tls::Tls;

@@ -4,6 +4,7 @@ use std::future::poll_fn;
 use std::sync::Arc;
 
 use tokio::sync::{Notify, watch};
+use tokio_postgres::error::SqlState;
 use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{AsyncMessage, Client, Row};
 use tokio_postgres_rustls::MakeRustlsConnect;
@@ -114,6 +115,23 @@ pub async fn query_after(
     let rows = rows?;
     ended?;
     Ok(rows)
+}
+
+/// Runs a statement again for as long as it ends in a deadlock: somebody else writes the same
+/// rows, in another order.
+///
+/// # Errors
+/// Any other of the statement's.
+pub async fn despite_deadlocks<T, F>(mut run: impl FnMut() -> F) -> Result<T, tokio_postgres::Error>
+where
+    F: Future<Output = Result<T, tokio_postgres::Error>>,
+{
+    loop {
+        match run().await {
+            Err(error) if error.code() == Some(&SqlState::T_R_DEADLOCK_DETECTED) => {}
+            done => return done,
+        }
+    }
 }
 
 impl std::fmt::Debug for Session {

@@ -2,8 +2,8 @@
 //!
 //! Connections are opened in an order that takes nothing from another relay before this
 //! one can do its work: a session that checks what was set up, the brokers, and then
-//! the slot, or a session that reads the table. Only the relay that holds the slot may claim the checkpoint, and only
-//! then may it read what the checkpoint says is missing.
+//! the slot, or a session that reads the table. Only the relay that holds the slot may
+//! claim the checkpoint, and only then may it read what the checkpoint says is missing.
 //!
 //! A divided relay that is to serve other slices goes on with the connections it has.
 

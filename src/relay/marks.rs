@@ -23,12 +23,11 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use tokio::task::JoinSet;
-use tokio_postgres::error::SqlState;
 use tokio_postgres::types::Type;
 
 use super::window::Progress;
 use crate::catalog;
-use crate::database::{Session, sort};
+use crate::database::{Session, despite_deadlocks, sort};
 use crate::error::{Error, Result, joined};
 use crate::event::Event;
 use crate::source::claim::ClaimSettings;
@@ -185,14 +184,8 @@ async fn mark(session: &Session, statement: &str, rows: &[Sent]) -> Result<usize
         (&ids as _, Type::TEXT_ARRAY),
         (&times as _, Type::INT8_ARRAY),
     ];
-    let marked = loop {
-        match session.client.query_typed(statement, &parameters).await {
-            Ok(marked) => break marked,
-            // Others write the same rows, in another order.
-            Err(error) if error.code() == Some(&SqlState::T_R_DEADLOCK_DETECTED) => {}
-            Err(error) => return Err(sort(DOING, error)),
-        }
-    };
+    let marked = despite_deadlocks(|| session.client.query_typed(statement, &parameters)).await;
+    let marked = marked.map_err(|error| sort(DOING, error))?;
     let marked: i64 = marked.first().map_or(0, |row| row.get(0));
     Ok(usize::try_from(marked).unwrap_or_default())
 }

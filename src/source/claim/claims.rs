@@ -26,13 +26,12 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 use tokio_postgres::Client;
-use tokio_postgres::error::SqlState;
 use tokio_postgres::types::{ToSql, Type};
 use tracing::{debug, warn};
 
 use super::BEGIN;
 use super::statements::{LEASE, ROWS, Statements, failed};
-use crate::database::query_after;
+use crate::database::{despite_deadlocks, query_after};
 use crate::error::{Error, ErrorKind, Result};
 use crate::table::Table;
 
@@ -560,14 +559,9 @@ impl Claims {
         if let Some(errors) = errors {
             parameters.push((errors, Type::TEXT_ARRAY));
         }
-        let rows = loop {
-            match query_after(&BEGIN, client, sql, &parameters).await {
-                Ok(rows) => break rows,
-                // Triggers of the table may wait for others.
-                Err(error) if error.code() == Some(&SqlState::T_R_DEADLOCK_DETECTED) => {}
-                Err(error) => return Err(self.failed(error)),
-            }
-        };
+        // Triggers of the table may wait for others.
+        let rows = despite_deadlocks(|| query_after(&BEGIN, client, sql, &parameters)).await;
+        let rows = rows.map_err(|error| self.failed(error))?;
         let said = rows.iter().map(|row| {
             let number = usize::try_from(row.get::<_, i64>(0) - 1);
             (number.expect("they count from 1"), row.get(1))

@@ -530,20 +530,19 @@ pub(crate) fn unpublished(table: &Table) -> Option<String> {
 /// grants anything on.
 pub(crate) fn failed(table: &Table, doing: &str, error: tokio_postgres::Error) -> Error {
     let table = table.quoted();
-    let next_step = |sqlstate: &str, message: &str| {
-        match sqlstate {
+    let next_step = |sqlstate: &str, message: &str| match sqlstate {
         // No policy mends that: rows that it lets pass might not be all.
-        "42501" if message.contains("row-level security") => Some(
-            "ALTER ROLE … BYPASSRLS, of the relay's role, which must see all rows, or let it own the table"
-                .to_owned(),
-        ),
+        "42501" if message.contains("row-level security") => {
+            let bypass = "ALTER ROLE … BYPASSRLS, of the relay's role, which must see all rows, \
+                          or let it own the table";
+            Some(bypass.to_owned())
+        }
         "42501" => Some(format!(
             "GRANT SELECT, UPDATE ON {table} TO the relay's role, which needs no more"
         )),
         "42P01" | "3F000" => Some("correct --table".to_owned()),
         "42703" => Some("correct --column".to_owned()),
         _ => None,
-    }
     };
     sort_with(format!("{doing} {table}"), error, next_step)
 }
