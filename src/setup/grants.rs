@@ -27,13 +27,20 @@ const RELAY_HAS: &str = "SELECT has_database_privilege($1::text::name, current_d
      AND has_table_privilege($1::text::name, quote_ident(:'schema') || '.slice', 'UPDATE') \
      AND has_table_privilege($1::text::name, quote_ident(:'schema') || '.migration', 'SELECT') \
      AND has_table_privilege($1::text::name, quote_ident(:'schema') || '.outbox', 'SELECT') \
-     AND has_function_privilege($1::text::name, quote_ident(:'schema') || '.publication_identity(name)', 'EXECUTE')";
+     AND has_table_privilege($1::text::name, quote_ident(:'schema') || '.parked', 'SELECT') \
+     AND has_table_privilege($1::text::name, quote_ident(:'schema') || '.parked', 'INSERT') \
+     AND has_table_privilege($1::text::name, quote_ident(:'schema') || '.parked', 'UPDATE') \
+     AND has_table_privilege($1::text::name, quote_ident(:'schema') || '.parked', 'DELETE') \
+     AND has_table_privilege($1::text::name, quote_ident(:'schema') || '.cancellation', 'SELECT') \
+     AND (SELECT bool_and(has_function_privilege($1::text::name, oid, 'EXECUTE')) FROM pg_proc \
+          WHERE proname IN ('publication_identity', 'is_settled') \
+            AND pronamespace = quote_ident(:'schema')::regnamespace)";
 const WRITER_HAS: &str = "SELECT has_schema_privilege($1::text::name, :'schema', 'USAGE') \
      AND has_table_privilege($1::text::name, quote_ident(:'schema') || '.outbox', 'INSERT') \
      AND has_column_privilege($1::text::name, quote_ident(:'schema') || '.outbox', 'id', 'SELECT') \
      AND has_column_privilege($1::text::name, quote_ident(:'schema') || '.idempotency', 'id', 'SELECT') \
      AND (SELECT bool_and(has_function_privilege($1::text::name, oid, 'EXECUTE')) FROM pg_proc \
-          WHERE proname = 'emit' AND pronamespace = quote_ident(:'schema')::regnamespace)";
+          WHERE proname IN ('emit', 'cancel') AND pronamespace = quote_ident(:'schema')::regnamespace)";
 
 /// What a relay needs of another library's table, to mark its rows.
 const MARK: &str = "GRANT USAGE ON SCHEMA :\"table_schema\" TO :\"role\";\n\

@@ -14,7 +14,10 @@ pub(super) const SCHEMA: &str = include_str!("../../sql/schema.sql");
 
 /// Each brings the schema from the version before to its own, which is its
 /// place in this list, counted from one.
-pub(super) const MIGRATIONS: &[&str] = &[include_str!("../../sql/0001_outbox.sql")];
+pub(super) const MIGRATIONS: &[&str] = &[
+    include_str!("../../sql/0001_outbox.sql"),
+    include_str!("../../sql/0002_parked.sql"),
+];
 
 const _: () = assert!(MIGRATIONS.len() == SCHEMA_VERSION as usize);
 
