@@ -77,20 +77,19 @@ CREATE INDEX outbox_scheduled ON :"schema".outbox (id) WHERE scheduled_at IS NOT
 CREATE FUNCTION :"schema".is_settled(parked :"schema".parked) RETURNS boolean
 LANGUAGE sql
 STABLE
-SET search_path = :"schema", pg_temp
-AS $$
+RETURN (
     SELECT CASE
         WHEN c.mode = 'wal' THEN c.second_snapshot IS NULL AND coalesce(parked.commit_lsn < c.lsn, true)
         WHEN parked.xid IS NULL THEN c.second_snapshot IS NULL
-        WHEN EXISTS (SELECT FROM slice AS s WHERE s.name = c.name) THEN NOT EXISTS (
-            SELECT FROM slice AS s
+        WHEN EXISTS (SELECT FROM :"schema".slice AS s WHERE s.name = c.name) THEN NOT EXISTS (
+            SELECT FROM :"schema".slice AS s
             WHERE s.name = c.name AND NOT pg_visible_in_snapshot(parked.xid, s.snapshot)
         )
         ELSE pg_visible_in_snapshot(parked.xid, c.snapshot)
     END
-    FROM checkpoint AS c
+    FROM :"schema".checkpoint AS c
     WHERE c.name = parked.relay
-$$;
+);
 COMMENT ON FUNCTION :"schema".is_settled IS 'whether the relay''s checkpoint has passed a parked row';
 REVOKE EXECUTE ON FUNCTION :"schema".is_settled FROM PUBLIC;
 

@@ -15,7 +15,7 @@ mod headers;
 mod route;
 
 pub use headers::{Header, HeaderStyle};
-pub use route::{Route, RouteError};
+pub use route::{Route, RouteError, is_topic_name};
 
 use std::borrow::Cow;
 use std::io::Write;
@@ -159,6 +159,18 @@ impl Encoder {
         Self { is_timed, ..self }
     }
 
+    /// Where the record of an event would go, and what it would be kept in order by, though
+    /// there may never be one.
+    pub fn address(&self, event: &Event<'_>) -> (Option<String>, Option<String>) {
+        let mut topic = String::new();
+        let routed = match event.topic {
+            Some(named) => Ok(topic.push_str(named)),
+            None => self.route.write(event, &mut topic),
+        };
+        let key = event.key().filter(|_| self.is_keyed);
+        (routed.ok().map(|()| topic), key.map(str::to_owned))
+    }
+
     /// The record of an event.
     ///
     /// # Errors
@@ -169,7 +181,7 @@ impl Encoder {
             Some(topic) => self.topic.push_str(topic),
             None => self.route.write(event, &mut self.topic)?,
         }
-        if !route::is_topic_name(&self.topic) {
+        if !is_topic_name(&self.topic) {
             return Err(Refused::Topic(self.topic.clone()));
         }
         let value = match event.payload {
@@ -304,6 +316,7 @@ mod tests {
             causation_id: None,
             traceparent: None,
             created_at: Timestamp::parse("2026-03-01 12:00:00.25+00").unwrap(),
+            scheduled_at: None,
             placed: Vec::new(),
         }
     }

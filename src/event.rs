@@ -36,6 +36,8 @@ pub struct Event<'a> {
     pub traceparent: Option<&'a str>,
     /// When the row was written.
     pub created_at: Timestamp,
+    /// When it is to be sent, if not at once.
+    pub scheduled_at: Option<Timestamp>,
     /// The values of the columns that become headers besides, in the order of
     /// [`Table::placements`](crate::table::Table::placements).
     pub placed: Vec<Option<&'a str>>,

@@ -1,6 +1,7 @@
 //! What the relay counts, in Prometheus' terms. Names are part of the contract.
 
 mod backlog;
+mod parked;
 
 use prometheus::core::Collector;
 use prometheus::{
@@ -9,6 +10,7 @@ use prometheus::{
 };
 
 use self::backlog::BacklogMetrics;
+pub use self::parked::ParkedMetrics;
 use crate::backlog::Backlog;
 use crate::catalog::SlotState;
 use crate::error::ErrorKind;
@@ -48,6 +50,8 @@ pub struct Metrics {
     pub slices: IntGauge,
     wal_status: IntGaugeVec,
     backlog: BacklogMetrics,
+    /// Of events that wait.
+    pub parked: ParkedMetrics,
     seconds_since_progress: Gauge,
     ready: IntGauge,
     /// Times the stream was started again, by the reason.
@@ -147,6 +151,7 @@ impl Default for Metrics {
                 ),
             ),
             backlog: BacklogMetrics::new(&registry),
+            parked: ParkedMetrics::new(&registry),
             seconds_since_progress: register(
                 &registry,
                 Gauge::with_opts(options(

@@ -37,17 +37,18 @@ mod push;
 mod refusals;
 mod reports;
 mod settings;
+mod size;
 mod topics;
 
 pub use codes::{Verdict, verdict};
 pub use reports::Report;
 pub use settings::{BATCH_BYTES, KafkaSettings};
-pub use topics::Topic;
+pub use topics::{Topic, UNKNOWN_MAX};
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{Header, OwnedHeaders};
@@ -64,6 +65,7 @@ pub struct Publisher {
     producer: Producer,
     topics: HashMap<String, Known>,
     batch_bytes: usize,
+    is_compressing: bool,
     /// How many records without a key have come.
     unkeyed: AtomicU32,
 }
@@ -74,6 +76,7 @@ struct Known {
     number: usize,
     partitions: u32,
     message_bytes_max: Option<usize>,
+    asked_at: Instant,
 }
 
 /// Where a record goes.
@@ -84,6 +87,20 @@ pub struct Destination {
     /// The partition.
     pub partition: i32,
 }
+
+/// Whether a record can be taken.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Fit {
+    /// It may be; the broker knows.
+    Unknown,
+    /// By what was known a while ago, it cannot: the topic is to be asked about again.
+    Ask,
+    /// It cannot, and why.
+    Never(String),
+}
+
+/// How long a topic's limit is taken for what it was, before a record is refused by it.
+const LIMIT_MAX: Duration = Duration::from_secs(10);
 
 /// Why a record was not accepted for sending.
 #[derive(Debug)]
@@ -103,6 +120,7 @@ impl Publisher {
     pub fn new(settings: KafkaSettings, batch_bytes: usize) -> Result<Self> {
         let producer = Producer::start(&settings, batch_bytes)?;
         Ok(Self {
+            is_compressing: settings.compresses(),
             settings,
             producer,
             topics: HashMap::new(),
@@ -133,6 +151,25 @@ impl Publisher {
                 }
             },
         })
+    }
+
+    /// Whether a record can be taken by its topic, as far as that is known before it is
+    /// sent: without compression, and where the topic's limit is ours to ask for.
+    pub fn check(&self, record: &Record<'_>, destination: Destination) -> Fit {
+        if self.is_compressing {
+            return Fit::Unknown;
+        }
+        let (_, known) = self.known(destination.topic);
+        let max = known.message_bytes_max.unwrap_or(usize::MAX);
+        // What is certainly small enough need not be counted.
+        if record.size() < max / 2 || size::batch_bytes(record) <= max {
+            return Fit::Unknown;
+        }
+        if known.asked_at.elapsed() > LIMIT_MAX {
+            return Fit::Ask;
+        }
+        let code = RDKafkaErrorCode::MessageSizeTooLarge;
+        Fit::Never(self.refusal(destination.topic, record.size(), code, true))
     }
 
     /// Why a record of so many bytes was refused, in words: by the brokers if it was
@@ -174,11 +211,17 @@ impl Publisher {
 
     /// Asks the brokers about a topic, apart from this publisher so that it can
     /// go on meanwhile.
-    pub fn resolve(&self, name: &str) -> impl Future<Output = Result<Topic>> + Send + use<> {
+    /// One that is unknown is asked about again for as long as `patience`.
+    pub fn resolve(
+        &self,
+        name: &str,
+        patience: Duration,
+    ) -> impl Future<Output = Result<Topic>> + Send + use<> {
         topics::resolve(
             Arc::clone(self.producer.client()),
             self.settings.clone(),
             name.to_owned(),
+            patience,
         )
     }
 
@@ -187,6 +230,21 @@ impl Publisher {
         topic
             .message_bytes_max
             .is_none_or(|max| max >= self.batch_bytes)
+    }
+
+    /// Whether records for this topic may pass, and its limit was asked for of late.
+    pub fn knows(&self, topic: &str) -> bool {
+        let known = self.topics.get(topic);
+        known.is_some_and(|known| known.asked_at.elapsed() < LIMIT_MAX)
+    }
+
+    /// Makes a new producer in the place of one that was refused something.
+    ///
+    /// # Errors
+    /// If librdkafka cannot make one.
+    pub fn renew(&mut self) -> Result<()> {
+        self.producer = Producer::start(&self.settings, self.batch_bytes)?;
+        Ok(())
     }
 
     /// Makes a new producer with batches that fit the topic. Nothing may be in
@@ -198,8 +256,7 @@ impl Publisher {
         if let Some(max) = topic.message_bytes_max {
             self.batch_bytes = self.batch_bytes.min(max);
         }
-        self.producer = Producer::start(&self.settings, self.batch_bytes)?;
-        Ok(())
+        self.renew()
     }
 
     /// Lets records for this topic pass, and returns its number.
@@ -208,11 +265,13 @@ impl Publisher {
             number: self.topics.len(),
             partitions: topic.partitions,
             message_bytes_max: topic.message_bytes_max,
+            asked_at: Instant::now(),
         };
-        self.topics
-            .entry(topic.name.clone())
-            .or_insert(known)
-            .number
+        let entry = self.topics.entry(topic.name.clone()).or_insert(known);
+        // Partitions that were added are for the next attempt: a key stays where it is.
+        entry.message_bytes_max = known.message_bytes_max;
+        entry.asked_at = known.asked_at;
+        entry.number
     }
 
     /// Hands a record over. Its delivery is reported under `sequence`.

@@ -12,6 +12,7 @@
 //!
 //! The relay is the only place that knows both LSNs and records.
 
+mod aside;
 mod attempt;
 mod connect;
 mod control;
@@ -20,12 +21,13 @@ mod gather;
 mod marks;
 mod meter;
 mod pace;
+mod parking;
 mod partitions;
 mod refused_topics;
 mod share;
 mod window;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -41,6 +43,7 @@ use crate::envelope::{Format, HeaderStyle, Route};
 use crate::error::{Error, ErrorKind, Result};
 use crate::health::Health;
 use crate::metrics::Metrics;
+use crate::parked::ParkedSettings;
 use crate::publisher::{BATCH_BYTES, KafkaSettings};
 use crate::source::Place;
 use crate::source::claim::ClaimSettings;
@@ -66,6 +69,9 @@ pub struct RelaySettings {
     pub claim_timeout: Duration,
     /// With claims, how often a row is tried whose table does not say.
     pub attempts_max: u32,
+    /// What becomes of events that cannot go out, and of those that should go out later. Rows
+    /// that are claimed say that themselves.
+    pub parked: ParkedSettings,
     /// The brokers.
     pub kafka: KafkaSettings,
     /// What a value looks like.
@@ -128,6 +134,10 @@ pub struct Relay {
     /// Rows that were in a refused batch: they are sent again alone, so that the
     /// one that is at fault can be told from its neighbours.
     suspects: BTreeSet<Place>,
+    /// Rows that were refused alone, and why: they are parked when they come again.
+    condemned: BTreeMap<Place, String>,
+    /// Topics that were refused altogether, and why, until that is in the table.
+    refused_topics: HashMap<String, String>,
     /// The largest batch. An attempt with a refused batch halves it, as the topic's limit may be
     /// smaller and not ours to ask for; it does not grow again.
     batch_bytes: usize,
@@ -158,6 +168,8 @@ impl Relay {
             health,
             cue: Arc::default(),
             suspects: BTreeSet::new(),
+            condemned: BTreeMap::new(),
+            refused_topics: HashMap::new(),
             batch_bytes: BATCH_BYTES,
             unstored: None,
             nonce: uuid::Uuid::new_v4().to_string(),

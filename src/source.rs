@@ -14,9 +14,11 @@ mod pause;
 pub mod poll;
 pub mod wal;
 
+pub(crate) use columns::Outline;
 pub use columns::Unreadable;
 pub use messages::{HEARTBEAT_PREFIX, Messages, Outbox};
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -25,6 +27,7 @@ use tokio_postgres::types::PgLsn;
 use crate::catalog::{Gap, Standing};
 use crate::error::Result;
 use crate::event::Event;
+use crate::pgoutput::Column;
 use crate::timestamp::Timestamp;
 use claim::Claimer;
 use poll::Poller;
@@ -66,7 +69,8 @@ pub enum Item {
 /// A row as it came, with its place in the stream.
 #[derive(Debug, Clone)]
 pub struct Row {
-    bytes: Bytes,
+    /// An Insert message of pgoutput.
+    pub(crate) bytes: Bytes,
     /// Where it stands in the stream.
     pub place: Place,
     /// When its transaction was committed, by the server's clock.
@@ -144,6 +148,16 @@ impl Source {
             Self::Wal(stream) => stream.event(row),
             Self::Poll(poller) => poller.event(row),
             Self::Claim(claimer) => claimer.event(row),
+        }
+    }
+
+    /// What can be read of a row that may be no event, and its columns; nothing if not even
+    /// those are known.
+    pub(crate) fn outline(&self, row: &Row) -> Option<(Outline, Arc<[Column]>)> {
+        match self {
+            Self::Wal(stream) => stream.outline(row),
+            Self::Poll(poller) => poller.outline(row),
+            Self::Claim(_) => None,
         }
     }
 

@@ -158,6 +158,7 @@ impl Preset {
                 ("causation_id", "causation_id"),
                 ("traceparent", "traceparent"),
                 ("created_at", "created_at"),
+                ("scheduled_at", "scheduled_at"),
             ],
             Self::OmniBox => &[
                 ("id", "id"),

@@ -6,6 +6,7 @@
 //! the envelope ISO 8601. Both need the same microseconds.
 
 use std::fmt;
+use std::time::SystemTime;
 
 const MICROS_PER_SECOND: i64 = 1_000_000;
 const SECONDS_PER_DAY: i64 = 86_400;
@@ -48,6 +49,14 @@ impl Timestamp {
     /// or after 9999.
     pub fn parse(text: &str) -> Result<Self, TimestampError> {
         parse(text.as_bytes()).ok_or_else(|| TimestampError(text.to_owned()))
+    }
+}
+
+impl From<SystemTime> for Timestamp {
+    fn from(time: SystemTime) -> Self {
+        let since_epoch = time.duration_since(SystemTime::UNIX_EPOCH);
+        let micros = since_epoch.map_or(0, |since| since.as_micros());
+        Self(i64::try_from(micros).unwrap_or(i64::MAX))
     }
 }
 

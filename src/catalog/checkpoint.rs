@@ -273,6 +273,14 @@ impl Checkpoint {
         }
     }
 
+    /// What holds in SQL, of the relay $1, until another takes it over.
+    pub(crate) fn fence(&self) -> String {
+        format!(
+            "EXISTS (SELECT FROM :\"schema\".checkpoint WHERE name = $1 AND epoch = {})",
+            self.epoch
+        )
+    }
+
     /// Whether the slot of a relay that polls by now may still be there: as long as the
     /// checkpoint names a publication.
     pub(crate) fn has_left_slot(&self) -> bool {

@@ -19,6 +19,16 @@ pub struct Held {
 }
 
 impl Held {
+    /// What holds in SQL, of the relay $1, until another takes one of them over.
+    pub(crate) fn fence(&self) -> String {
+        let numbers: Vec<String> = self.slices.iter().map(|slice| slice.to_string()).collect();
+        format!(
+            "NOT EXISTS (SELECT FROM :\"schema\".slice WHERE name = $1 AND slice = ANY ('{{{}}}') AND epoch <> {})",
+            numbers.join(","),
+            self.epoch
+        )
+    }
+
     /// Goes on holding the leases.
     ///
     /// # Errors

@@ -7,7 +7,7 @@ use postbox::catalog::Mode;
 use postbox::contract::Contract;
 use postbox::database::Database;
 use postbox::publisher::KafkaSettings;
-use postbox::table::{ATTEMPTS_MAX, Preset, Table};
+use postbox::table::{Preset, Table};
 use postbox::{Error, ErrorKind};
 
 #[derive(Debug, Args)]
@@ -116,23 +116,35 @@ struct TableArguments {
     )]
     columns: Vec<(String, String)>,
 
-    /// How often an event that cannot go out is tried, where its table does not say, as spakky's does
-    /// not; 1 to 1000. One that was tried as often is given up: set-up and recovery do not have it sent.
+    /// How often an event that cannot go out is tried before it is given up, where its table does not
+    /// say; 1 to 1000. That a server is away never counts. Of spakky's table, set-up and recovery do not
+    /// have an event sent that was tried as often.
+    ///
+    /// [default: 6; for spakky 5]
+    // Not a default of clap's, as it is that of the preset.
     #[arg(
         long,
         env = "POSTBOX_MAX_ATTEMPTS",
-        default_value_t = ATTEMPTS_MAX,
         value_parser = value_parser!(u32).range(1..=1000),
         value_name = "NUMBER"
     )]
-    max_attempts: u32,
+    max_attempts: Option<u32>,
+}
+
+impl ContractArguments {
+    /// How often an event is tried, if that was said.
+    pub(super) fn max_attempts(&self) -> Option<u32> {
+        self.table.max_attempts
+    }
 }
 
 impl TableArguments {
     fn resolve(&self, schema: &str) -> postbox::Result<Table> {
         let name = self.table.as_deref();
         let mut table = Table::new(self.table_preset, schema, name, &self.columns)?;
-        table.attempts_max = self.max_attempts;
+        if let Some(max) = self.max_attempts {
+            table.attempts_max = max;
+        }
         Ok(table)
     }
 }

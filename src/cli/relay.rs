@@ -8,10 +8,11 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use clap::builder::BoolishValueParser;
 use clap::{Args, value_parser};
-use postbox::envelope::{Format, HeaderStyle, Route};
+use postbox::envelope::{Format, HeaderStyle, Route, is_topic_name};
 use postbox::health::Health;
 use postbox::http::{self, Endpoints};
 use postbox::metrics::Metrics;
+use postbox::parked::{OnPoison, ParkedSettings};
 use postbox::relay::{Relay, RelaySettings};
 use postbox::table::{Placement, Preset};
 use postbox::{Error, ErrorKind};
@@ -51,6 +52,9 @@ pub(super) struct RelayCommand {
 
     #[command(flatten)]
     records: RecordArguments,
+
+    #[command(flatten)]
+    parked: ParkedArguments,
 
     #[command(flatten)]
     tuning: TuningArguments,
@@ -121,6 +125,123 @@ struct ClaimArguments {
         value_name = "TIME"
     )]
     claim_timeout: Duration,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Events that wait")]
+struct ParkedArguments {
+    /// What becomes of an event that can never go out as it is: park (it waits in postbox.parked and is
+    /// tried again, later events of its topic and key wait behind it, and after --max-attempts it is a
+    /// dead letter), skip (it is a dead letter at once, and nothing waits), or stop (the relay ends with
+    /// exit code 8). Not with claims, whose table says.
+    ///
+    /// [default: park]
+    // Not a default of clap's: with claims it is refused.
+    #[arg(long, env = "POSTBOX_ON_POISON", value_name = "POLICY")]
+    on_poison: Option<OnPoison>,
+
+    /// How long a refused event waits for its second attempt, at random from half of it on; twice as long
+    /// for each further one; 10ms to 1h.
+    #[arg(
+        long,
+        env = "POSTBOX_RETRY_BACKOFF_MIN",
+        default_value = "10s",
+        value_parser = time(Duration::from_millis(10)..=Duration::from_secs(3600)),
+        value_name = "TIME"
+    )]
+    retry_backoff_min: Duration,
+
+    /// How long it waits at most; 10ms to 1d.
+    #[arg(
+        long,
+        env = "POSTBOX_RETRY_BACKOFF_MAX",
+        default_value = "1h",
+        value_parser = time(Duration::from_millis(10)..=Duration::from_secs(86_400)),
+        value_name = "TIME"
+    )]
+    retry_backoff_max: Duration,
+
+    /// A topic to which a copy of each dead letter is sent, with its error and its origin in headers.
+    #[arg(long, env = "POSTBOX_DEAD_LETTER_TOPIC", value_name = "TOPIC")]
+    dead_letter_topic: Option<String>,
+
+    /// The most events that may be waiting or dead in postbox.parked; 1 to 10000000. With one more the
+    /// relay ends with exit code 8, as something is wrong with more than some events.
+    #[arg(
+        long,
+        env = "POSTBOX_PARKED_MAX",
+        default_value = "100000",
+        value_parser = value_parser!(u32).range(1..=10_000_000),
+        value_name = "EVENTS"
+    )]
+    parked_max: u32,
+
+    /// The most bytes of them; 1 to 1GiB.
+    #[arg(
+        long,
+        env = "POSTBOX_PARKED_BYTES_MAX",
+        default_value = "1GiB",
+        value_parser = size(1..=1 << 30),
+        value_name = "SIZE"
+    )]
+    parked_bytes_max: u32,
+
+    /// How far ahead of its commit an event may be scheduled; 1s to 36500d. One beyond cannot go out as it
+    /// is.
+    #[arg(
+        long,
+        env = "POSTBOX_MAX_SCHEDULE",
+        default_value = "365d",
+        value_parser = time(Duration::from_secs(1)..=Duration::from_secs(36_500 * 86_400)),
+        value_name = "TIME"
+    )]
+    max_schedule: Duration,
+
+    /// The most events that may be scheduled; 1 to 1000000000. With one more the relay ends with exit
+    /// code 8.
+    #[arg(
+        long,
+        env = "POSTBOX_SCHEDULED_MAX",
+        default_value = "10000000",
+        value_parser = value_parser!(u32).range(1..=1_000_000_000),
+        value_name = "EVENTS"
+    )]
+    scheduled_max: u32,
+}
+
+impl ParkedArguments {
+    fn resolve(&self, attempts_max: Option<u32>) -> postbox::Result<ParkedSettings> {
+        if self.retry_backoff_min > self.retry_backoff_max {
+            let message = format!(
+                "--retry-backoff-min {} is longer than --retry-backoff-max {}",
+                in_words(self.retry_backoff_min),
+                in_words(self.retry_backoff_max)
+            );
+            return Err(Error::new(ErrorKind::Settings, message));
+        }
+        if let Some(topic) = &self.dead_letter_topic
+            && !is_topic_name(topic)
+        {
+            let message = format!(
+                "--dead-letter-topic \"{}\" is not a topic name: Kafka allows 1 to 249 of the characters a-z A-Z 0-9 \
+                 . _ - and neither \".\" nor \"..\"",
+                topic.escape_debug()
+            );
+            return Err(Error::new(ErrorKind::Settings, message));
+        }
+        let defaults = ParkedSettings::default();
+        Ok(ParkedSettings {
+            on_poison: self.on_poison.unwrap_or_default(),
+            attempts_max: attempts_max.unwrap_or(defaults.attempts_max),
+            backoff_min: self.retry_backoff_min,
+            backoff_max: self.retry_backoff_max,
+            dead_letter_topic: self.dead_letter_topic.clone(),
+            rows_max: self.parked_max.into(),
+            bytes_max: self.parked_bytes_max.into(),
+            schedule_max: self.max_schedule,
+            scheduled_max: self.scheduled_max.into(),
+        })
+    }
 }
 
 #[derive(Debug, Args)]
@@ -283,6 +404,7 @@ impl RelayCommand {
             mark: self.claims.mark,
             claim_timeout: self.claims.claim_timeout,
             attempts_max,
+            parked: self.parked.resolve(self.contract.max_attempts())?,
             kafka: match preset.compression() {
                 Some(codec) => self.kafka.resolve()?.compressed(codec),
                 None => self.kafka.resolve()?,
@@ -329,6 +451,13 @@ impl RelayCommand {
         if self.claims.mark && matches!(self.mode, ModeArgument::Poll) {
             let message = "--mark fights --mode poll: rows that are claimed are completed anyway";
             return Err(Error::new(ErrorKind::Settings, message));
+        }
+        let claims = matches!(self.mode, ModeArgument::Poll) && preset.tracking().is_some();
+        if claims && (self.parked.on_poison.is_some() || self.parked.dead_letter_topic.is_some()) {
+            return refuse(
+                "fights --on-poison and --dead-letter-topic with --mode poll: its rows are claimed, and put off and \
+                 given up as their own columns say",
+            );
         }
         match (preset.tracking(), self.mode, self.tuning.shards) {
             (None, ModeArgument::Poll | ModeArgument::Auto, _) if !preset.can_be_polled() => {

@@ -104,7 +104,7 @@ impl Route {
 }
 
 /// The broker's own rule: `org.apache.kafka.common.internals.Topic`.
-pub(super) fn is_topic_name(name: &str) -> bool {
+pub fn is_topic_name(name: &str) -> bool {
     let legal = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
     (1..=249).contains(&name.len()) && name != "." && name != ".." && name.bytes().all(legal)
 }

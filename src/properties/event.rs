@@ -51,6 +51,7 @@ pub fn event(bytes: &[u8]) {
         causation_id: next(),
         traceparent: next(),
         seq: None,
+        scheduled_at: None,
         placed: Vec::new(),
     };
     check(&event);

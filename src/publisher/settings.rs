@@ -171,6 +171,12 @@ impl KafkaSettings {
         value?.parse().ok()
     }
 
+    /// Whether what is sent is compressed.
+    pub(super) fn compresses(&self) -> bool {
+        let codec = COMPRESSION.iter().find_map(|name| self.value(name));
+        codec != Some("none")
+    }
+
     /// Whether it is the user who says for how long records linger.
     pub(super) fn sets_linger(&self) -> bool {
         self.sets(LINGER)

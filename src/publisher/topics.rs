@@ -32,7 +32,7 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How long a topic may stay unknown. A broker that creates topics on demand
 /// says "unknown" first, and other brokers learn of a new topic a little later.
-const UNKNOWN_MAX: Duration = Duration::from_secs(5);
+pub const UNKNOWN_MAX: Duration = Duration::from_secs(5);
 
 /// How long to wait before asking again.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -46,6 +46,7 @@ pub(super) async fn resolve(
     producer: Arc<Client>,
     settings: KafkaSettings,
     name: String,
+    patience: Duration,
 ) -> Result<Topic> {
     let asked = tokio::time::Instant::now();
     let leaders = loop {
@@ -56,7 +57,7 @@ pub(super) async fn resolve(
         };
         let kind = verdict(code).kind();
         let may_pass = kind.is_transient() || code == RDKafkaErrorCode::UnknownTopicOrPartition;
-        if !may_pass || asked.elapsed() >= UNKNOWN_MAX {
+        if !may_pass || asked.elapsed() >= patience {
             let message = format!("topic \"{name}\": {}", codes::explain(code));
             return Err(Error::new(kind, message));
         }

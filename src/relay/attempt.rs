@@ -10,22 +10,26 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
 use tokio_postgres::types::PgLsn;
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 use super::Relay;
-use super::connect::{Connected, PROBE_TIMEOUT, connect};
+use super::aside::{self, Aside, Tools};
+use super::connect::{Connected, PROBE_TIMEOUT, connect, outbox};
 use super::control::{Control, Hold, walsender_is_ending};
 use super::division::{DRAIN_MAX, Watch, served};
 use super::gather::Gather;
 use super::marks::{self, Marks};
+use super::parking::{self, Parking, Reason};
 use super::partitions::OPEN_MAX;
 use super::refused_topics::RefusedTopics;
 use super::window::{Progress, Stop, Window};
 use crate::envelope::Encoder;
 use crate::error::{Error, ErrorKind, Result, joined};
 use crate::health::{SILENCE_MAX, Server};
-use crate::publisher::Topic;
-use crate::source::{Item, Mark, Row, Source};
+use crate::parked::OnPoison;
+use crate::parked::store::Store;
+use crate::publisher::{Fit, Topic, UNKNOWN_MAX};
+use crate::source::{Item, Mark, Row, Source, Unreadable};
 
 pub(super) struct Attempt<'r> {
     relay: &'r mut Relay,
@@ -35,6 +39,12 @@ pub(super) struct Attempt<'r> {
     window: Window,
     /// Where rows are marked before they are confirmed.
     marks: Option<Marks>,
+    /// Where rows go that cannot go out, or must not yet; and what sends them. None where
+    /// rows are claimed, and put off.
+    parking: Option<Parking>,
+    aside: Option<Aside>,
+    /// What they do it by.
+    stores: Option<(Store, Store)>,
     /// A row that waits: for its topic, for smaller batches, for the first record of
     /// its partition, or to be sent alone.
     held: Option<Row>,
@@ -87,6 +97,10 @@ const FROZEN_MIN: Duration = Duration::from_secs(2);
 /// After how long without a delivery the brokers are asked for a sign of life.
 const PROBE_INTERVAL: Duration = Duration::from_secs(4);
 
+/// How long the stream waits for a topic that is not known: one that is made on demand is by
+/// then. Events of others are parked, and sent as soon as there is such a topic.
+const TOPIC_PATIENCE: Duration = Duration::from_secs(1);
+
 /// How long the last fence may take to be written, and then to come out of the slot.
 const LAST_FENCE_MAX: Duration = Duration::from_millis(500);
 
@@ -133,7 +147,34 @@ impl<'r> Attempt<'r> {
         }
         health.streaming();
         relay.cue.stands_by(false);
+        let encoder = || {
+            Encoder::new(settings.format, settings.route.clone())
+                .with_headers(settings.headers)
+                .placing(settings.contract.outbox.placements())
+                .keyed(settings.contract.outbox.is_keyed())
+                .timed(settings.contract.outbox.preset.times_records())
+        };
+        let stores = connected.parked.as_ref();
+        let stores = stores.map(|(parking, store)| (parking.store(), store.clone()));
+        let (parking, aside) = match connected.parked {
+            Some((parking, store)) => {
+                let tools = Tools {
+                    encoder: encoder(),
+                    outbox: outbox(relay),
+                    kafka: settings.kafka.clone(),
+                    settings: settings.parked.clone(),
+                    metrics: metrics.clone(),
+                };
+                let aside = Aside::start(store, Arc::clone(&parking.shared), tools);
+                (Some(parking), Some(aside))
+            }
+            None => (None, None),
+        };
+        let parks = parking.is_some() && settings.parked.on_poison != OnPoison::Stop;
         Self {
+            parking,
+            aside,
+            stores,
             watch,
             dividing: None,
             control: Control::start(
@@ -147,14 +188,11 @@ impl<'r> Attempt<'r> {
             ),
             source: connected.source,
             marks: connected.marks,
-            encoder: Encoder::new(settings.format, settings.route.clone())
-                .with_headers(settings.headers)
-                .placing(settings.contract.outbox.placements())
-                .keyed(settings.contract.outbox.is_keyed())
-                .timed(settings.contract.outbox.preset.times_records()),
+            encoder: encoder(),
             window: Window::new(
                 connected.publisher,
                 std::mem::take(&mut relay.suspects),
+                parks,
                 metrics,
                 health,
             ),
@@ -209,6 +247,7 @@ impl<'r> Attempt<'r> {
                 biased;
                 _ = shutdown.wait_for(|stop| *stop), if !self.stopping => {
                     self.stopping = true;
+                    self.rest_aside(true);
                     // It asks for no more slices.
                     self.watch = None;
                     // A relay that is behind does not wait for what it has not read.
@@ -221,6 +260,7 @@ impl<'r> Attempt<'r> {
                     deadline = Some(Instant::now() + self.relay.settings.shutdown_timeout);
                 }
                 () = Watch::changed(&mut self.watch), if !self.stopping => {
+                    self.rest_aside(true);
                     self.dividing = Some(Instant::now() + DRAIN_MAX);
                 }
                 () = sleep_until(self.dividing), if !self.stopping => self.go_on(),
@@ -240,6 +280,12 @@ impl<'r> Attempt<'r> {
                 }
                 () = tokio::task::yield_now(), if read > 0 => {}
                 () = self.window.publisher.reported() => {}
+                parked = parking::next(self.parking.as_mut()) => {
+                    for sequence in parked? {
+                        self.window.parked(sequence);
+                    }
+                }
+                news = aside::news(self.aside.as_mut()) => news?,
                 marked = marks::next(self.marks.as_mut()) => self.confirm(marked?),
                 item = self.source.next(), if may_read => arrived = Some(item?),
             }
@@ -260,6 +306,7 @@ impl<'r> Attempt<'r> {
     /// It cannot drain for now: others have to wait for the slices they want.
     fn go_on(&mut self) {
         self.dividing = None;
+        self.rest_aside(false);
         if let Some(watch) = &mut self.watch {
             watch.go_on(false);
         }
@@ -344,33 +391,61 @@ impl<'r> Attempt<'r> {
         }
     }
 
-    /// Sends a row, or holds it until it can be sent.
+    /// Sends a row, parks it, or holds it until it can be sent.
     fn offer(&mut self, row: Row) -> Result<()> {
         let event = match self.source.event(&row) {
             Ok(event) => event,
-            Err(why) => {
-                let error = poison(&self.source, &row, why);
-                return self.refuse(error);
+            Err(why @ (Unreadable::Decode(_) | Unreadable::Relation(_))) => {
+                return Err(poison(&self.source, &row, why));
             }
+            Err(why) => return self.refuse(&row, why.to_string(), None),
         };
+        if let (Some(parking), Some(time)) = (&self.parking, event.scheduled_at) {
+            let address = Some(self.encoder.address(&event));
+            return match parking.check_schedule(time, row.committed_at) {
+                Ok(()) => self.park(&row, address, Reason::Scheduled(time)),
+                Err(why) => self.refuse(&row, why, address),
+            };
+        }
         let record = match self.encoder.encode(&event) {
             Ok(record) => record,
             Err(why) => {
-                let error = poison(&self.source, &row, why);
-                return self.refuse(error);
+                let why = why.to_string();
+                let address = self.encoder.address(&event);
+                return self.refuse(&row, why, Some(address));
             }
         };
+        if let Some(parking) = &self.parking
+            && let Some(reason) = parking.why_not_now(&event, &record)
+        {
+            let address = self.encoder.address(&event);
+            return self.park(&row, Some(address), reason);
+        }
+        if let Some(why) = self.relay.condemned.remove(&row.place) {
+            let address = self.encoder.address(&event);
+            return self.refuse(&row, why, Some(address));
+        }
         let Some(destination) = self.window.publisher.destination(&record) else {
             if let Some(why) = self.refused_topics.why(record.topic, Instant::now()) {
-                let error = poison(&self.source, &row, why);
-                return self.refuse(error);
+                let why = why.to_owned();
+                return self.refuse(&row, why, None);
             }
-            self.resolving_name = Some(record.topic.to_owned());
-            self.resolving
-                .spawn(self.window.publisher.resolve(record.topic));
-            self.held = Some(row);
+            let topic = record.topic.to_owned();
+            self.resolve(topic, row);
             return Ok(());
         };
+        match self.window.publisher.check(&record, destination) {
+            Fit::Unknown => {}
+            Fit::Ask => {
+                let topic = record.topic.to_owned();
+                self.resolve(topic, row);
+                return Ok(());
+            }
+            Fit::Never(why) => {
+                let address = self.encoder.address(&event);
+                return self.refuse(&row, why, Some(address));
+            }
+        }
         if self.window.must_wait(&row, destination) {
             self.held = Some(row);
             return Ok(());
@@ -384,22 +459,66 @@ impl<'r> Attempt<'r> {
                 Ok(())
             }
             Err(Stop::Row(row, why)) => {
-                let error = poison(&self.source, &row, why);
-                self.refuse(error)
+                let address = self.encoder.address(&event);
+                self.refuse(&row, why, Some(address))
             }
+            Err(Stop::Topic(..)) => unreachable!("only the brokers refuse a topic"),
             Err(Stop::Attempt(error)) => Err(error),
         }
     }
 
-    /// The row that was read last can never go out as it is: the source puts it off, if it
-    /// can, and the relay goes on.
-    fn refuse(&mut self, error: Error) -> Result<()> {
+    /// Asks about the topic of a row, which is held meanwhile.
+    fn resolve(&mut self, topic: String, row: Row) {
+        let patience = match self.parking {
+            Some(_) => TOPIC_PATIENCE,
+            None => UNKNOWN_MAX,
+        };
+        let resolved = self.window.publisher.resolve(&topic, patience);
+        self.resolving.spawn(resolved);
+        self.resolving_name = Some(topic);
+        self.held = Some(row);
+    }
+
+    /// A row can never go out as it is: it is parked, or put off where rows are claimed, and
+    /// the relay goes on; unless it is to stop. `address` is its topic and key.
+    fn refuse(&mut self, row: &Row, why: String, address: Option<Address>) -> Result<()> {
+        let error = poison(&self.source, row, why.clone());
+        if self.parking.is_some() {
+            if self.relay.settings.parked.on_poison == OnPoison::Stop {
+                return Err(error);
+            }
+            return self.park(row, address, Reason::Refused(why));
+        }
         if !self.source.refuse_last(|| error.chain()) {
             return Err(error);
         }
         self.relay.metrics.put_off.inc();
         error!("put off, as its table says: {}", error.chain());
         Ok(())
+    }
+
+    /// Parks a row in the place of sending it.
+    fn park(&mut self, row: &Row, address: Option<Address>, reason: Reason) -> Result<()> {
+        let Some(parking) = &mut self.parking else {
+            let message = "rows are parked only where a checkpoint says how far the relay is";
+            return Err(Error::new(ErrorKind::Unexpected, message));
+        };
+        let Some(new) = parking.row(&self.source, row, address, reason) else {
+            return Err(poison(&self.source, row, "its columns are not known"));
+        };
+        parking.check_room(new.status, row.bytes.len())?;
+        parking.tell(&self.source.name_of(row), &new, &self.relay.metrics.parked);
+        self.control.had_traffic();
+        let sequence = self.window.park(row);
+        parking.park(sequence, new);
+        Ok(())
+    }
+
+    /// Whether nothing is to be sent of what is parked.
+    fn rest_aside(&self, rests: bool) {
+        if let Some(aside) = &self.aside {
+            aside.rest(rests);
+        }
     }
 
     /// Sends the held row if what it waits for has come.
@@ -427,13 +546,21 @@ impl<'r> Attempt<'r> {
                 self.resolved_topic = Some(topic);
                 Ok(())
             }
-            (Err(error), Some(row)) if error.kind() == ErrorKind::Event => {
+            (Err(error), Some(_)) if error.kind() == ErrorKind::Event => {
                 let name = self.resolving_name.take().unwrap_or_default();
-                self.refused_topics
-                    .insert(name, error.chain(), Instant::now());
-                let error = poison(&self.source, row, error);
-                self.held = None;
-                self.refuse(error)
+                let why = error.chain();
+                let row = self.held.take().expect("it was just seen");
+                match &self.parking {
+                    Some(parking) if parking.settings.on_poison == OnPoison::Park => {
+                        parking.hold_topic(name, why);
+                        self.offer(row)
+                    }
+                    _ => {
+                        let now = Instant::now();
+                        self.refused_topics.insert(name, why.clone(), now);
+                        self.refuse(&row, why, None)
+                    }
+                }
             }
             (Err(error), _) => Err(error),
         }
@@ -542,21 +669,44 @@ impl<'r> Attempt<'r> {
         self.window.update_gauges();
     }
 
+    /// Why the attempt ends, and what the next is to know.
     fn stopped(&mut self, stop: Stop) -> Error {
+        let message = "a producer that has refused an event sends no more";
+        let next = Error::new(ErrorKind::BrokerAway, message);
         match stop {
+            Stop::Row(row, why) if self.parks() => {
+                self.relay.condemned.insert(row.place, why);
+                self.has_put_off = true;
+                next
+            }
             Stop::Row(row, why) => {
-                let error = poison(&self.source, &row, why);
-                if let Err(error) = self.refuse(error) {
+                if let Err(error) = self.refuse(&row, why, None) {
                     return error;
                 }
                 self.has_put_off = true;
-                let message = "a producer that has refused an event sends no more";
-                Error::new(ErrorKind::BrokerAway, message)
+                next
+            }
+            Stop::Topic(topic, why) => {
+                warn!(
+                    topic,
+                    "no event of this topic is sent until the brokers take them: {why}"
+                );
+                self.relay.refused_topics.insert(topic, why);
+                self.has_put_off = true;
+                next
             }
             Stop::Attempt(error) => error,
         }
     }
+
+    /// Whether rows that cannot go out are parked.
+    fn parks(&self) -> bool {
+        self.parking.is_some() && self.relay.settings.parked.on_poison != OnPoison::Stop
+    }
 }
+
+/// The topic and the key of an event, as far as they are known.
+pub(super) type Address = (Option<String>, Option<String>);
 
 /// An event that can never go out as it is.
 fn poison(

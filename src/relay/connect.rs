@@ -19,12 +19,14 @@ use tracing::{info, warn};
 use super::control::Hold;
 use super::division::Division;
 use super::marks::Marks;
+use super::parking::Parking;
 use super::{Relay, RelaySettings};
 use crate::catalog::{self, Checkpoint, LEASE, Mode, Stored};
 use crate::contract::Contract;
 use crate::database::{Session, sort, within};
 use crate::error::{Error, ErrorKind, Result};
 use crate::health::SILENCE_MAX;
+use crate::parked::store::Store;
 use crate::publisher::Publisher;
 use crate::source::claim::{ClaimSettings, Claimer};
 use crate::source::poll::{PollSettings, Poller};
@@ -40,11 +42,15 @@ pub(super) struct Connected {
     pub(super) publisher: Publisher,
     pub(super) source: Source,
     pub(super) marks: Option<Marks>,
+    /// What parks rows, and what sends them: a session each. None with claims.
+    pub(super) parked: Option<(Parking, Store)>,
 }
 
 /// What an attempt that ends only to serve other slices leaves to the next. Nothing needs to
 /// be connected to anew, which may take longer than the leases of its slices last.
 pub(super) struct Kept {
+    /// To park rows, and to send them.
+    pub(super) stores: (Store, Store),
     pub(super) session: Arc<Session>,
     pub(super) checked: Checkpoint,
     pub(super) publisher: Publisher,
@@ -56,7 +62,7 @@ pub(super) const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
 
 pub(super) async fn connect(relay: &mut Relay) -> Result<Connected> {
     if let (Some(kept), Some(division)) = (relay.kept.take(), relay.division()) {
-        return kept.take_part(&division).await;
+        return kept.take_part(relay, &division).await;
     }
     let mode = match relay.settings.mode {
         Some(mode) => mode,
@@ -138,6 +144,7 @@ async fn connect_to_slot(relay: &mut Relay) -> Result<Connected> {
         None => None,
     };
     let publisher = reach_brokers(relay).await?;
+    let stores = open_stores(settings).await?;
     let mut stream = open_stream(relay, &session, &checked).await?;
     failpoint!("opened");
     let claimed = catalog::claim(&session.client, &settings.contract, &checked);
@@ -154,13 +161,16 @@ async fn connect_to_slot(relay: &mut Relay) -> Result<Connected> {
         )
         .await?;
     }
+    let hold = Hold::Slot(checkpoint);
+    let parked = begin_parking(relay, stores, &hold).await?;
     Ok(Connected {
         session: Arc::new(session),
-        hold: Hold::Slot(checkpoint),
+        hold,
         claimed_at: Instant::now(),
         publisher,
         source: Source::Wal(Box::new(stream)),
         marks,
+        parked: Some(parked),
     })
 }
 
@@ -211,53 +221,67 @@ async fn connect_to_table(relay: &mut Relay) -> Result<Connected> {
         interval_max: settings.poll_interval_max,
         heartbeat_interval: settings.heartbeat_interval,
     };
+    let stores = open_stores(settings).await?;
     let mut poller = Poller::open(&settings.database, poll).await?;
     failpoint!("opened");
     if let Some(division) = division {
         let kept = Kept {
+            stores,
             session: Arc::new(session),
             checked,
             publisher,
             poller,
         };
-        return kept.take_part(&division).await;
+        return kept.take_part(relay, &division).await;
     }
     let claimed_at = Instant::now();
     let claimed = catalog::claim_lease(client, contract, &checked, &owner);
     let checkpoint = within(LEASE, "take the lease", claimed).await?;
     poller.begin(&checkpoint);
+    let hold = Hold::Lease(checkpoint);
+    let parked = within(
+        LEASE,
+        "read what is parked",
+        begin_parking(relay, stores, &hold),
+    )
+    .await?;
     Ok(Connected {
         session: Arc::new(session),
-        hold: Hold::Lease(checkpoint),
+        hold,
         claimed_at,
         publisher,
         source: Source::Poll(Box::new(poller)),
         marks: None,
+        parked: Some(parked),
     })
 }
 
 impl Kept {
     /// Claims what slices are this relay's now, or gives up what it has and wants.
-    async fn take_part(mut self, division: &Division) -> Result<Connected> {
+    async fn take_part(mut self, relay: &Relay, division: &Division) -> Result<Connected> {
         let client = &self.session.client;
         let begun = async {
             let (held, standings, claimed_at) = division.take_part(client, &self.checked).await?;
             let begun = self.poller.begin_at(standings);
             within(LEASE, "begin where the slices are", begun).await?;
-            Ok((held, claimed_at))
+            let hold = Hold::Slices(self.checked, held);
+            let parked = begin_parking(relay, self.stores, &hold);
+            let parked = within(LEASE, "read what is parked", parked).await?;
+            Ok((hold, parked, claimed_at))
         };
         let begun = begun.await;
         if begun.is_err() {
             division.leave_by(client).await;
         }
-        let (held, claimed_at) = begun?;
+        let (hold, parked, claimed_at) = begun?;
         Ok(Connected {
             session: self.session,
-            hold: Hold::Slices(self.checked, held),
+            hold,
             claimed_at,
             publisher: self.publisher,
             source: Source::Poll(Box::new(self.poller)),
             marks: None,
+            parked: Some(parked),
         })
     }
 }
@@ -310,10 +334,34 @@ async fn connect_to_claims(relay: &mut Relay, claims: &ClaimSettings) -> Result<
         publisher,
         source: Source::Claim(Box::new(claimer)),
         marks: None,
+        parked: None,
     })
 }
 
-fn outbox(relay: &Relay) -> Outbox {
+/// A session to park rows by, and one to send them by: neither waits for the other.
+async fn open_stores(settings: &RelaySettings) -> Result<(Store, Store)> {
+    let (database, contract) = (&settings.database, &settings.contract);
+    Ok((
+        Store::open(database, contract).await?,
+        Store::open(database, contract).await?,
+    ))
+}
+
+/// Knows what is parked, now that this relay is the one at work.
+async fn begin_parking(
+    relay: &Relay,
+    (parking, aside): (Store, Store),
+    hold: &Hold,
+) -> Result<(Parking, Store)> {
+    let settings = &relay.settings;
+    let fence = hold.fence().unwrap_or_else(|| "true".to_owned());
+    let serving = |store: Store| store.serving(&settings.contract, hold.slices(), &fence);
+    let topics = relay.refused_topics.clone();
+    let parking = Parking::begin(serving(parking), settings.parked.clone(), topics).await?;
+    Ok((parking, serving(aside)))
+}
+
+pub(super) fn outbox(relay: &Relay) -> Outbox {
     let settings = &relay.settings;
     Outbox {
         table: settings.contract.outbox.clone(),

@@ -33,7 +33,7 @@ use tracing::{debug, warn};
 use super::RelaySettings;
 use super::division::standings;
 use super::meter::Cue;
-use crate::catalog::{self, Checkpoint, Held, LEASE, SlotState};
+use crate::catalog::{self, Checkpoint, Held, LEASE, Slices, SlotState};
 use crate::contract::Contract;
 use crate::database::{self, Session};
 use crate::error::{Error, ErrorKind, Result};
@@ -90,6 +90,23 @@ impl Hold {
                 Some(checkpoint)
             }
             Self::Claims(_) => None,
+        }
+    }
+
+    /// What holds in SQL, of the relay $1, as long as it is kept; where a relay parks.
+    pub(super) fn fence(&self) -> Option<String> {
+        match self {
+            Self::Slot(checkpoint) | Self::Lease(checkpoint) => Some(checkpoint.fence()),
+            Self::Slices(_, held) => Some(held.fence()),
+            Self::Claims(_) => None,
+        }
+    }
+
+    /// The slices that are served.
+    pub(super) fn slices(&self) -> Slices {
+        match self {
+            Self::Slices(_, held) => held.slices,
+            _ => Slices::ALL,
         }
     }
 

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime};
 
 use rdkafka::error::RDKafkaErrorCode;
 use tokio_postgres::types::PgLsn;
@@ -43,6 +43,8 @@ pub(super) struct Window {
     pub(super) has_delivered: bool,
     /// Whether this producer refused a row or the batch it was in.
     pub(super) has_refused: bool,
+    /// Whether a topic that is refused is told as that, and not by its rows.
+    holds_topics: bool,
     /// The last event that was sent.
     pub(super) last_sent: Option<Place>,
     /// The newest position that was read.
@@ -68,7 +70,8 @@ enum Beginning {
 /// What is remembered of an event in flight.
 struct Sent {
     place: Place,
-    destination: Destination,
+    /// `None`: the parked table.
+    destination: Option<Destination>,
     size: usize,
     committed_at: Timestamp,
     sent_at: Instant,
@@ -108,6 +111,8 @@ impl Progress {
 pub(super) enum Stop {
     /// This row can never go out.
     Row(Row, String),
+    /// The brokers take nothing of ours for this topic.
+    Topic(String, String),
     /// The attempt is over.
     Attempt(Error),
 }
@@ -125,6 +130,7 @@ impl Window {
     pub(super) fn new(
         publisher: Publisher,
         suspects: BTreeSet<Place>,
+        holds_topics: bool,
         metrics: Arc<Metrics>,
         health: Arc<Health>,
     ) -> Self {
@@ -142,6 +148,7 @@ impl Window {
             failed: None,
             has_delivered: false,
             has_refused: false,
+            holds_topics,
             last_sent: None,
             newest: PgLsn::from(0),
             beginning: Beginning::Reading,
@@ -184,17 +191,21 @@ impl Window {
     /// What the oldest event that is not acknowledged waits for.
     pub(super) fn waiting(&self) -> Option<String> {
         let oldest = self.queue.get(self.queue.head())?.destination;
-        let topic = self.publisher.topic_name(oldest.topic);
-        Some(format!(
-            "topic \"{topic}\", partition {}, has not acknowledged the oldest of {} events",
-            oldest.partition,
-            self.queue.held().events
-        ))
+        let waits_for = match oldest {
+            Some(Destination { topic, partition }) => {
+                let topic = self.publisher.topic_name(topic);
+                format!("topic \"{topic}\", partition {partition}, has not acknowledged")
+            }
+            None => "Postgres has not parked".to_owned(),
+        };
+        let events = self.queue.held().events;
+        Some(format!("{waits_for} the oldest of {events} events"))
     }
 
-    /// Since when the oldest event that is not acknowledged is on its way.
+    /// Since when the oldest event that is not acknowledged is on its way to a broker.
     pub(super) fn oldest_sent_at(&self) -> Option<Instant> {
-        Some(self.queue.get(self.queue.head())?.sent_at)
+        let oldest = self.queue.get(self.queue.head())?;
+        oldest.destination.map(|_| oldest.sent_at)
     }
 
     /// Events were confirmed.
@@ -252,7 +263,7 @@ impl Window {
         let size = record.size();
         let sent = Sent {
             place: row.place,
-            destination,
+            destination: Some(destination),
             size,
             committed_at: row.committed_at,
             sent_at: self.now,
@@ -282,6 +293,24 @@ impl Window {
             self.alone = Some((sequence, row.clone()));
         }
         Ok(())
+    }
+
+    /// A row is not sent but parked, which [`parked`](Self::parked) says of this number.
+    pub(super) fn park(&mut self, row: &Row) -> u64 {
+        let size = row.bytes.len();
+        let sent = Sent {
+            place: row.place,
+            destination: None,
+            size,
+            committed_at: row.committed_at,
+            sent_at: self.now,
+        };
+        self.queue.push_event(sent, size)
+    }
+
+    /// This row is in the table of parked events for good.
+    pub(super) fn parked(&mut self, sequence: u64) {
+        self.queue.delivered(sequence);
     }
 
     /// Nothing more is to be sent for now: what was sent leaves at once, unless there is
@@ -325,7 +354,7 @@ impl Window {
         let refusal = self.publisher.take_reports(&mut self.reports).err();
         let mut stop = refusal.map(Stop::Attempt);
         if !self.reports.is_empty() {
-            let now = Timestamp::from_unix_micros(unix_micros());
+            let now = Timestamp::from(SystemTime::now());
             let mut reports = std::mem::take(&mut self.reports);
             if reports.iter().any(|report| report.error.is_none()) {
                 self.has_delivered = true;
@@ -388,8 +417,9 @@ impl Window {
         failpoint!("delivering");
         let sent = self.queue.delivered(sequence);
         failpoint!("delivered");
-        self.partitions.delivered(sent.destination, sent.sent_at);
-        let topic = &self.topics[sent.destination.topic];
+        let destination = sent.destination.expect("only what was sent is reported");
+        self.partitions.delivered(destination, sent.sent_at);
+        let topic = &self.topics[destination.topic];
         topic.events.inc();
         topic.bytes.inc_by(sent.size as u64);
         let seconds = self.now.duration_since(sent.sent_at).as_secs_f64();
@@ -416,12 +446,18 @@ impl Window {
         failures.with_label_values(&[&format!("{code:?}")]).inc();
         let sent = self.queue.refused(sequence);
         let alone = self.alone.take_if(|(alone, _)| *alone == sequence);
-        if matches!(verdict(code), Verdict::Row | Verdict::Topic) {
+        if let (Verdict::Row | Verdict::Topic, Some(destination)) =
+            (verdict(code), sent.destination)
+        {
+            let topic = destination.topic;
+            let why = || self.publisher.refusal(topic, sent.size, code, true);
+            if verdict(code) == Verdict::Topic && self.holds_topics {
+                let name = self.publisher.topic_name(topic).to_owned();
+                return Some(Stop::Topic(name, why()));
+            }
             self.has_refused = true;
             if let Some((_, row)) = alone {
-                let topic = sent.destination.topic;
-                let why = self.publisher.refusal(topic, sent.size, code, true);
-                return Some(Stop::Row(row, why));
+                return Some(Stop::Row(row, why()));
             }
             self.suspects.insert(sent.place);
         }
@@ -441,11 +477,4 @@ impl Window {
             }
         });
     }
-}
-
-fn unix_micros() -> i64 {
-    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH);
-    since_epoch.map_or(0, |since| {
-        i64::try_from(since.as_micros()).unwrap_or(i64::MAX)
-    })
 }

@@ -1,7 +1,9 @@
 //! Which column of a table is which field of an event.
 
+use std::sync::Arc;
+
 use crate::event::{Event, Payload};
-use crate::pgoutput::{Relation, Tuple, Value};
+use crate::pgoutput::{Column, Relation, Tuple, Value};
 use crate::table::{Table, Tracking};
 use crate::timestamp::{Timestamp, TimestampError};
 
@@ -14,16 +16,36 @@ pub(super) struct Columns {
     /// Columns that become headers besides, in the headers' order.
     placed: Vec<Placed>,
     payload: PayloadType,
-    /// Whether `created_at` is without a time zone: it is in UTC, as others take it too.
-    created_at_is_local: bool,
+    /// Times without a zone: they are in UTC, as others take them too.
+    local_times: Vec<Field>,
+    /// Whether each row that names a time is sent by it; else those whose time lies behind
+    /// their commit.
+    schedules_all: bool,
     /// Whether each row must name an aggregate and a type.
     names_aggregate_and_type: bool,
     /// The column that says whether a row is published, and how, where one does.
     progress: Option<(usize, Tracking)>,
-    /// The columns' names.
-    names: Vec<String>,
+    /// The column that says which transaction wrote a row, where one does.
+    xid: Option<usize>,
+    /// The columns.
+    described: Arc<[Column]>,
     /// A column that every event needs and this table does not have.
     missing: Option<String>,
+}
+
+/// What can be read of a row that may be no event.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Outline {
+    /// Its event's id.
+    pub(crate) id: Option<String>,
+    /// The topic that it names.
+    pub(crate) topic: Option<String>,
+    /// What is kept in order.
+    pub(crate) key: Option<String>,
+    /// What happened.
+    pub(crate) event_type: Option<String>,
+    /// The transaction that wrote it, with its epoch; only of our own outbox.
+    pub(crate) xid: Option<String>,
 }
 
 /// A column that becomes a header.
@@ -45,9 +67,9 @@ pub enum Unreadable {
     /// The value is not text in UTF-8.
     #[error("the column \"{0}\" is not text in UTF-8")]
     NotText(String),
-    /// The row's time cannot be carried by a record.
-    #[error("the column \"created_at\": {0}")]
-    CreatedAt(#[from] TimestampError),
+    /// A time that cannot be carried by a record, or waited for.
+    #[error("the column \"{0}\": {1}")]
+    Time(&'static str, TimestampError),
     /// The bytes are not an INSERT of a known table.
     #[error(transparent)]
     Decode(#[from] crate::pgoutput::DecodeError),
@@ -80,6 +102,7 @@ enum Field {
     CausationId,
     Traceparent,
     CreatedAt,
+    ScheduledAt,
 }
 
 /// Types by their fixed oid: `pg_type.dat` in the server's source.
@@ -92,7 +115,7 @@ mod type_oid {
 }
 
 impl Field {
-    const ALL: [(&'static str, Self); 15] = [
+    const ALL: [(&'static str, Self); 16] = [
         ("seq", Self::Seq),
         ("id", Self::Id),
         ("aggregate_type", Self::AggregateType),
@@ -108,6 +131,7 @@ impl Field {
         ("causation_id", Self::CausationId),
         ("traceparent", Self::Traceparent),
         ("created_at", Self::CreatedAt),
+        ("scheduled_at", Self::ScheduledAt),
     ];
 
     fn name(self) -> &'static str {
@@ -170,7 +194,6 @@ impl Columns {
             }
         }
         let type_of = |field| place(field).map(|column| relation.columns[column].type_oid);
-        let names = relation.columns.iter().map(|column| column.name.clone());
         Self {
             fields,
             shared,
@@ -183,9 +206,24 @@ impl Columns {
                 };
                 Some((place(field)?, tracking))
             }),
-            names: names.collect(),
+            xid: table
+                .is_ours()
+                .then(|| {
+                    relation
+                        .columns
+                        .iter()
+                        .position(|column| column.name == "xid")
+                })
+                .flatten(),
+            described: relation.columns.iter().cloned().collect(),
             missing: missing.map(str::to_owned),
-            created_at_is_local: type_of("created_at") == Some(type_oid::TIMESTAMP),
+            local_times: [Field::CreatedAt, Field::ScheduledAt]
+                .into_iter()
+                .filter(|field| type_of(field.name()) == Some(type_oid::TIMESTAMP))
+                .collect(),
+            // What is sent by its time can be cancelled: that must not depend on when it was
+            // committed, which nobody knows before.
+            schedules_all: table.is_ours(),
             payload: match type_of("payload") {
                 Some(type_oid::JSON | type_oid::JSONB) => PayloadType::Json,
                 Some(type_oid::BYTEA) => PayloadType::Bytea,
@@ -245,13 +283,55 @@ impl Columns {
             correlation_id: fields.get(Field::CorrelationId),
             causation_id: fields.get(Field::CausationId),
             traceparent: fields.get(Field::Traceparent),
-            created_at: match fields.get(Field::CreatedAt) {
-                Some(text) if self.created_at_is_local => Timestamp::parse(&format!("{text}+00"))?,
-                Some(text) => Timestamp::parse(text)?,
-                None => committed_at,
-            },
+            created_at: self
+                .time(&fields, Field::CreatedAt)?
+                .unwrap_or(committed_at),
+            scheduled_at: self
+                .time(&fields, Field::ScheduledAt)?
+                .filter(|at| self.schedules_all || *at > committed_at),
             placed: self.placed(row)?,
         })
+    }
+
+    fn time(&self, fields: &Fields<'_>, field: Field) -> Result<Option<Timestamp>, Unreadable> {
+        let Some(text) = fields.get(field) else {
+            return Ok(None);
+        };
+        let time = match self.local_times.contains(&field) {
+            true => Timestamp::parse(&format!("{text}+00")),
+            false => Timestamp::parse(text),
+        };
+        time.map(Some)
+            .map_err(|why| Unreadable::Time(field.name(), why))
+    }
+
+    /// What can be read of a row that may be no event.
+    pub(super) fn outline(&self, row: &Tuple<'_>) -> Outline {
+        let mut found: [Option<String>; Field::ALL.len()] = Default::default();
+        for (column, (field, value)) in self.fields.iter().zip(row.values()).enumerate() {
+            if let Some(field) = *field {
+                found[field as usize] = self.text(column, value).ok().flatten().map(str::to_owned);
+            }
+        }
+        for (field, first) in &self.shared {
+            found[*field as usize] = found[*first as usize].clone();
+        }
+        let mut take = |field: Field| found[field as usize].take();
+        Outline {
+            id: take(Field::Id),
+            topic: take(Field::Topic),
+            key: take(Field::PartitionKey).or_else(|| take(Field::AggregateId)),
+            event_type: take(Field::EventType),
+            xid: self.xid.and_then(|column| {
+                let value = row.values().nth(column)?;
+                self.text(column, value).ok().flatten().map(str::to_owned)
+            }),
+        }
+    }
+
+    /// The columns, in their order.
+    pub(super) fn described(&self) -> &Arc<[Column]> {
+        &self.described
     }
 
     /// The values of the columns that become headers: as Postgres prints them, but for
@@ -282,7 +362,7 @@ impl Columns {
             Value::Text(text) => std::str::from_utf8(text).ok(),
             Value::Unchanged | Value::Binary(_) => None,
         };
-        let name = || self.names.get(column).cloned().unwrap_or_default();
+        let name = || self.name(column).unwrap_or_default().to_owned();
         text.map(Some).ok_or_else(|| Unreadable::NotText(name()))
     }
 
@@ -293,8 +373,13 @@ impl Columns {
         let field = shared.map_or(field, |(_, first)| *first);
         let mut fields = self.fields.iter();
         let column = fields.position(|known| *known == Some(field));
-        let name = column.and_then(|column| self.names.get(column));
-        name.map_or(field.name(), String::as_str).to_owned()
+        let name = column.and_then(|column| self.name(column));
+        name.unwrap_or(field.name()).to_owned()
+    }
+
+    fn name(&self, column: usize) -> Option<&str> {
+        let column = self.described.get(column)?;
+        Some(&column.name)
     }
 
     /// The row's id and number as far as they can be read: for an error.
@@ -329,7 +414,7 @@ impl Columns {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pgoutput::{Column, Message, decode, encode_insert};
+    use crate::pgoutput::{Message, decode, encode_insert};
     use crate::table::Preset;
 
     #[test]

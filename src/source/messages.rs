@@ -36,6 +36,7 @@
 //! under the name of the root. So not what is described is an error, but a row of it.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use pgwire_replication::Lsn;
@@ -43,11 +44,11 @@ use pgwire_replication::client::ReplicationEvent;
 use postgres_protocol::escape::escape_identifier;
 use tokio_postgres::types::PgLsn;
 
-use super::columns::{Columns, Unreadable};
+use super::columns::{Columns, Outline, Unreadable};
 use super::{Item, Mark, Place, Position, Row};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Event;
-use crate::pgoutput::{self, Message, Relation};
+use crate::pgoutput::{self, Column, Message, Relation};
 use crate::table::Table;
 use crate::timestamp::Timestamp;
 
@@ -161,6 +162,39 @@ impl Messages {
         let columns = self.tables.get(&insert.relation_id);
         let columns = columns.ok_or(Unreadable::Relation(insert.relation_id))?;
         columns.read(&insert.row, row.committed_at)
+    }
+
+    /// What can be read of a row that may be no event, and its columns; nothing if not even
+    /// those are known.
+    pub(crate) fn outline(&self, row: &Row) -> Option<(Outline, Arc<[Column]>)> {
+        let insert = insert(row).ok()?;
+        let columns = self.tables.get(&insert.relation_id)?;
+        Some((
+            columns.outline(&insert.row),
+            Arc::clone(columns.described()),
+        ))
+    }
+
+    /// Takes up a row that was laid by with its columns.
+    ///
+    /// # Errors
+    /// If these bytes are no row.
+    pub(crate) fn take_up(&mut self, row: &Row, columns: &[Column]) -> Result<(), Unreadable> {
+        let id = insert(row)?.relation_id;
+        let is_known = self
+            .tables
+            .get(&id)
+            .is_some_and(|known| **known.described() == *columns);
+        if !is_known {
+            let table = &self.outbox.table;
+            self.describe(&Relation {
+                id,
+                schema: table.schema.clone(),
+                name: table.name.clone(),
+                columns: columns.to_vec(),
+            });
+        }
+        Ok(())
     }
 
     /// What a person needs to find the row: its id and number as far as they can

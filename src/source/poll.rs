@@ -26,6 +26,7 @@
 //! make.
 
 use std::pin::pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
@@ -34,7 +35,7 @@ use tokio::time::Instant;
 use tokio_postgres::types::{PgLsn, Type};
 
 use super::catch_up::{CatchUp, Step};
-use super::columns::Unreadable;
+use super::columns::{Outline, Unreadable};
 use super::gap::GapReader;
 use super::messages::{Messages, Outbox};
 use super::pages::{Answer, Pages};
@@ -44,6 +45,7 @@ use crate::catalog::{Checkpoint, Gap, Slices, Standing, System};
 use crate::database::{Database, Session, sort};
 use crate::error::{Result, joined};
 use crate::event::Event;
+use crate::pgoutput::Column;
 
 /// How the table is asked.
 #[derive(Debug, Clone)]
@@ -281,6 +283,11 @@ impl Poller {
     /// If the row is not an event.
     pub fn event<'a>(&self, row: &'a Row) -> Result<Event<'a>, Unreadable> {
         self.messages.event(row)
+    }
+
+    /// What can be read of a row that may be no event, and its columns.
+    pub(crate) fn outline(&self, row: &Row) -> Option<(Outline, Arc<[Column]>)> {
+        self.messages.outline(row)
     }
 
     /// What a person needs to find the row.

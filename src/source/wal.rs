@@ -21,6 +21,7 @@
 //!   heartbeat.
 
 use std::pin::pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
@@ -28,7 +29,7 @@ use pgwire_replication::Lsn;
 use pgwire_replication::client::ReplicationClient;
 use tokio_postgres::types::PgLsn;
 
-use super::columns::Unreadable;
+use super::columns::{Outline, Unreadable};
 use super::gap::GapReader;
 use super::messages::{Messages, Outbox};
 use super::pages::Pages;
@@ -37,6 +38,7 @@ use crate::catalog::{self, Gap, System};
 use crate::database::{self, Database};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Event;
+use crate::pgoutput::Column;
 
 /// What a stream reads, and how.
 #[derive(Debug, Clone)]
@@ -215,6 +217,11 @@ impl Stream {
     /// If the row is not an event.
     pub fn event<'a>(&self, row: &'a Row) -> Result<Event<'a>, Unreadable> {
         self.messages.event(row)
+    }
+
+    /// What can be read of a row that may be no event, and its columns.
+    pub(crate) fn outline(&self, row: &Row) -> Option<(Outline, Arc<[Column]>)> {
+        self.messages.outline(row)
     }
 
     /// What a person needs to find the row: its id and number as far as they can

@@ -11,7 +11,7 @@ use rdkafka::client::DefaultClientContext;
 
 use crate::support::{Fixture, Relay, SMALL_WINDOW, WINDOW, wait_until};
 
-fn admin(fixture: &Fixture) -> AdminClient<DefaultClientContext> {
+pub(crate) fn admin(fixture: &Fixture) -> AdminClient<DefaultClientContext> {
     ClientConfig::new()
         .set("bootstrap.servers", &fixture.brokers)
         .create()
@@ -52,7 +52,7 @@ pub(crate) async fn insert_returning_id(fixture: &Fixture, key: &str, payload: &
     row.unwrap().get(0)
 }
 
-fn incompressible(bytes: usize) -> String {
+pub(crate) fn incompressible(bytes: usize) -> String {
     let mut state = 1u64;
     let letters = (0..bytes).map(|_| {
         state = state

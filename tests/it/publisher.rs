@@ -32,7 +32,7 @@ async fn knowing(settings: KafkaSettings, topic: &str) -> Publisher {
     let mut publisher = Publisher::new(settings, BATCH_BYTES).unwrap();
     let deadline = Instant::now() + PATIENCE;
     let topic = loop {
-        match publisher.resolve(topic).await {
+        match publisher.resolve(topic, Duration::from_secs(5)).await {
             Ok(topic) => break topic,
             Err(error) if error.kind() != ErrorKind::BrokerAway => panic!("{}", error.chain()),
             Err(error) => assert!(Instant::now() < deadline, "{}", error.chain()),

@@ -13,6 +13,7 @@ use super::{Attempt, Ended, locked, sleep_until};
 use crate::database::within;
 use crate::error::{Error, ErrorKind, Result};
 use crate::relay::BACKOFF_MAX;
+use crate::relay::aside::Aside;
 use crate::relay::connect::Kept;
 use crate::relay::marks;
 use crate::source::Source;
@@ -75,9 +76,10 @@ impl Attempt<'_> {
         relay.kept = match (self.source, self.control.checked()) {
             // What is asked for long may be asked for longer: another session need not wait.
             (Source::Poll(poller), (session, Some(checked)))
-                if is_divided && !poller.is_asking() =>
+                if is_divided && !poller.is_asking() && self.stores.is_some() =>
             {
-                Some(Kept {
+                self.stores.map(|stores| Kept {
+                    stores,
                     session,
                     checked,
                     publisher: publisher.anew(),
@@ -187,6 +189,7 @@ impl Attempt<'_> {
     pub(super) fn is_drained(&self) -> bool {
         self.window.is_settled()
             && self.is_marked()
+            && self.aside.as_ref().is_none_or(Aside::is_at_rest)
             && self.held.is_none()
             && !self.source.is_amid()
             && self.has_read_on()

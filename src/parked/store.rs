@@ -1,0 +1,722 @@
+//! What a relay reads and writes of the parked table.
+//!
+//! Everything is a short transaction of its own, with settings that end with it, as the
+//! session may be one that a pooler lends to others. Rows are named by relay and id.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio_postgres::types::{PgLsn, ToSql, Type};
+
+use super::{Due, NewRow, Status, Taken};
+use crate::catalog::Slices;
+use crate::contract::Contract;
+use crate::database::{Database, Session, query_after, sort};
+use crate::error::{Error, ErrorKind, Result};
+use crate::pgoutput::Column;
+use crate::source::{Place, Row};
+use crate::timestamp::Timestamp;
+
+/// Begins each transaction. What is parked must outlast a crash once its position is
+/// confirmed; a standby that is away is waited for, as by the application. A lock is not
+/// waited for long: somebody decides about a row.
+const BEGIN: &str = "BEGIN; \
+    SELECT set_config('synchronous_commit', 'on', true) \
+    WHERE current_setting('synchronous_commit') IN ('off', 'local'); \
+    SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = '5s'; \
+    SET LOCAL idle_in_transaction_session_timeout = '5s'; SET LOCAL row_security = off";
+
+/// The most keys or scheduled events that are taken at once, and how many follow of one key.
+const TAKE_MAX: i64 = 256;
+const RUN_MAX: i64 = 64;
+
+/// After so many bytes of rows no more are taken at once.
+const TAKE_BYTES: i64 = 16 << 20;
+
+/// A session, and what is done by it.
+#[derive(Clone)]
+pub(crate) struct Store {
+    session: Arc<Session>,
+    relay: String,
+    statements: Arc<Statements>,
+}
+
+/// What holds back events when a relay begins.
+#[derive(Debug, Default)]
+pub(crate) struct Held {
+    /// Topics and keys of which an event waits.
+    pub(crate) keys: Vec<(String, String)>,
+    /// Topics that were refused altogether, and why.
+    pub(crate) topics: Vec<(String, String)>,
+    /// Events that were given up, and that a restart may read again.
+    pub(crate) decided: Vec<String>,
+}
+
+/// How much there is.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub(crate) struct Count {
+    pub(crate) scheduled: i64,
+    pub(crate) waiting: i64,
+    pub(crate) dead: i64,
+    /// Of what is waiting or dead.
+    pub(crate) bytes: i64,
+    /// The age of the oldest event that waits for another try, in seconds.
+    pub(crate) oldest_seconds: f64,
+}
+
+/// What became of rows that were taken.
+#[derive(Debug, Default)]
+pub(crate) struct Outcome {
+    /// Sent, or cancelled: they are forgotten.
+    pub(crate) gone: Vec<String>,
+    pub(crate) refused: Vec<Refused>,
+    /// Not tried: they are due again.
+    pub(crate) untried: Vec<String>,
+    /// They wait for their topic, with all others of it: its name, and why.
+    pub(crate) topics: Vec<(String, String)>,
+    /// Scheduled events that join the queue of their key, with its topic and key.
+    pub(crate) joining: Vec<(String, Option<String>, Option<String>)>,
+    /// Events whose time has not come after all.
+    pub(crate) early: Vec<(String, Timestamp)>,
+    /// Keys of rows that have left their queue.
+    pub(crate) keys: HashSet<(String, String)>,
+}
+
+/// A row that was tried in vain.
+#[derive(Debug)]
+pub(crate) struct Refused {
+    pub(crate) id: String,
+    pub(crate) topic: Option<String>,
+    pub(crate) key: Option<String>,
+    pub(crate) why: String,
+    pub(crate) backoff: Duration,
+    pub(crate) is_dead: bool,
+    pub(crate) owes_letter: bool,
+}
+
+struct Statements {
+    park: String,
+    keys: String,
+    topics: String,
+    decided: String,
+    count: String,
+    release_taken: String,
+    take_waiting: String,
+    lock_scheduled: String,
+    take_scheduled: String,
+    next: String,
+    forget: String,
+    refuse: String,
+    untry: String,
+    hold_topics: String,
+    free_topic: String,
+    join: String,
+    postpone: String,
+    promote: String,
+    still_held: String,
+    letters: String,
+    sent_letters: String,
+}
+
+impl Store {
+    /// Opens a session.
+    ///
+    /// # Errors
+    /// If Postgres cannot be reached.
+    pub(crate) async fn open(database: &Database, contract: &Contract) -> Result<Self> {
+        let relay = contract.slot.clone();
+        let session = database
+            .connect_pooled(&format!("postbox {relay} parked"))
+            .await?;
+        Ok(Self {
+            session: Arc::new(session),
+            statements: Arc::new(Statements::new(contract, Slices::ALL, "true")),
+            relay,
+        })
+    }
+
+    /// The same, for a relay that serves these slices, and writes only while this condition
+    /// in SQL holds, by which it is the one that is at work.
+    #[must_use]
+    pub(crate) fn serving(self, contract: &Contract, slices: Slices, fence: &str) -> Self {
+        Self {
+            statements: Arc::new(Statements::new(contract, slices, fence)),
+            ..self
+        }
+    }
+
+    /// The relay's name.
+    pub(crate) fn relay(&self) -> &str {
+        &self.relay
+    }
+
+    /// Waits until the session is gone, and says why.
+    pub(crate) async fn ended(&self) -> Error {
+        self.session.ended().await
+    }
+
+    /// What holds back events.
+    pub(crate) async fn held(&self) -> Result<Held> {
+        let doing = "read what is parked";
+        let relay: [(&(dyn ToSql + Sync), Type); 1] = [(&self.relay, Type::TEXT)];
+        let client = &self.session.client;
+        let (begun, keys, topics, decided, ended) = tokio::join!(
+            client.batch_execute(BEGIN),
+            client.query_typed(&self.statements.keys, &relay),
+            client.query_typed(&self.statements.topics, &relay),
+            client.query_typed(&self.statements.decided, &relay),
+            client.batch_execute("COMMIT"),
+        );
+        let read = begun.and_then(|()| {
+            ended?;
+            Ok((keys?, topics?, decided?))
+        });
+        let (keys, topics, decided) = read.map_err(|error| sort(doing, error))?;
+        Ok(Held {
+            keys: keys.iter().map(|row| (row.get(0), row.get(1))).collect(),
+            topics: topics.iter().map(|row| (row.get(0), row.get(1))).collect(),
+            decided: decided.iter().map(|row| row.get(0)).collect(),
+        })
+    }
+
+    /// How much there is. It reads an index entry for each row.
+    pub(crate) async fn count(&self) -> Result<Count> {
+        let rows = self.run("count what is parked", &self.statements.count, &[]);
+        let rows = rows.await?;
+        let Some(row) = rows.first() else {
+            return Ok(Count::default());
+        };
+        Ok(Count {
+            scheduled: row.get(0),
+            waiting: row.get(1),
+            dead: row.get(2),
+            bytes: row.get(3),
+            oldest_seconds: row.get(4),
+        })
+    }
+
+    /// Parks rows, in this order. A row that is there, and that a restart could read again,
+    /// keeps what was decided about it.
+    ///
+    /// # Errors
+    /// `SlotInUse` if another relay is at work.
+    pub(crate) async fn park(&self, rows: &[NewRow]) -> Result<()> {
+        let mut rest = rows;
+        while let Some(first) = rest.first() {
+            // One statement takes rows of one shape, and no id twice.
+            let mut ids = HashSet::new();
+            let fits = |row: &NewRow| {
+                Arc::ptr_eq(&row.columns, &first.columns) && ids.insert(row.id.clone())
+            };
+            let count = rest.iter().map(fits).take_while(|fits| *fits).count();
+            let (now, later) = rest.split_at(count);
+            self.park_alike(now).await?;
+            rest = later;
+        }
+        Ok(())
+    }
+
+    async fn park_alike(&self, rows: &[NewRow]) -> Result<()> {
+        let of = |value: fn(&NewRow) -> Option<&str>| rows.iter().map(value).collect::<Vec<_>>();
+        let due = |row: &NewRow| match row.due {
+            Due::At(time) => Some(time.to_string()),
+            Due::Never => Some("infinity".to_owned()),
+            Due::In(_) => None,
+        };
+        let delay = |row: &NewRow| match row.due {
+            Due::In(delay) => i64::try_from(delay.as_millis()).unwrap_or(i64::MAX),
+            _ => 0,
+        };
+        let lsn = |row: &NewRow| Some(row.row.place.commit_lsn).filter(|lsn| u64::from(*lsn) > 0);
+        let ids = of(|row| Some(&row.id));
+        let statuses = of(|row| Some(row.status.name()));
+        let dues: Vec<Option<String>> = rows.iter().map(due).collect();
+        let delays: Vec<i64> = rows.iter().map(delay).collect();
+        let topics = of(|row| row.topic.as_deref());
+        let keys = of(|row| row.key.as_deref());
+        let types = of(|row| row.event_type.as_deref());
+        let awaiting: Vec<bool> = rows.iter().map(|row| row.awaits_topic).collect();
+        let attempts: Vec<i64> = rows.iter().map(|row| row.attempts.into()).collect();
+        let errors = of(|row| row.error.as_deref());
+        let letters: Vec<bool> = rows.iter().map(|row| row.owes_letter).collect();
+        let lsns: Vec<Option<PgLsn>> = rows.iter().map(lsn).collect();
+        let xids = of(|row| row.xid.as_deref());
+        let committed: Vec<String> = rows
+            .iter()
+            .map(|row| row.row.committed_at.to_string())
+            .collect();
+        let messages: Vec<&[u8]> = rows.iter().map(|row| &*row.row.bytes).collect();
+        let columns = &rows[0].columns;
+        let names: Vec<&str> = columns.iter().map(|column| &*column.name).collect();
+        let oids: Vec<u32> = columns.iter().map(|column| column.type_oid).collect();
+        let parameters: [(&(dyn ToSql + Sync), Type); 17] = [
+            (&ids, Type::TEXT_ARRAY),
+            (&statuses, Type::TEXT_ARRAY),
+            (&dues, Type::TEXT_ARRAY),
+            (&delays, Type::INT8_ARRAY),
+            (&topics, Type::TEXT_ARRAY),
+            (&keys, Type::TEXT_ARRAY),
+            (&types, Type::TEXT_ARRAY),
+            (&awaiting, Type::BOOL_ARRAY),
+            (&attempts, Type::INT8_ARRAY),
+            (&errors, Type::TEXT_ARRAY),
+            (&letters, Type::BOOL_ARRAY),
+            (&lsns, Type::PG_LSN_ARRAY),
+            (&xids, Type::TEXT_ARRAY),
+            (&committed, Type::TEXT_ARRAY),
+            (&messages, Type::BYTEA_ARRAY),
+            (&names, Type::TEXT_ARRAY),
+            (&oids, Type::OID_ARRAY),
+        ];
+        failpoint!("parking");
+        let parked = self.run("park events", &self.statements.park, &parameters);
+        let parked = parked.await?;
+        failpoint!("parked");
+        if parked.len() == rows.len() {
+            return Ok(());
+        }
+        let message = format!(
+            "relay \"{}\" may park no more: another is at work",
+            self.relay
+        );
+        Err(Error::new(ErrorKind::SlotInUse, message))
+    }
+
+    /// Nothing is being tried any more by whoever was at work before.
+    pub(crate) async fn release_taken(&self) -> Result<()> {
+        let released = self.run("release parked events", &self.statements.release_taken, &[]);
+        released.await.map(drop)
+    }
+
+    /// Takes what waits for another try and is due: of each key the first, and those behind
+    /// it that were never refused, in order.
+    pub(crate) async fn take_waiting(&self) -> Result<Vec<Taken>> {
+        let parameters: [(&(dyn ToSql + Sync), Type); 3] = [
+            (&TAKE_MAX, Type::INT8),
+            (&RUN_MAX, Type::INT8),
+            (&TAKE_BYTES, Type::INT8),
+        ];
+        let taken = self.run(
+            "take parked events",
+            &self.statements.take_waiting,
+            &parameters,
+        );
+        taken.await?.iter().map(taken_of).collect()
+    }
+
+    /// Takes scheduled events whose time has come, but for those that somebody is cancelling.
+    pub(crate) async fn take_scheduled(&self) -> Result<Vec<Taken>> {
+        let doing = "take scheduled events";
+        let client = &self.session.client;
+        let limits: [(&(dyn ToSql + Sync), Type); 3] = [
+            (&self.relay, Type::TEXT),
+            (&(TAKE_MAX * 4), Type::INT8),
+            (&TAKE_BYTES, Type::INT8),
+        ];
+        let (begun, locked) = tokio::join!(
+            client.batch_execute(BEGIN),
+            client.query_typed(&self.statements.lock_scheduled, &limits),
+        );
+        let locked = begun.and(locked).map_err(|error| sort(doing, error))?;
+        let ids: Vec<&str> = locked.iter().map(|row| row.get(0)).collect();
+        if ids.is_empty() {
+            let ended = client.batch_execute("COMMIT").await;
+            return ended
+                .map(|()| Vec::new())
+                .map_err(|error| sort(doing, error));
+        }
+        // A statement of its own: it sees what was committed before the locks were ours.
+        let parameters: [(&(dyn ToSql + Sync), Type); 2] =
+            [(&self.relay, Type::TEXT), (&ids, Type::TEXT_ARRAY)];
+        let (taken, ended) = tokio::join!(
+            client.query_typed(&self.statements.take_scheduled, &parameters),
+            client.batch_execute("COMMIT"),
+        );
+        let taken = taken.and_then(|rows| ended.map(|()| rows));
+        let taken = taken.map_err(|error| sort(doing, error))?;
+        taken.iter().map(taken_of).collect()
+    }
+
+    /// How long it is until something is due.
+    pub(crate) async fn next_due(&self) -> Result<Option<Duration>> {
+        let next = self.run("look what is due", &self.statements.next, &[]);
+        let millis: Option<i64> = next.await?.first().and_then(|row| row.get(0));
+        Ok(millis.map(|millis| Duration::from_millis(millis.max(0).unsigned_abs())))
+    }
+
+    /// Stores what became of rows that were taken, and moves the queues of their keys on.
+    pub(crate) async fn settle(&self, outcome: &Outcome) -> Result<()> {
+        let doing = "store what became of parked events";
+        let client = &self.session.client;
+        let refused = &outcome.refused;
+        let ids: Vec<&str> = refused.iter().map(|row| &*row.id).collect();
+        let topics: Vec<Option<&str>> = refused.iter().map(|row| row.topic.as_deref()).collect();
+        let keys: Vec<Option<&str>> = refused.iter().map(|row| row.key.as_deref()).collect();
+        let reasons: Vec<&str> = refused.iter().map(|row| &*row.why).collect();
+        let millis = |row: &Refused| i64::try_from(row.backoff.as_millis()).unwrap_or(i64::MAX);
+        let backoffs: Vec<i64> = refused.iter().map(millis).collect();
+        let dead: Vec<bool> = refused.iter().map(|row| row.is_dead).collect();
+        let letters: Vec<bool> = refused.iter().map(|row| row.owes_letter).collect();
+        let (held, why): (Vec<&str>, Vec<&str>) = outcome
+            .topics
+            .iter()
+            .map(|(topic, why)| (&**topic, &**why))
+            .unzip();
+        let joining: Vec<&str> = outcome.joining.iter().map(|(id, ..)| &**id).collect();
+        let joining_topics: Vec<Option<&str>> = outcome
+            .joining
+            .iter()
+            .map(|(_, topic, _)| topic.as_deref())
+            .collect();
+        let joining_keys: Vec<Option<&str>> = outcome
+            .joining
+            .iter()
+            .map(|(.., key)| key.as_deref())
+            .collect();
+        let (early, times): (Vec<&str>, Vec<String>) = outcome
+            .early
+            .iter()
+            .map(|(id, time)| (&**id, time.to_string()))
+            .unzip();
+        let relay = (&self.relay as &(dyn ToSql + Sync), Type::TEXT);
+        let forget = [relay.clone(), (&outcome.gone, Type::TEXT_ARRAY)];
+        let refuse = [
+            relay.clone(),
+            (&ids, Type::TEXT_ARRAY),
+            (&topics, Type::TEXT_ARRAY),
+            (&keys, Type::TEXT_ARRAY),
+            (&reasons, Type::TEXT_ARRAY),
+            (&backoffs, Type::INT8_ARRAY),
+            (&dead, Type::BOOL_ARRAY),
+            (&letters, Type::BOOL_ARRAY),
+        ];
+        let untry = [relay.clone(), (&outcome.untried, Type::TEXT_ARRAY)];
+        let hold = [
+            relay.clone(),
+            (&held, Type::TEXT_ARRAY),
+            (&why, Type::TEXT_ARRAY),
+        ];
+        let join = [
+            relay.clone(),
+            (&joining, Type::TEXT_ARRAY),
+            (&joining_topics, Type::TEXT_ARRAY),
+            (&joining_keys, Type::TEXT_ARRAY),
+        ];
+        let postpone = [
+            relay.clone(),
+            (&early, Type::TEXT_ARRAY),
+            (&times, Type::TEXT_ARRAY),
+        ];
+        let (left_topics, left_keys) = split(&outcome.keys);
+        let promote = [
+            relay,
+            (&left_topics, Type::TEXT_ARRAY),
+            (&left_keys, Type::TEXT_ARRAY),
+        ];
+        let s = &self.statements;
+        let steps: [(bool, &str, &[(&(dyn ToSql + Sync), Type)]); 7] = [
+            (outcome.gone.is_empty(), &s.forget, &forget),
+            (joining.is_empty(), &s.join, &join),
+            (refused.is_empty(), &s.refuse, &refuse),
+            (outcome.untried.is_empty(), &s.untry, &untry),
+            (held.is_empty(), &s.hold_topics, &hold),
+            (early.is_empty(), &s.postpone, &postpone),
+            (left_topics.is_empty(), &s.promote, &promote),
+        ];
+        failpoint!("settling");
+        let settled = async {
+            client.batch_execute(BEGIN).await?;
+            for (is_idle, sql, parameters) in steps {
+                if !is_idle {
+                    client.query_typed(sql, parameters).await?;
+                }
+            }
+            client.batch_execute("COMMIT").await
+        };
+        let settled: Result<(), tokio_postgres::Error> = settled.await;
+        failpoint!("settled");
+        settled.map_err(|error| sort(doing, error))
+    }
+
+    /// The brokers take records for this topic: what waits for it is due.
+    pub(crate) async fn free_topic(&self, topic: &str) -> Result<()> {
+        let topic = [(&topic as &(dyn ToSql + Sync), Type::TEXT)];
+        let freed = self.run("free a topic's events", &self.statements.free_topic, &topic);
+        freed.await.map(drop)
+    }
+
+    /// Sees to it that the first of each of these keys has its turn, and says of which of
+    /// them an event waits.
+    pub(crate) async fn look_after(
+        &self,
+        keys: &HashSet<(String, String)>,
+    ) -> Result<HashSet<(String, String)>> {
+        let (topics, keys) = split(keys);
+        let parameters: [(&(dyn ToSql + Sync), Type); 2] =
+            [(&topics, Type::TEXT_ARRAY), (&keys, Type::TEXT_ARRAY)];
+        let doing = "look after parked keys";
+        self.run(doing, &self.statements.promote, &parameters)
+            .await?;
+        let held = self.run(doing, &self.statements.still_held, &parameters);
+        let held = held.await?;
+        Ok(held.iter().map(|row| (row.get(0), row.get(1))).collect())
+    }
+
+    /// Dead letters of which a copy is still to be sent.
+    pub(crate) async fn letters(&self) -> Result<Vec<Taken>> {
+        let parameters: [(&(dyn ToSql + Sync), Type); 2] =
+            [(&TAKE_MAX, Type::INT8), (&TAKE_BYTES, Type::INT8)];
+        let letters = self.run("read dead letters", &self.statements.letters, &parameters);
+        letters.await?.iter().map(taken_of).collect()
+    }
+
+    /// Copies of these were sent.
+    pub(crate) async fn sent_letters(&self, ids: &[String]) -> Result<()> {
+        let ids = [(&ids as &(dyn ToSql + Sync), Type::TEXT_ARRAY)];
+        let sent = self.run(
+            "store that dead letters were sent",
+            &self.statements.sent_letters,
+            &ids,
+        );
+        sent.await.map(drop)
+    }
+
+    async fn run(
+        &self,
+        doing: &str,
+        sql: &str,
+        parameters: &[(&(dyn ToSql + Sync), Type)],
+    ) -> Result<Vec<tokio_postgres::Row>> {
+        let mut all: Vec<(&(dyn ToSql + Sync), Type)> = vec![(&self.relay, Type::TEXT)];
+        all.extend_from_slice(parameters);
+        let rows = query_after(BEGIN, &self.session.client, sql, &all).await;
+        rows.map_err(|error| sort(doing, error))
+    }
+}
+
+fn split(keys: &HashSet<(String, String)>) -> (Vec<&str>, Vec<&str>) {
+    keys.iter().map(|(topic, key)| (&**topic, &**key)).unzip()
+}
+
+/// The columns of a row that is taken, of the table `p`.
+const TAKEN: &str = "p.id, p.status, p.topic, p.key, p.attempts::bigint, p.error, p.commit_lsn, \
+    (extract(epoch FROM p.committed_at) * 1000000)::bigint, p.message, p.column_names, p.column_types";
+
+fn taken_of(row: &tokio_postgres::Row) -> Result<Taken> {
+    let names: Vec<String> = row.get(9);
+    let types: Vec<u32> = row.get(10);
+    let message: &[u8] = row.get(8);
+    let columns = names.into_iter().zip(types);
+    Ok(Taken {
+        id: row.get(0),
+        status: match row.get(1) {
+            "scheduled" => Status::Scheduled,
+            "dead" => Status::Dead,
+            _ => Status::Waiting,
+        },
+        topic: row.get(2),
+        key: row.get(3),
+        attempts: u32::try_from(row.get::<_, i64>(4)).unwrap_or(u32::MAX),
+        error: row.get(5),
+        is_cancelled: row.try_get(11).unwrap_or(false),
+        row: Row {
+            bytes: Bytes::copy_from_slice(message),
+            place: Place {
+                commit_lsn: row.get::<_, Option<PgLsn>>(6).unwrap_or(PgLsn::from(0)),
+                ordinal: 0,
+            },
+            committed_at: Timestamp::from_unix_micros(row.get(7)),
+            xid: 0,
+        },
+        columns: columns
+            .map(|(name, type_oid)| Column { name, type_oid })
+            .collect(),
+    })
+}
+
+impl Statements {
+    fn new(contract: &Contract, slices: Slices, fence: &str) -> Self {
+        let of_slices = |row: &str| match slices.condition(&[format!("{row}.key")]) {
+            Some(condition) => format!(" AND {condition}"),
+            None => String::new(),
+        };
+        let ours = of_slices("p");
+        // What a row keeps that was read again.
+        let kept = [
+            "status",
+            "due_at",
+            "taken_at",
+            "topic",
+            "key",
+            "event_type",
+            "awaits_topic",
+            "attempts",
+            "error",
+            "parked_at",
+            "tried_at",
+            "owes_letter",
+            "decided_by",
+            "decided_at",
+            "reason",
+            "commit_lsn",
+            "xid",
+            "committed_at",
+            "message",
+            "column_names",
+            "column_types",
+        ];
+        let kept = kept.map(|column| {
+            format!(
+                "{column} = CASE WHEN :\"schema\".is_settled(p) THEN excluded.{column} ELSE p.{column} END"
+            )
+        });
+        let sql = |text: &str| contract.sql(text);
+        let due = format!(
+            "p.relay = $1 AND p.status IN ('scheduled', 'waiting') AND p.due_at <= now(){ours}"
+        );
+        Self {
+            park: sql(&format!(
+                "INSERT INTO :\"schema\".parked AS p (id, relay, status, due_at, topic, key, event_type, \
+                     awaits_topic, attempts, error, tried_at, owes_letter, commit_lsn, xid, committed_at, \
+                     message, column_names, column_types) \
+                 SELECT n.id, $1, n.status, coalesce(n.due::timestamptz, now() + n.delay * interval '1 ms'), \
+                     n.topic, n.key, n.event_type, n.awaits_topic, n.attempts::integer, n.error, \
+                     CASE WHEN n.attempts > 0 THEN now() END, n.owes_letter, n.commit_lsn, n.xid::xid8, \
+                     n.committed_at::timestamptz, n.message, $17, $18 \
+                 FROM unnest($2::text[], $3::text[], $4::text[], $5::bigint[], $6::text[], $7::text[], $8::text[], \
+                         $9::boolean[], $10::bigint[], $11::text[], $12::boolean[], $13::pg_lsn[], $14::text[], \
+                         $15::text[], $16::bytea[]) WITH ORDINALITY \
+                     AS n (id, status, due, delay, topic, key, event_type, awaits_topic, attempts, error, \
+                           owes_letter, commit_lsn, xid, committed_at, message, place) \
+                 WHERE {fence} ORDER BY n.place \
+                 ON CONFLICT (id, relay) DO UPDATE SET number = excluded.number, {} RETURNING p.id",
+                kept.join(", ")
+            )),
+            keys: sql("SELECT DISTINCT topic, key FROM :\"schema\".parked \
+                 WHERE relay = $1 AND status = 'waiting' AND topic IS NOT NULL AND key IS NOT NULL"),
+            topics: sql(
+                "SELECT topic, coalesce(min(error), '') FROM :\"schema\".parked \
+                 WHERE relay = $1 AND status = 'waiting' AND awaits_topic AND topic IS NOT NULL GROUP BY topic",
+            ),
+            decided: sql("SELECT id FROM :\"schema\".parked AS p \
+                 WHERE relay = $1 AND status IN ('dead', 'skipped') AND NOT :\"schema\".is_settled(p)"),
+            count: sql(&format!(
+                "SELECT (SELECT count(*) FROM :\"schema\".parked AS p \
+                         WHERE relay = $1 AND status IN ('scheduled', 'waiting') AND status = 'scheduled'{ours}), \
+                        w.rows, d.rows, w.bytes + d.bytes, w.oldest \
+                 FROM (SELECT count(*) AS rows, coalesce(sum(octet_length(message)), 0)::bigint AS bytes, \
+                              coalesce(extract(epoch FROM now() - min(parked_at)), 0)::float8 AS oldest \
+                       FROM :\"schema\".parked AS p WHERE relay = $1 AND status = 'waiting'{ours}) AS w, \
+                      (SELECT count(*) AS rows, coalesce(sum(octet_length(message)), 0)::bigint AS bytes \
+                       FROM :\"schema\".parked AS p \
+                       WHERE relay = $1 AND status IN ('dead', 'skipped') AND status = 'dead'{ours}) AS d"
+            )),
+            release_taken: sql(&format!(
+                "UPDATE :\"schema\".parked AS p SET taken_at = NULL \
+                 WHERE relay = $1 AND status = 'waiting' AND taken_at IS NOT NULL{ours}"
+            )),
+            take_waiting: sql(&format!(
+                "WITH head AS MATERIALIZED ( \
+                     SELECT p.id, p.topic, p.key, p.number, p.attempts, p.due_at FROM :\"schema\".parked AS p \
+                     WHERE {due} AND p.status = 'waiting' AND NOT p.awaits_topic AND :\"schema\".is_settled(p) \
+                       AND NOT EXISTS (SELECT FROM :\"schema\".parked AS b \
+                                       WHERE b.relay = p.relay AND b.status = 'waiting' AND b.key = p.key \
+                                         AND b.topic = p.topic AND b.number < p.number) \
+                     ORDER BY p.due_at LIMIT $2 \
+                 ), run AS ( \
+                     SELECT h.due_at, r.* FROM head AS h CROSS JOIN LATERAL ( \
+                         SELECT p.id, p.number, octet_length(p.message) AS bytes FROM :\"schema\".parked AS p \
+                         WHERE p.relay = $1 AND p.id = h.id \
+                         UNION ALL \
+                         (SELECT p.id, p.number, octet_length(p.message) FROM :\"schema\".parked AS p \
+                          WHERE h.attempts = 0 AND p.relay = $1 AND p.status = 'waiting' AND p.key = h.key \
+                            AND p.topic = h.topic AND p.number > h.number AND NOT p.awaits_topic \
+                            AND :\"schema\".is_settled(p) ORDER BY p.number LIMIT $3 - 1) \
+                     ) AS r \
+                 ), fits AS ( \
+                     SELECT id, sum(bytes) OVER (ORDER BY due_at, number) - bytes AS before FROM run \
+                 ), taken AS ( \
+                     UPDATE :\"schema\".parked AS p SET taken_at = now() FROM fits \
+                     WHERE p.relay = $1 AND p.id = fits.id AND fits.before < $4 AND p.status = 'waiting' \
+                     RETURNING p.* \
+                 ) SELECT {TAKEN} FROM taken AS p ORDER BY p.number"
+            )),
+            // OFFSET 0: no lock is taken of a row that is not among them.
+            lock_scheduled: sql(&format!(
+                "SELECT d.id FROM ( \
+                     SELECT f.id FROM (SELECT p.id, sum(octet_length(p.message)) OVER (ORDER BY p.due_at, p.number) \
+                                              - octet_length(p.message) AS before \
+                                       FROM (SELECT * FROM :\"schema\".parked AS p \
+                                             WHERE {due} AND p.status = 'scheduled' ORDER BY p.due_at LIMIT $2) AS p) AS f \
+                     WHERE f.before < $3 OFFSET 0) AS d \
+                 WHERE pg_try_advisory_xact_lock(hashtextextended(d.id, 0))"
+            )),
+            take_scheduled: sql(&format!(
+                "SELECT {TAKEN}, EXISTS (SELECT FROM :\"schema\".cancellation AS c WHERE c.id = p.id) \
+                 FROM :\"schema\".parked AS p \
+                 WHERE p.relay = $1 AND p.id = ANY ($2) AND p.status = 'scheduled' ORDER BY p.due_at, p.number"
+            )),
+            next: sql(&format!(
+                "SELECT (extract(epoch FROM p.due_at - clock_timestamp()) * 1000)::bigint FROM :\"schema\".parked AS p \
+                 WHERE p.relay = $1 AND p.status IN ('scheduled', 'waiting') AND p.due_at > now() \
+                   AND p.due_at < 'infinity'{ours} ORDER BY p.due_at LIMIT 1"
+            )),
+            forget: sql("DELETE FROM :\"schema\".parked WHERE relay = $1 AND id = ANY ($2)"),
+            refuse: sql("UPDATE :\"schema\".parked AS p \
+                 SET attempts = attempts + 1, error = r.why, tried_at = now(), taken_at = NULL, \
+                     topic = coalesce(r.topic, p.topic), key = coalesce(r.key, p.key), \
+                     status = CASE WHEN r.is_dead THEN 'dead' ELSE 'waiting' END, owes_letter = r.owes_letter, \
+                     due_at = now() + r.backoff * interval '1 ms' \
+                 FROM unnest($2::text[], $3::text[], $4::text[], $5::text[], $6::bigint[], $7::boolean[], $8::boolean[]) \
+                     AS r (id, topic, key, why, backoff, is_dead, owes_letter) \
+                 WHERE p.relay = $1 AND p.id = r.id AND p.status IN ('scheduled', 'waiting')"),
+            untry: sql("UPDATE :\"schema\".parked SET taken_at = NULL \
+                 WHERE relay = $1 AND id = ANY ($2) AND taken_at IS NOT NULL"),
+            hold_topics: sql("UPDATE :\"schema\".parked AS p \
+                 SET awaits_topic = true, due_at = 'infinity', error = t.why, taken_at = NULL \
+                 FROM unnest($2::text[], $3::text[]) AS t (topic, why) \
+                 WHERE p.relay = $1 AND p.status = 'waiting' AND p.topic = t.topic"),
+            free_topic: sql(
+                "UPDATE :\"schema\".parked AS p SET awaits_topic = false, due_at = CASE WHEN EXISTS ( \
+                     SELECT FROM :\"schema\".parked AS b \
+                     WHERE b.relay = p.relay AND b.status = 'waiting' AND b.key = p.key AND b.topic = p.topic \
+                       AND b.number < p.number) THEN 'infinity' ELSE now() END \
+                 WHERE p.relay = $1 AND p.status = 'waiting' AND p.awaits_topic AND p.topic = $2",
+            ),
+            join: sql("UPDATE :\"schema\".parked AS p \
+                 SET status = 'waiting', due_at = 'infinity', topic = j.topic, key = j.key, number = DEFAULT \
+                 FROM unnest($2::text[], $3::text[], $4::text[]) AS j (id, topic, key) \
+                 WHERE p.relay = $1 AND p.id = j.id AND p.status = 'scheduled'"),
+            postpone: sql(
+                "UPDATE :\"schema\".parked AS p SET status = 'scheduled', due_at = e.time::timestamptz, taken_at = NULL \
+                 FROM unnest($2::text[], $3::text[]) AS e (id, time) \
+                 WHERE p.relay = $1 AND p.id = e.id AND p.status = 'waiting'",
+            ),
+            promote: sql("UPDATE :\"schema\".parked AS p SET due_at = now() \
+                 FROM (SELECT DISTINCT ON (f.topic, f.key) f.id \
+                       FROM unnest($2::text[], $3::text[]) AS k (topic, key) \
+                       JOIN :\"schema\".parked AS f ON f.relay = $1 AND f.status = 'waiting' \
+                                                   AND f.topic = k.topic AND f.key = k.key \
+                       ORDER BY f.topic, f.key, f.number) AS head \
+                 WHERE p.relay = $1 AND p.id = head.id AND p.due_at = 'infinity' AND NOT p.awaits_topic"),
+            still_held: sql(
+                "SELECT k.topic, k.key FROM unnest($2::text[], $3::text[]) AS k (topic, key) \
+                 WHERE EXISTS (SELECT FROM :\"schema\".parked AS p \
+                               WHERE p.relay = $1 AND p.status = 'waiting' AND p.topic = k.topic AND p.key = k.key)",
+            ),
+            letters: sql(&format!(
+                "SELECT {TAKEN} FROM ( \
+                     SELECT *, sum(octet_length(message)) OVER (ORDER BY number) - octet_length(message) AS before \
+                     FROM (SELECT * FROM :\"schema\".parked AS p \
+                           WHERE relay = $1 AND status IN ('dead', 'skipped') AND status = 'dead' AND owes_letter{ours} \
+                           ORDER BY number LIMIT $2) AS p) AS p \
+                 WHERE p.before < $3 ORDER BY p.number"
+            )),
+            sent_letters: sql(
+                "UPDATE :\"schema\".parked SET owes_letter = false WHERE relay = $1 AND id = ANY ($2)",
+            ),
+        }
+    }
+}

@@ -1,0 +1,528 @@
+//! Puts rows that cannot go out, or must not yet, into the table of parked events, and
+//! holds back what comes behind them.
+//!
+//! To park is to deliver to another place: the row stands in the window like any other, and
+//! has left it once the table has it. So a position is confirmed when all before it is in
+//! Kafka or parked, and a relay that is killed in between reads the row again.
+//!
+//! What is held back is known here, from the table at the start and from what is parked
+//! since. What waits is sent by `aside.rs`, which says when a key is free again.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio::task::JoinSet;
+use tracing::{debug, error, warn};
+
+use super::attempt::Address;
+use crate::envelope::Record;
+use crate::error::{Error, ErrorKind, Result, joined};
+use crate::event::Event;
+use crate::metrics::ParkedMetrics;
+use crate::parked::store::{Count, Held, Store};
+use crate::parked::{Due, NewRow, OnPoison, ParkedSettings, Status};
+use crate::source::{Row, Source};
+use crate::timestamp::Timestamp;
+
+/// The most rows, and bytes, that are written in one transaction.
+const ROWS_MAX: usize = 1000;
+const BYTES_MAX: usize = 8 << 20;
+
+/// Writes rows to the table of parked events.
+pub(super) struct Parking {
+    store: Arc<Store>,
+    pub(super) settings: ParkedSettings,
+    pub(super) shared: Arc<Shared>,
+    rows: VecDeque<(u64, NewRow)>,
+    writing: JoinSet<Result<Written>>,
+}
+
+/// Why a row is not sent now.
+#[derive(Debug, Clone)]
+pub(super) enum Reason {
+    /// Its time has not come.
+    Scheduled(Timestamp),
+    /// It can never go out as it is.
+    Refused(String),
+    /// An earlier event of its key waits.
+    Behind,
+    /// Nothing of its topic is taken.
+    Topic(String),
+    /// It was given up, or skipped, before it was read again.
+    Decided,
+}
+
+struct Written {
+    sequences: Vec<u64>,
+    /// Topics and keys of rows that wait.
+    keys: Vec<(String, String)>,
+}
+
+/// What the stream and the aside both know.
+#[derive(Debug, Default)]
+pub(super) struct Shared {
+    holds: Mutex<Holds>,
+    /// Whether anything is held back at all: for each event to look would be too dear.
+    is_holding: AtomicBool,
+    /// Something may be due.
+    pub(super) wake: Notify,
+}
+
+/// What is held back.
+#[derive(Debug, Default)]
+pub(super) struct Holds {
+    /// By topic, and then by key.
+    keys: HashMap<String, HashMap<String, Hold>>,
+    /// Topics that the brokers refuse altogether, and why.
+    topics: HashMap<String, String>,
+    /// Ids of events that were given up and may be read again.
+    decided: HashSet<String>,
+    count: Count,
+}
+
+/// A key of which an event waits.
+#[derive(Debug, Default)]
+struct Hold {
+    /// Rises with each row: one that was parked since has not been looked for.
+    version: u64,
+    /// Rows that are being written.
+    pending: usize,
+    /// It is to be looked whether anything waits still.
+    is_dirty: bool,
+}
+
+impl Parking {
+    /// Knows what is held back, once this relay is the one that is at work.
+    pub(super) async fn begin(
+        store: Store,
+        settings: ParkedSettings,
+        refused_topics: HashMap<String, String>,
+    ) -> Result<Self> {
+        let held = store.held().await?;
+        let shared = Arc::new(Shared::default());
+        shared.change(|holds| holds.begin(held, refused_topics));
+        Ok(Self {
+            store: Arc::new(store),
+            settings,
+            shared,
+            rows: VecDeque::new(),
+            writing: JoinSet::new(),
+        })
+    }
+
+    /// What rows are written by.
+    pub(super) fn store(&self) -> Store {
+        Store::clone(&self.store)
+    }
+
+    /// Why an event is not to be sent though nothing is wrong with it, if so.
+    pub(super) fn why_not_now(&self, event: &Event<'_>, record: &Record<'_>) -> Option<Reason> {
+        if !self.shared.is_holding.load(Ordering::Relaxed) {
+            return None;
+        }
+        self.shared.with(|holds| {
+            if holds.decided.contains(event.id) {
+                return Some(Reason::Decided);
+            }
+            if let Some(why) = holds.topics.get(record.topic) {
+                return Some(Reason::Topic(why.clone()));
+            }
+            let is_behind = record
+                .key
+                .is_some_and(|key| holds.has_key(record.topic, key));
+            is_behind.then_some(Reason::Behind)
+        })
+    }
+
+    /// Refuses a time that is further ahead of its commit than may be.
+    pub(super) fn check_schedule(
+        &self,
+        time: Timestamp,
+        committed_at: Timestamp,
+    ) -> Result<(), String> {
+        let ahead = time
+            .unix_micros()
+            .saturating_sub(committed_at.unix_micros());
+        let max = self.settings.schedule_max;
+        if ahead.is_negative() || Duration::from_micros(ahead.unsigned_abs()) <= max {
+            return Ok(());
+        }
+        Err(format!(
+            "it is scheduled for {time}, further ahead than --max-schedule allows ({} days)",
+            max.as_secs() / 86_400
+        ))
+    }
+
+    /// What is written of a row; nothing if not even its columns are known.
+    pub(super) fn row(
+        &self,
+        source: &Source,
+        row: &Row,
+        address: Option<Address>,
+        reason: Reason,
+    ) -> Option<NewRow> {
+        let (outline, columns) = source.outline(row)?;
+        let place = || format!("{}/{}", row.place.commit_lsn, row.place.ordinal);
+        let (topic, key) = address.unwrap_or((outline.topic, outline.key));
+        let new = NewRow {
+            id: outline.id.unwrap_or_else(place),
+            event_type: outline.event_type,
+            xid: outline.xid,
+            status: Status::Waiting,
+            due: Due::Never,
+            awaits_topic: false,
+            attempts: 0,
+            error: None,
+            owes_letter: false,
+            row: row.clone(),
+            columns,
+            topic,
+            key,
+        };
+        Some(match reason {
+            Reason::Scheduled(time) => NewRow {
+                status: Status::Scheduled,
+                due: Due::At(time),
+                ..new
+            },
+            Reason::Refused(why) if self.settings.on_poison == OnPoison::Skip => NewRow {
+                status: Status::Dead,
+                attempts: 1,
+                error: Some(why),
+                owes_letter: self.settings.dead_letter_topic.is_some(),
+                ..new
+            },
+            Reason::Refused(why) => NewRow {
+                due: Due::In(self.settings.backoff(1)),
+                attempts: 1,
+                error: Some(why),
+                ..new
+            },
+            Reason::Behind => new,
+            Reason::Topic(why) => NewRow {
+                awaits_topic: true,
+                error: Some(why),
+                ..new
+            },
+            Reason::Decided => NewRow {
+                status: Status::Dead,
+                ..new
+            },
+        })
+    }
+
+    /// Says what happens to a row.
+    pub(super) fn tell(&self, name: &str, row: &NewRow, metrics: &ParkedMetrics) {
+        match (row.status, &row.error) {
+            (Status::Scheduled, _) => metrics.scheduled.inc(),
+            (Status::Dead, Some(why)) => {
+                metrics.dead_letters.inc();
+                error!("{name} is a dead letter, as --on-poison skip says: {why}");
+            }
+            (Status::Dead, None) => debug!("{name} was given up before"),
+            (Status::Waiting, Some(why)) if row.attempts > 0 => {
+                metrics.refused.inc();
+                warn!("{name} is parked, and its key with it; it is tried again: {why}");
+            }
+            (Status::Waiting, _) => metrics.behind.inc(),
+        }
+    }
+
+    /// The brokers take nothing of this topic.
+    pub(super) fn hold_topic(&self, topic: String, why: String) {
+        warn!(
+            topic,
+            "no event of this topic is sent until the brokers take them: {why}"
+        );
+        self.shared.change(|holds| holds.topics.insert(topic, why));
+        self.shared.wake.notify_one();
+    }
+
+    /// Refuses one more row of this status where there are as many as may be.
+    pub(super) fn check_room(&self, status: Status, bytes: usize) -> Result<()> {
+        let count = self.shared.with(|holds| holds.count);
+        let is_over = |number: i64, max: u64| number.unsigned_abs() >= max;
+        let settings = &self.settings;
+        let message = match status {
+            Status::Scheduled if is_over(count.scheduled, settings.scheduled_max) => format!(
+                "{} events are scheduled, as many as --scheduled-max allows: raise it, or cancel some by `postbox cancel`",
+                count.scheduled
+            ),
+            Status::Scheduled => return Ok(()),
+            _ if is_over(count.waiting + count.dead, settings.rows_max) => format!(
+                "{} events are parked, as many as --parked-max allows: `postbox parked list` shows why; mend that \
+                 and have them tried again, skip them, or raise it",
+                count.waiting + count.dead
+            ),
+            _ if count.bytes.unsigned_abs() + bytes as u64 > settings.bytes_max => format!(
+                "{} bytes are parked, and one more event would be above --parked-bytes-max: `postbox parked list` \
+                 shows why; mend that and have them tried again, skip them, or raise it",
+                count.bytes
+            ),
+            _ => return Ok(()),
+        };
+        Err(Error::new(ErrorKind::Event, message))
+    }
+
+    /// Parks a row, which stands in the window under this number.
+    pub(super) fn park(&mut self, sequence: u64, row: NewRow) {
+        let bytes = i64::try_from(row.row.bytes.len()).unwrap_or(i64::MAX);
+        self.shared.change(|holds| {
+            match row.status {
+                Status::Scheduled => holds.count.scheduled += 1,
+                Status::Waiting => holds.count.waiting += 1,
+                Status::Dead => holds.count.dead += 1,
+            }
+            if row.status != Status::Scheduled {
+                holds.count.bytes += bytes;
+            }
+            if let (Status::Waiting, Some(topic), Some(key)) = (row.status, &row.topic, &row.key) {
+                let keys = holds.keys.entry(topic.clone()).or_default();
+                let hold = keys.entry(key.clone()).or_default();
+                hold.version += 1;
+                hold.pending += 1;
+            }
+        });
+        self.rows.push_back((sequence, row));
+        self.write();
+    }
+
+    /// Waits until rows are written, and says which. Cancel-safe.
+    ///
+    /// # Errors
+    /// If they could not be: they are in the table or are not.
+    pub(super) async fn next(&mut self) -> Result<Vec<u64>> {
+        let Some(written) = self.writing.join_next().await else {
+            return std::future::pending().await;
+        };
+        let Written { sequences, keys } = joined(written)?;
+        self.shared.change(|holds| {
+            for (topic, key) in &keys {
+                if let Some(hold) = holds.hold(topic, key) {
+                    hold.pending -= 1;
+                    // The one before it may have left meanwhile.
+                    hold.is_dirty = true;
+                }
+            }
+        });
+        self.shared.wake.notify_one();
+        self.write();
+        Ok(sequences)
+    }
+
+    /// One transaction at a time, so that numbers rise in the order of the rows.
+    fn write(&mut self) {
+        if !self.writing.is_empty() || self.rows.is_empty() {
+            return;
+        }
+        let mut bytes = 0;
+        let mut fits = |(_, row): &(u64, NewRow)| {
+            let before = bytes;
+            bytes += row.row.bytes.len();
+            before < BYTES_MAX
+        };
+        let count = self.rows.iter().take(ROWS_MAX).take_while(|row| fits(row));
+        let count = count.count();
+        let (sequences, rows): (Vec<u64>, Vec<NewRow>) = self.rows.drain(..count).unzip();
+        let store = Arc::clone(&self.store);
+        self.writing.spawn(async move {
+            let parked = async {
+                tokio::select! {
+                    parked = store.park(&rows) => parked,
+                    error = store.ended() => Err(error),
+                }
+            };
+            parked.await?;
+            let waiting = rows.into_iter().filter(|row| row.status == Status::Waiting);
+            Ok(Written {
+                sequences,
+                keys: waiting.filter_map(|row| row.topic.zip(row.key)).collect(),
+            })
+        });
+    }
+}
+
+/// Waits for rows that are parked, where rows can be.
+pub(super) async fn next(parking: Option<&mut Parking>) -> Result<Vec<u64>> {
+    match parking {
+        Some(parking) => parking.next().await,
+        None => std::future::pending().await,
+    }
+}
+
+impl Shared {
+    pub(super) fn with<T>(&self, look: impl FnOnce(&Holds) -> T) -> T {
+        look(&self.holds.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub(super) fn change<T>(&self, change: impl FnOnce(&mut Holds) -> T) -> T {
+        let mut holds = self.holds.lock().unwrap_or_else(PoisonError::into_inner);
+        let changed = change(&mut holds);
+        let is_holding =
+            !holds.keys.is_empty() || !holds.topics.is_empty() || !holds.decided.is_empty();
+        self.is_holding.store(is_holding, Ordering::Relaxed);
+        changed
+    }
+}
+
+impl Holds {
+    fn begin(&mut self, held: Held, refused_topics: HashMap<String, String>) {
+        for (topic, key) in held.keys {
+            self.keys.entry(topic).or_default().insert(
+                key,
+                Hold {
+                    is_dirty: true,
+                    ..Hold::default()
+                },
+            );
+        }
+        self.topics.extend(held.topics);
+        self.topics.extend(refused_topics);
+        self.decided.extend(held.decided);
+    }
+
+    fn hold(&mut self, topic: &str, key: &str) -> Option<&mut Hold> {
+        self.keys.get_mut(topic)?.get_mut(key)
+    }
+
+    /// Whether an event of this topic and key waits.
+    pub(super) fn has_key(&self, topic: &str, key: &str) -> bool {
+        self.keys
+            .get(topic)
+            .is_some_and(|keys| keys.contains_key(key))
+    }
+
+    /// Topics that are held.
+    pub(super) fn topics(&self) -> &HashMap<String, String> {
+        &self.topics
+    }
+
+    /// This topic is held, and why.
+    pub(super) fn hold_topic(&mut self, topic: String, why: String) {
+        self.topics.insert(topic, why);
+    }
+
+    /// The brokers take records for this topic.
+    pub(super) fn free_topic(&mut self, topic: &str) {
+        self.topics.remove(topic);
+        for hold in self
+            .keys
+            .get_mut(topic)
+            .into_iter()
+            .flat_map(HashMap::values_mut)
+        {
+            hold.is_dirty = true;
+        }
+    }
+
+    /// An event of this topic and key waits, as the table says.
+    pub(super) fn hold_key(&mut self, topic: String, key: String) {
+        let hold = self.keys.entry(topic).or_default().entry(key).or_default();
+        hold.version += 1;
+        hold.is_dirty = true;
+    }
+
+    /// Somebody may have decided about the events of any key.
+    pub(super) fn doubt_all(&mut self) {
+        for hold in self.keys.values_mut().flat_map(HashMap::values_mut) {
+            hold.is_dirty = true;
+        }
+    }
+
+    /// The first of this key may have left.
+    pub(super) fn doubt(&mut self, topic: &str, key: &str) {
+        if let Some(hold) = self.hold(topic, key) {
+            hold.is_dirty = true;
+        }
+    }
+
+    /// Keys that are to be looked after, and are all in the table, with their versions.
+    pub(super) fn dirty(&self) -> HashMap<(String, String), u64> {
+        let mut dirty = HashMap::new();
+        for (topic, keys) in &self.keys {
+            for (key, hold) in keys {
+                if hold.is_dirty && hold.pending == 0 {
+                    dirty.insert((topic.clone(), key.clone()), hold.version);
+                }
+            }
+        }
+        dirty
+    }
+
+    /// Of these keys, `held` have events that wait: the others are free, but for those of
+    /// which a row has come since.
+    pub(super) fn looked_after(
+        &mut self,
+        looked: HashMap<(String, String), u64>,
+        held: &HashSet<(String, String)>,
+    ) {
+        for (name, version) in looked {
+            let (topic, key) = &name;
+            let Some(keys) = self.keys.get_mut(topic) else {
+                continue;
+            };
+            let Some(hold) = keys.get_mut(key) else {
+                continue;
+            };
+            if hold.version != version {
+                continue;
+            }
+            hold.is_dirty = false;
+            if !held.contains(&name) {
+                keys.remove(key);
+                if keys.is_empty() {
+                    self.keys.remove(topic);
+                }
+            }
+        }
+    }
+
+    /// How much there is, as it was counted.
+    pub(super) fn count(&mut self, count: Count) {
+        self.count = count;
+    }
+
+    /// Of what was given up only these may be read again by now.
+    pub(super) fn keep_decided(&mut self, decided: Vec<String>) {
+        let still: HashSet<String> = decided.into_iter().collect();
+        self.decided.retain(|id| still.contains(id));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key() -> (String, String) {
+        ("topic".to_owned(), "key".to_owned())
+    }
+
+    #[test]
+    fn a_key_is_free_only_if_nothing_came_since_it_was_looked_for() {
+        let shared = Shared::default();
+        let (topic, name) = key();
+        shared.change(|holds| holds.hold_key(topic.clone(), name.clone()));
+        let looked = shared.with(Holds::dirty);
+        assert_eq!(looked.len(), 1);
+        shared.change(|holds| holds.hold_key(topic.clone(), name.clone()));
+        shared.change(|holds| holds.looked_after(looked, &HashSet::new()));
+        assert!(shared.with(|holds| holds.has_key(&topic, &name)));
+        let looked = shared.with(Holds::dirty);
+        shared.change(|holds| holds.looked_after(looked, &HashSet::new()));
+        assert!(!shared.with(|holds| holds.has_key(&topic, &name)));
+        assert!(!shared.is_holding.load(Ordering::Relaxed));
+    }
+
+    #[test]
+    fn a_key_with_a_row_on_its_way_to_the_table_is_not_looked_for() {
+        let mut holds = Holds::default();
+        let (topic, name) = key();
+        holds.hold_key(topic.clone(), name.clone());
+        holds.hold(&topic, &name).unwrap().pending = 1;
+        assert!(holds.dirty().is_empty());
+    }
+}

@@ -1,0 +1,1 @@
+//! A topic that the brokers do not take.
