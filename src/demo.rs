@@ -172,7 +172,7 @@ impl Demo {
         let session = stage.database.connect("postbox demo").await?;
         let ledger = oracle::ledger(&session.client, &stage.contract.schema).await?;
         let patience = Instant::now() + ARRIVAL_MAX;
-        while audience.distinct() < ledger.len() && Instant::now() < patience {
+        while audience.distinct() < ledger.events.len() && Instant::now() < patience {
             relay.check()?;
             tokio::time::sleep(FRAME).await;
         }

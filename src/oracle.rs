@@ -6,9 +6,10 @@
 //! meanwhile, [`judge`] then holds the records that a [`Reader`] found in Kafka
 //! against the ledger:
 //!
-//! 1. every id of the ledger is in Kafka (else *lost*);
-//! 2. first occurrences of a key are in the order of its versions (else
-//!    *inversions*);
+//! 1. every id of the ledger is in Kafka, or a dead letter in the table of parked events
+//!    (else *lost*);
+//! 2. first occurrences of a key are in the order of its versions, but for events that
+//!    were scheduled or are dead letters (else *inversions*);
 //! 3. no id is in Kafka that is not in the ledger: nothing rolled back appears
 //!    (else *ghosts*);
 //! 4. *duplicates*, records beyond an id's first, stay within the window of each
@@ -25,10 +26,27 @@ use uuid::Uuid;
 
 pub use choices::Choices;
 pub use reader::{Reader, Seen};
-pub use writers::{Load, PAUSE_MAX, Writers, ledger, prepare};
+pub use writers::{Load, PAUSE_MAX, SCHEDULE_MAX, Writers, ledger, prepare};
 
-/// What was committed: the key and its version, by the event's id.
-pub type Ledger = HashMap<Uuid, (String, i64)>;
+/// What was committed.
+#[derive(Debug, Clone, Default)]
+pub struct Ledger {
+    /// By the event's id.
+    pub events: HashMap<Uuid, Entry>,
+    /// Ids of events that were given up, and are in the table of parked events.
+    pub dead: HashSet<Uuid>,
+}
+
+/// A committed event.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// Its key.
+    pub key: String,
+    /// The key's version.
+    pub version: i64,
+    /// Whether it has its place among the events of its key.
+    pub is_ordered: bool,
+}
 
 /// What the judge found.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -47,6 +65,8 @@ pub struct Verdict {
     pub misplaced: Vec<Uuid>,
     /// Records beyond the first of their id.
     pub duplicates: usize,
+    /// Events that are not in Kafka, and dead letters.
+    pub dead: usize,
 }
 
 impl Verdict {
@@ -64,14 +84,15 @@ impl fmt::Display for Verdict {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{} committed, {} records: {} lost, {} inversions, {} ghosts, {} misplaced, {} duplicates",
+            "{} committed, {} records: {} lost, {} inversions, {} ghosts, {} misplaced, {} duplicates, {} dead",
             self.committed,
             self.records,
             self.lost.len(),
             self.inversions.len(),
             self.ghosts.len(),
             self.misplaced.len(),
-            self.duplicates
+            self.duplicates,
+            self.dead
         )
     }
 }
@@ -80,35 +101,37 @@ impl fmt::Display for Verdict {
 /// partition, against the ledger.
 pub fn judge(ledger: &Ledger, records: &[Seen]) -> Verdict {
     let mut verdict = Verdict {
-        committed: ledger.len(),
+        committed: ledger.events.len(),
         records: records.len(),
         ..Verdict::default()
     };
-    let mut seen = HashSet::with_capacity(ledger.len());
+    let mut seen = HashSet::with_capacity(ledger.events.len());
     let mut newest: HashMap<&str, i64> = HashMap::new();
     for record in records {
-        let Some((key, version)) = ledger.get(&record.id) else {
+        let Some(entry) = ledger.events.get(&record.id) else {
             verdict.ghosts.push(record.id);
             continue;
         };
-        if record.key != *key {
+        if record.key != entry.key {
             verdict.misplaced.push(record.id);
         }
         if !seen.insert(record.id) {
             verdict.duplicates += 1;
             continue;
         }
-        let newest = newest.entry(key).or_insert(0);
-        if version < newest {
+        // One that was given up, and sent all the same, has lost its place.
+        if !entry.is_ordered || ledger.dead.contains(&record.id) {
+            continue;
+        }
+        let newest = newest.entry(&entry.key).or_insert(0);
+        if entry.version < *newest {
             verdict.inversions.push(record.id);
         }
-        *newest = (*newest).max(*version);
+        *newest = (*newest).max(entry.version);
     }
-    verdict.lost = ledger
-        .keys()
-        .filter(|id| !seen.contains(id))
-        .copied()
-        .collect();
+    let missing = ledger.events.keys().filter(|id| !seen.contains(id));
+    let (dead, lost): (Vec<Uuid>, Vec<Uuid>) = missing.partition(|id| ledger.dead.contains(id));
+    (verdict.dead, verdict.lost) = (dead.len(), lost);
     verdict
 }
 
@@ -122,9 +145,17 @@ mod tests {
 
     /// Versions 1, 2, 3 of the key "a" have the ids 1, 2, 3.
     fn ledger() -> Ledger {
-        (1..=3)
-            .map(|version| (id(version as u128), ("a".to_owned(), version)))
-            .collect()
+        let entry = |version: i64| Entry {
+            key: "a".to_owned(),
+            version,
+            is_ordered: true,
+        };
+        Ledger {
+            events: (1..=3)
+                .map(|version| (id(version as u128), entry(version)))
+                .collect(),
+            dead: HashSet::new(),
+        }
     }
 
     fn records(ids: &[u128]) -> Vec<Seen> {
@@ -142,6 +173,27 @@ mod tests {
         let verdict = judge(&ledger(), &records(&[1, 2, 1, 2, 3]));
         assert!(verdict.is_clean(2), "{verdict}");
         assert!(!verdict.is_clean(1), "{verdict}");
+    }
+
+    #[test]
+    fn a_dead_letter_is_not_lost_and_has_no_place() {
+        let mut ledger = ledger();
+        ledger.dead.insert(id(2));
+        let verdict = judge(&ledger, &records(&[1, 3]));
+        assert!(verdict.is_clean(0), "{verdict}");
+        assert_eq!(verdict.dead, 1);
+        let verdict = judge(&ledger, &records(&[1, 3, 2]));
+        assert!(verdict.is_clean(0), "{verdict}");
+    }
+
+    #[test]
+    fn a_scheduled_event_has_no_place() {
+        let mut ledger = ledger();
+        ledger.events.get_mut(&id(1)).unwrap().is_ordered = false;
+        let verdict = judge(&ledger, &records(&[2, 3, 1]));
+        assert!(verdict.is_clean(0), "{verdict}");
+        let verdict = judge(&ledger, &records(&[2, 3]));
+        assert_eq!(verdict.lost, [id(1)]);
     }
 
     #[test]

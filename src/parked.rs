@@ -106,6 +106,25 @@ impl Default for ParkedSettings {
 }
 
 impl ParkedSettings {
+    /// Refuses a time that is further ahead of its commit than may be.
+    pub(crate) fn check_schedule(
+        &self,
+        time: Timestamp,
+        committed_at: Timestamp,
+    ) -> Result<(), String> {
+        let ahead = time
+            .unix_micros()
+            .saturating_sub(committed_at.unix_micros());
+        let is_within = Duration::from_micros(ahead.max(0).unsigned_abs()) <= self.schedule_max;
+        if is_within {
+            return Ok(());
+        }
+        Err(format!(
+            "it is scheduled for {time}, further ahead than --max-schedule allows, {} days",
+            self.schedule_max.as_secs() / 86_400
+        ))
+    }
+
     /// How long to wait after so many refusals: half of it at least, the rest at random, so
     /// that what was refused together is not tried together for ever.
     pub(crate) fn backoff(&self, attempts: u32) -> Duration {

@@ -9,9 +9,8 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Statement, Transaction};
-use uuid::Uuid;
 
-use super::{Choices, Ledger};
+use super::{Choices, Entry, Ledger};
 use crate::database::{self, Database};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -40,6 +39,15 @@ pub struct Load {
     pub large_per_mille: u64,
     /// How many events of each key a large transaction has.
     pub large_rounds: i32,
+    /// How many events of a thousand can never go out, for the name of their topic.
+    pub poison_per_mille: u64,
+    /// How many of a thousand have `bulk` bytes more, which do not compress, and may be more
+    /// than their topic takes.
+    pub bulky_per_mille: u64,
+    /// How many bytes those are.
+    pub bulk: i32,
+    /// How many of a thousand are scheduled, up to [`SCHEDULE_MAX`] ahead.
+    pub scheduled_per_mille: u64,
     /// The most events a second, over all writers.
     pub events_per_second: f64,
     /// What the choices are drawn from: the same seed, the same choices.
@@ -60,6 +68,10 @@ impl Load {
             pause_percent: 0,
             large_per_mille: 0,
             large_rounds: 0,
+            poison_per_mille: 0,
+            bulky_per_mille: 0,
+            bulk: 0,
+            scheduled_per_mille: 0,
             events_per_second: f64::INFINITY,
             seed: 1,
         }
@@ -68,6 +80,9 @@ impl Load {
 
 /// How long a transaction that pauses may stay open.
 pub const PAUSE_MAX: Duration = Duration::from_millis(300);
+
+/// How far ahead events are scheduled.
+pub const SCHEDULE_MAX: Duration = Duration::from_secs(2);
 
 /// Sessions that write until they are stopped.
 pub struct Writers {
@@ -93,7 +108,8 @@ pub async fn prepare(client: &Client, schema: &str) -> Result<()> {
     let sql = format!(
         "CREATE SCHEMA {oracle};
          CREATE TABLE {oracle}.key (key text PRIMARY KEY, version bigint NOT NULL);
-         CREATE TABLE {oracle}.ledger (id uuid NOT NULL, key text NOT NULL, version bigint NOT NULL)"
+         CREATE TABLE {oracle}.ledger (id uuid NOT NULL, key text NOT NULL, version bigint NOT NULL,
+                                       is_ordered boolean NOT NULL DEFAULT true)"
     );
     let created = client.batch_execute(&sql).await;
     created.map_err(|error| database::sort("create the oracle's tables", error))
@@ -105,17 +121,34 @@ pub async fn prepare(client: &Client, schema: &str) -> Result<()> {
 /// If the database refuses.
 pub async fn ledger(client: &Client, schema: &str) -> Result<Ledger> {
     let oracle = oracle_schema(schema);
-    let rows = client
-        .query(
-            &format!("SELECT id, key, version FROM {oracle}.ledger"),
-            &[],
-        )
+    let parked = format!("{}.parked", escape_identifier(schema));
+    let read = async {
+        let sql = format!("SELECT id, key, version, is_ordered FROM {oracle}.ledger");
+        let events = client.query(&sql, &[]).await?;
+        // There is none where rows are claimed.
+        let sql = "SELECT to_regclass($1) IS NOT NULL";
+        let is_there: bool = client.query_one(sql, &[&parked]).await?.get(0);
+        let dead = match is_there {
+            true => {
+                let sql = format!("SELECT id::uuid FROM {parked} WHERE status = 'dead'");
+                client.query(&sql, &[]).await?
+            }
+            false => Vec::new(),
+        };
+        Ok((events, dead))
+    };
+    let (events, dead) = read
         .await
         .map_err(|error| database::sort("read the oracle's ledger", error))?;
-    let entries = rows.iter();
-    Ok(entries
-        .map(|row| (row.get::<_, Uuid>(0), (row.get(1), row.get(2))))
-        .collect())
+    let entry = |row: &tokio_postgres::Row| Entry {
+        key: row.get(1),
+        version: row.get(2),
+        is_ordered: row.get(3),
+    };
+    Ok(Ledger {
+        events: events.iter().map(|row| (row.get(0), entry(row))).collect(),
+        dead: dead.iter().map(|row| row.get(0)).collect(),
+    })
 }
 
 impl Writers {
@@ -161,6 +194,13 @@ impl Writers {
     }
 }
 
+/// What a session writes by.
+struct Inserts {
+    plain: Statement,
+    odd: Statement,
+    large: Statement,
+}
+
 /// One session after another, until told to stop.
 async fn write(shared: Arc<Shared>, writer: u64) -> Result<()> {
     let mut choices = Choices::new(shared.load.seed.wrapping_mul(1000) + writer);
@@ -181,16 +221,19 @@ async fn session(shared: &Shared, choices: &mut Choices) -> Result<()> {
     let schema = &shared.load.schema;
     let prepared = async {
         let client = &session.client;
-        let insert = client.prepare(&insert(schema)).await?;
-        Ok((insert, client.prepare(&insert_large(schema)).await?))
+        Ok(Inserts {
+            plain: client.prepare(&insert(schema)).await?,
+            odd: client.prepare(&insert_odd(schema)).await?,
+            large: client.prepare(&insert_large(schema)).await?,
+        })
     };
-    let (insert, large) = prepared
+    let inserts = prepared
         .await
         .map_err(|error| database::sort("prepare to write", error))?;
     while !*shared.stop.borrow() {
         let written = match choices.below(1000) < shared.load.large_per_mille {
-            true => large_transaction(shared, &session.client, &large).await,
-            false => transaction(shared, &mut session.client, &insert, choices).await,
+            true => large_transaction(shared, &session.client, &inserts.large).await,
+            false => transaction(shared, &mut session.client, &inserts, choices).await,
         };
         written.map_err(|error| database::sort("write events", error))?;
         shared.keep_rate().await;
@@ -201,7 +244,7 @@ async fn session(shared: &Shared, choices: &mut Choices) -> Result<()> {
 async fn transaction(
     shared: &Shared,
     client: &mut Client,
-    insert: &Statement,
+    inserts: &Inserts,
     choices: &mut Choices,
 ) -> Result<(), tokio_postgres::Error> {
     let load = &shared.load;
@@ -215,10 +258,10 @@ async fn transaction(
     for key in &keys {
         if choices.percent(load.savepoint_percent) {
             let savepoint = transaction.savepoint("undone").await?;
-            shared.insert(&savepoint, insert, *key).await?;
+            shared.insert(&savepoint, inserts, *key, choices).await?;
             savepoint.rollback().await?;
         } else {
-            shared.insert(&transaction, insert, *key).await?;
+            shared.insert(&transaction, inserts, *key, choices).await?;
             kept += 1;
         }
     }
@@ -256,12 +299,32 @@ impl Shared {
     async fn insert(
         &self,
         transaction: &Transaction<'_>,
-        insert: &Statement,
+        inserts: &Inserts,
         key: u64,
+        choices: &mut Choices,
     ) -> Result<(), tokio_postgres::Error> {
-        let key = format!("{}-{key}", self.load.aggregate_type);
-        let parameters: [&(dyn ToSql + Sync); 2] = [&key, &self.load.aggregate_type];
-        transaction.execute(insert, &parameters).await.map(drop)
+        let load = &self.load;
+        let key = format!("{}-{key}", load.aggregate_type);
+        let parameters: [&(dyn ToSql + Sync); 2] = [&key, &load.aggregate_type];
+        let odd = load.poison_per_mille + load.bulky_per_mille + load.scheduled_per_mille;
+        // A load without odd events draws the same choices as ever.
+        let chosen = if odd > 0 { choices.below(1000) } else { 1000 };
+        if chosen >= odd {
+            return transaction
+                .execute(&inserts.plain, &parameters)
+                .await
+                .map(drop);
+        }
+        let is_poison = chosen < load.poison_per_mille;
+        let is_bulky = !is_poison && chosen < load.poison_per_mille + load.bulky_per_mille;
+        let topic = is_poison.then_some("no topic's name");
+        let bulk = if is_bulky { load.bulk } else { 0 };
+        let delay = (!is_poison && !is_bulky).then(|| {
+            let percent = choices.below(100) as f64 / 100.0;
+            SCHEDULE_MAX.mul_f64(percent).as_secs_f64()
+        });
+        let odd: [&(dyn ToSql + Sync); 5] = [&key, &load.aggregate_type, &topic, &bulk, &delay];
+        transaction.execute(&inserts.odd, &odd).await.map(drop)
     }
 
     async fn keep_rate(&self) {
@@ -289,6 +352,26 @@ fn insert(schema: &str) -> String {
              RETURNING id
          )
          INSERT INTO {oracle}.ledger SELECT event.id, $1, raised.version FROM event, raised"
+    )
+}
+
+/// One event that cannot go out, or may be too large, or is scheduled.
+fn insert_odd(schema: &str) -> String {
+    let outbox = format!("{}.outbox", escape_identifier(schema));
+    let oracle = oracle_schema(schema);
+    format!(
+        "WITH raised AS (
+             INSERT INTO {oracle}.key AS k VALUES ($1, 1)
+             ON CONFLICT (key) DO UPDATE SET version = k.version + 1 RETURNING version
+         ), event AS (
+             INSERT INTO {outbox} (aggregate_type, aggregate_id, event_type, payload, topic, scheduled_at)
+             SELECT $2, $1, 'order_changed',
+                 json_build_object('version', version, 'bulk', (
+                     SELECT string_agg(gen_random_uuid()::text, '') FROM generate_series(1, $4::integer / 36))),
+                 $3::text, clock_timestamp() + $5::float8 * interval '1 s'
+             FROM raised RETURNING id
+         )
+         INSERT INTO {oracle}.ledger SELECT event.id, $1, raised.version, $5 IS NULL FROM event, raised"
     )
 }
 

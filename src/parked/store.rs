@@ -20,12 +20,12 @@ use crate::source::{Place, Row};
 use crate::timestamp::Timestamp;
 
 /// Begins each transaction. What is parked must outlast a crash once its position is
-/// confirmed; a standby that is away is waited for, as by the application. A lock is not
-/// waited for long: somebody decides about a row.
+/// confirmed; a standby that is away is waited for, as by the application. So is a lock:
+/// somebody decides about a row.
 const BEGIN: &str = "BEGIN; \
     SELECT set_config('synchronous_commit', 'on', true) \
     WHERE current_setting('synchronous_commit') IN ('off', 'local'); \
-    SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = '5s'; \
+    SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 0; \
     SET LOCAL idle_in_transaction_session_timeout = '5s'; SET LOCAL row_security = off";
 
 /// The most keys or scheduled events that are taken at once, and how many follow of one key.
@@ -66,6 +66,28 @@ pub(crate) struct Count {
     pub(crate) oldest_seconds: f64,
 }
 
+impl Count {
+    /// One row more.
+    pub(crate) fn count(&mut self, row: &NewRow) {
+        match row.status {
+            Status::Scheduled => self.scheduled += 1,
+            Status::Waiting => self.waiting += 1,
+            Status::Dead => self.dead += 1,
+        }
+        if row.status != Status::Scheduled {
+            self.bytes += i64::try_from(row.row.bytes.len()).unwrap_or(i64::MAX);
+        }
+    }
+
+    /// So much more.
+    pub(crate) fn add(&mut self, more: &Self) {
+        self.scheduled += more.scheduled;
+        self.waiting += more.waiting;
+        self.dead += more.dead;
+        self.bytes += more.bytes;
+    }
+}
+
 /// What became of rows that were taken.
 #[derive(Debug, Default)]
 pub(crate) struct Outcome {
@@ -102,6 +124,7 @@ struct Statements {
     topics: String,
     decided: String,
     count: String,
+    count_scheduled: String,
     release_taken: String,
     take_waiting: String,
     lock_scheduled: String,
@@ -157,16 +180,22 @@ impl Store {
         self.session.ended().await
     }
 
-    /// What holds back events.
-    pub(crate) async fn held(&self) -> Result<Held> {
+    /// What holds back events. `decided`: also what was given up and may be read again.
+    pub(crate) async fn held(&self, decided: bool) -> Result<Held> {
         let doing = "read what is parked";
         let relay: [(&(dyn ToSql + Sync), Type); 1] = [(&self.relay, Type::TEXT)];
         let client = &self.session.client;
+        let given_up = async {
+            match decided {
+                true => client.query_typed(&self.statements.decided, &relay).await,
+                false => Ok(Vec::new()),
+            }
+        };
         let (begun, keys, topics, decided, ended) = tokio::join!(
             client.batch_execute(BEGIN),
             client.query_typed(&self.statements.keys, &relay),
             client.query_typed(&self.statements.topics, &relay),
-            client.query_typed(&self.statements.decided, &relay),
+            given_up,
             client.batch_execute("COMMIT"),
         );
         let read = begun.and_then(|()| {
@@ -181,28 +210,39 @@ impl Store {
         })
     }
 
-    /// How much there is. It reads an index entry for each row.
-    pub(crate) async fn count(&self) -> Result<Count> {
+    /// How much is waiting or dead, beside so many events that are scheduled.
+    pub(crate) async fn count(&self, scheduled: i64) -> Result<Count> {
         let rows = self.run("count what is parked", &self.statements.count, &[]);
         let rows = rows.await?;
         let Some(row) = rows.first() else {
             return Ok(Count::default());
         };
         Ok(Count {
-            scheduled: row.get(0),
-            waiting: row.get(1),
-            dead: row.get(2),
-            bytes: row.get(3),
-            oldest_seconds: row.get(4),
+            scheduled,
+            waiting: row.get(0),
+            dead: row.get(1),
+            bytes: row.get(2),
+            oldest_seconds: row.get(3),
         })
     }
 
-    /// Parks rows, in this order. A row that is there, and that a restart could read again,
-    /// keeps what was decided about it.
+    /// How many events are scheduled. It reads an index entry of each.
+    pub(crate) async fn count_scheduled(&self) -> Result<i64> {
+        let counted = self.run(
+            "count what is scheduled",
+            &self.statements.count_scheduled,
+            &[],
+        );
+        Ok(counted.await?.first().map_or(0, |row| row.get(0)))
+    }
+
+    /// Parks rows, in this order, and says which are new. One that is there, and
+    /// that a restart could read again, keeps what was decided about it.
     ///
     /// # Errors
     /// `SlotInUse` if another relay is at work.
-    pub(crate) async fn park(&self, rows: &[NewRow]) -> Result<()> {
+    pub(crate) async fn park(&self, rows: &[NewRow]) -> Result<HashSet<String>> {
+        let mut new = HashSet::new();
         let mut rest = rows;
         while let Some(first) = rest.first() {
             // One statement takes rows of one shape, and no id twice.
@@ -212,13 +252,13 @@ impl Store {
             };
             let count = rest.iter().map(fits).take_while(|fits| *fits).count();
             let (now, later) = rest.split_at(count);
-            self.park_alike(now).await?;
+            new.extend(self.park_alike(now).await?);
             rest = later;
         }
-        Ok(())
+        Ok(new)
     }
 
-    async fn park_alike(&self, rows: &[NewRow]) -> Result<()> {
+    async fn park_alike(&self, rows: &[NewRow]) -> Result<Vec<String>> {
         let of = |value: fn(&NewRow) -> Option<&str>| rows.iter().map(value).collect::<Vec<_>>();
         let due = |row: &NewRow| match row.due {
             Due::At(time) => Some(time.to_string()),
@@ -275,7 +315,8 @@ impl Store {
         let parked = parked.await?;
         failpoint!("parked");
         if parked.len() == rows.len() {
-            return Ok(());
+            let new = parked.iter().filter(|row| row.get(1));
+            return Ok(new.map(|row| row.get(0)).collect());
         }
         let message = format!(
             "relay \"{}\" may park no more: another is at work",
@@ -339,10 +380,17 @@ impl Store {
         taken.iter().map(taken_of).collect()
     }
 
-    /// How long it is until something is due.
+    /// How long it is until something is due; zero if something is.
     pub(crate) async fn next_due(&self) -> Result<Option<Duration>> {
-        let next = self.run("look what is due", &self.statements.next, &[]);
-        let millis: Option<i64> = next.await?.first().and_then(|row| row.get(0));
+        let relay: [(&(dyn ToSql + Sync), Type); 1] = [(&self.relay, Type::TEXT)];
+        let next = self
+            .session
+            .client
+            .query_typed(&self.statements.next, &relay);
+        let next = next
+            .await
+            .map_err(|error| sort("look what is due", error))?;
+        let millis: Option<i64> = next.first().and_then(|row| row.get(0));
         Ok(millis.map(|millis| Duration::from_millis(millis.max(0).unsigned_abs())))
     }
 
@@ -440,11 +488,12 @@ impl Store {
         settled.map_err(|error| sort(doing, error))
     }
 
-    /// The brokers take records for this topic: what waits for it is due.
-    pub(crate) async fn free_topic(&self, topic: &str) -> Result<()> {
+    /// The brokers take records for this topic: what waits for it is due. Whether anything
+    /// does.
+    pub(crate) async fn free_topic(&self, topic: &str) -> Result<bool> {
         let topic = [(&topic as &(dyn ToSql + Sync), Type::TEXT)];
         let freed = self.run("free a topic's events", &self.statements.free_topic, &topic);
-        freed.await.map(drop)
+        Ok(!freed.await?.is_empty())
     }
 
     /// Sees to it that the first of each of these keys has its turn, and says of which of
@@ -591,7 +640,7 @@ impl Statements {
                      AS n (id, status, due, delay, topic, key, event_type, awaits_topic, attempts, error, \
                            owes_letter, commit_lsn, xid, committed_at, message, place) \
                  WHERE {fence} ORDER BY n.place \
-                 ON CONFLICT (id, relay) DO UPDATE SET number = excluded.number, {} RETURNING p.id",
+                 ON CONFLICT (id, relay) DO UPDATE SET number = excluded.number, {} RETURNING p.id, p.xmax = 0",
                 kept.join(", ")
             )),
             keys: sql("SELECT DISTINCT topic, key FROM :\"schema\".parked \
@@ -603,15 +652,17 @@ impl Statements {
             decided: sql("SELECT id FROM :\"schema\".parked AS p \
                  WHERE relay = $1 AND status IN ('dead', 'skipped') AND NOT :\"schema\".is_settled(p)"),
             count: sql(&format!(
-                "SELECT (SELECT count(*) FROM :\"schema\".parked AS p \
-                         WHERE relay = $1 AND status IN ('scheduled', 'waiting') AND status = 'scheduled'{ours}), \
-                        w.rows, d.rows, w.bytes + d.bytes, w.oldest \
+                "SELECT w.rows, d.rows, w.bytes + d.bytes, w.oldest \
                  FROM (SELECT count(*) AS rows, coalesce(sum(octet_length(message)), 0)::bigint AS bytes, \
                               coalesce(extract(epoch FROM now() - min(parked_at)), 0)::float8 AS oldest \
                        FROM :\"schema\".parked AS p WHERE relay = $1 AND status = 'waiting'{ours}) AS w, \
                       (SELECT count(*) AS rows, coalesce(sum(octet_length(message)), 0)::bigint AS bytes \
                        FROM :\"schema\".parked AS p \
                        WHERE relay = $1 AND status IN ('dead', 'skipped') AND status = 'dead'{ours}) AS d"
+            )),
+            count_scheduled: sql(&format!(
+                "SELECT count(*) FROM :\"schema\".parked AS p \
+                 WHERE relay = $1 AND status IN ('scheduled', 'waiting') AND status = 'scheduled'{ours}"
             )),
             release_taken: sql(&format!(
                 "UPDATE :\"schema\".parked AS p SET taken_at = NULL \
@@ -660,7 +711,7 @@ impl Statements {
             )),
             next: sql(&format!(
                 "SELECT (extract(epoch FROM p.due_at - clock_timestamp()) * 1000)::bigint FROM :\"schema\".parked AS p \
-                 WHERE p.relay = $1 AND p.status IN ('scheduled', 'waiting') AND p.due_at > now() \
+                 WHERE p.relay = $1 AND p.status IN ('scheduled', 'waiting') \
                    AND p.due_at < 'infinity'{ours} ORDER BY p.due_at LIMIT 1"
             )),
             forget: sql("DELETE FROM :\"schema\".parked WHERE relay = $1 AND id = ANY ($2)"),
@@ -683,7 +734,7 @@ impl Statements {
                      SELECT FROM :\"schema\".parked AS b \
                      WHERE b.relay = p.relay AND b.status = 'waiting' AND b.key = p.key AND b.topic = p.topic \
                        AND b.number < p.number) THEN 'infinity' ELSE now() END \
-                 WHERE p.relay = $1 AND p.status = 'waiting' AND p.awaits_topic AND p.topic = $2",
+                 WHERE p.relay = $1 AND p.status = 'waiting' AND p.awaits_topic AND p.topic = $2 RETURNING p.id",
             ),
             join: sql("UPDATE :\"schema\".parked AS p \
                  SET status = 'waiting', due_at = 'infinity', topic = j.topic, key = j.key, number = DEFAULT \

@@ -75,7 +75,7 @@ pub static RULES: &[Rule] = &[
             Code::UnknownTopicOrPartition,
             Code::UnknownPartition,
         ],
-        meaning: "there is no such topic, for 5 s",
+        meaning: "there is no such topic",
         verdict: Verdict::Topic,
         next_step: "create the topic: the brokers do not",
     },

@@ -28,7 +28,7 @@ use crate::error::{Error, ErrorKind, Result, joined};
 use crate::health::{SILENCE_MAX, Server};
 use crate::parked::OnPoison;
 use crate::parked::store::Store;
-use crate::publisher::{Fit, Topic, UNKNOWN_MAX};
+use crate::publisher::{Fit, Topic};
 use crate::source::{Item, Mark, Row, Source, Unreadable};
 
 pub(super) struct Attempt<'r> {
@@ -97,8 +97,8 @@ const FROZEN_MIN: Duration = Duration::from_secs(2);
 /// After how long without a delivery the brokers are asked for a sign of life.
 const PROBE_INTERVAL: Duration = Duration::from_secs(4);
 
-/// How long the stream waits for a topic that is not known: one that is made on demand is by
-/// then. Events of others are parked, and sent as soon as there is such a topic.
+/// How long the stream waits for a topic that is not known: one that is made on demand mostly
+/// is by then. Events of others are parked, or put off.
 const TOPIC_PATIENCE: Duration = Duration::from_secs(1);
 
 /// How long the last fence may take to be written, and then to come out of the slot.
@@ -165,7 +165,8 @@ impl<'r> Attempt<'r> {
                     settings: settings.parked.clone(),
                     metrics: metrics.clone(),
                 };
-                let aside = Aside::start(store, Arc::clone(&parking.shared), tools);
+                let marker = connected.marks.as_ref().map(Marks::marker);
+                let aside = Aside::start(store, Arc::clone(&parking.shared), tools, marker);
                 (Some(parking), Some(aside))
             }
             None => (None, None),
@@ -402,7 +403,7 @@ impl<'r> Attempt<'r> {
         };
         if let (Some(parking), Some(time)) = (&self.parking, event.scheduled_at) {
             let address = Some(self.encoder.address(&event));
-            return match parking.check_schedule(time, row.committed_at) {
+            return match parking.settings.check_schedule(time, row.committed_at) {
                 Ok(()) => self.park(&row, address, Reason::Scheduled(time)),
                 Err(why) => self.refuse(&row, why, address),
             };
@@ -428,7 +429,8 @@ impl<'r> Attempt<'r> {
         let Some(destination) = self.window.publisher.destination(&record) else {
             if let Some(why) = self.refused_topics.why(record.topic, Instant::now()) {
                 let why = why.to_owned();
-                return self.refuse(&row, why, None);
+                let address = self.encoder.address(&event);
+                return self.refuse(&row, why, Some(address));
             }
             let topic = record.topic.to_owned();
             self.resolve(topic, row);
@@ -469,9 +471,9 @@ impl<'r> Attempt<'r> {
 
     /// Asks about the topic of a row, which is held meanwhile.
     fn resolve(&mut self, topic: String, row: Row) {
-        let patience = match self.parking {
-            Some(_) => TOPIC_PATIENCE,
-            None => UNKNOWN_MAX,
+        let patience = match self.refused_topics.knows(&topic) {
+            true => Duration::ZERO,
+            false => TOPIC_PATIENCE,
         };
         let resolved = self.window.publisher.resolve(&topic, patience);
         self.resolving.spawn(resolved);
@@ -503,10 +505,13 @@ impl<'r> Attempt<'r> {
             let message = "rows are parked only where a checkpoint says how far the relay is";
             return Err(Error::new(ErrorKind::Unexpected, message));
         };
+        let is_decided = matches!(reason, Reason::Decided);
         let Some(new) = parking.row(&self.source, row, address, reason) else {
             return Err(poison(&self.source, row, "its columns are not known"));
         };
-        parking.check_room(new.status, row.bytes.len())?;
+        if !is_decided {
+            parking.check_room(new.status, row.bytes.len())?;
+        }
         parking.tell(&self.source.name_of(row), &new, &self.relay.metrics.parked);
         self.control.had_traffic();
         let sequence = self.window.park(row);
@@ -551,16 +556,10 @@ impl<'r> Attempt<'r> {
                 let why = error.chain();
                 let row = self.held.take().expect("it was just seen");
                 match &self.parking {
-                    Some(parking) if parking.settings.on_poison == OnPoison::Park => {
-                        parking.hold_topic(name, why);
-                        self.offer(row)
-                    }
-                    _ => {
-                        let now = Instant::now();
-                        self.refused_topics.insert(name, why.clone(), now);
-                        self.refuse(&row, why, None)
-                    }
+                    Some(parking) if self.parks() => parking.hold_topic(name, why),
+                    _ => self.refused_topics.insert(name, why, Instant::now()),
                 }
+                self.offer(row)
             }
             (Err(error), _) => Err(error),
         }
@@ -687,10 +686,7 @@ impl<'r> Attempt<'r> {
                 next
             }
             Stop::Topic(topic, why) => {
-                warn!(
-                    topic,
-                    "no event of this topic is sent until the brokers take them: {why}"
-                );
+                warn!("events of this topic wait until the brokers take them: {why}");
                 self.relay.refused_topics.insert(topic, why);
                 self.has_put_off = true;
                 next

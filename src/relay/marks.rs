@@ -88,6 +88,14 @@ impl Marks {
         })
     }
 
+    /// What marks rows that were not sent with the stream.
+    pub(super) fn marker(&self) -> Marker {
+        Marker {
+            session: Arc::clone(&self.session),
+            statement: Arc::clone(&self.statement),
+        }
+    }
+
     /// This event was sent, and with it the window ends here.
     pub(super) fn sent(&mut self, event: &Event<'_>, xid: u32, end: u64) {
         self.rows.push_back(Sent {
@@ -159,6 +167,33 @@ impl Marks {
             }
         });
         Progress::default()
+    }
+}
+
+/// Marks rows that were parked, once they are sent.
+pub(super) struct Marker {
+    session: Arc<Session>,
+    statement: Arc<String>,
+}
+
+impl Marker {
+    /// Marks these events, each by its id and when it was created, in microseconds since
+    /// 1970. They were committed long ago: one that is not found is gone, or was marked.
+    ///
+    /// # Errors
+    /// If they could not be.
+    pub(super) async fn mark(&self, events: Vec<(String, i64)>) -> Result<()> {
+        let sent = |(id, created_at)| Sent {
+            end: 0,
+            xid: 0,
+            id,
+            created_at,
+        };
+        let rows: Vec<Sent> = events.into_iter().map(sent).collect();
+        for rows in rows.chunks(ROWS_MAX) {
+            mark(&self.session, &self.statement, rows).await?;
+        }
+        Ok(())
     }
 }
 

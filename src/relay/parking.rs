@@ -12,8 +12,6 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use std::time::Duration;
-
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tracing::{debug, error, warn};
@@ -60,6 +58,10 @@ struct Written {
     sequences: Vec<u64>,
     /// Topics and keys of rows that wait.
     keys: Vec<(String, String)>,
+    /// How much was added.
+    added: Count,
+    /// How many rows there were.
+    rows: i64,
 }
 
 /// What the stream and the aside both know.
@@ -82,6 +84,8 @@ pub(super) struct Holds {
     /// Ids of events that were given up and may be read again.
     decided: HashSet<String>,
     count: Count,
+    /// Rows that are being written.
+    pending: i64,
 }
 
 /// A key of which an event waits.
@@ -102,7 +106,7 @@ impl Parking {
         settings: ParkedSettings,
         refused_topics: HashMap<String, String>,
     ) -> Result<Self> {
-        let held = store.held().await?;
+        let held = store.held(true).await?;
         let shared = Arc::new(Shared::default());
         shared.change(|holds| holds.begin(held, refused_topics));
         Ok(Self {
@@ -138,25 +142,6 @@ impl Parking {
         })
     }
 
-    /// Refuses a time that is further ahead of its commit than may be.
-    pub(super) fn check_schedule(
-        &self,
-        time: Timestamp,
-        committed_at: Timestamp,
-    ) -> Result<(), String> {
-        let ahead = time
-            .unix_micros()
-            .saturating_sub(committed_at.unix_micros());
-        let max = self.settings.schedule_max;
-        if ahead.is_negative() || Duration::from_micros(ahead.unsigned_abs()) <= max {
-            return Ok(());
-        }
-        Err(format!(
-            "it is scheduled for {time}, further ahead than --max-schedule allows ({} days)",
-            max.as_secs() / 86_400
-        ))
-    }
-
     /// What is written of a row; nothing if not even its columns are known.
     pub(super) fn row(
         &self,
@@ -189,13 +174,17 @@ impl Parking {
                 due: Due::At(time),
                 ..new
             },
-            Reason::Refused(why) if self.settings.on_poison == OnPoison::Skip => NewRow {
-                status: Status::Dead,
-                attempts: 1,
-                error: Some(why),
-                owes_letter: self.settings.dead_letter_topic.is_some(),
-                ..new
-            },
+            Reason::Refused(why) | Reason::Topic(why)
+                if self.settings.on_poison == OnPoison::Skip =>
+            {
+                NewRow {
+                    status: Status::Dead,
+                    attempts: 1,
+                    error: Some(why),
+                    owes_letter: self.settings.dead_letter_topic.is_some(),
+                    ..new
+                }
+            }
             Reason::Refused(why) => NewRow {
                 due: Due::In(self.settings.backoff(1)),
                 attempts: 1,
@@ -204,6 +193,7 @@ impl Parking {
             },
             Reason::Behind => new,
             Reason::Topic(why) => NewRow {
+                // A probe stands for it.
                 awaits_topic: true,
                 error: Some(why),
                 ..new
@@ -234,29 +224,25 @@ impl Parking {
 
     /// The brokers take nothing of this topic.
     pub(super) fn hold_topic(&self, topic: String, why: String) {
-        warn!(
-            topic,
-            "no event of this topic is sent until the brokers take them: {why}"
-        );
-        self.shared.change(|holds| holds.topics.insert(topic, why));
+        self.shared.hold_topic(topic, why);
         self.shared.wake.notify_one();
     }
 
     /// Refuses one more row of this status where there are as many as may be.
     pub(super) fn check_room(&self, status: Status, bytes: usize) -> Result<()> {
-        let count = self.shared.with(|holds| holds.count);
-        let is_over = |number: i64, max: u64| number.unsigned_abs() >= max;
+        let (count, pending) = self.shared.with(|holds| (holds.count, holds.pending));
+        let is_over = |number: i64, max: u64| (number + pending).unsigned_abs() >= max;
         let settings = &self.settings;
         let message = match status {
             Status::Scheduled if is_over(count.scheduled, settings.scheduled_max) => format!(
                 "{} events are scheduled, as many as --scheduled-max allows: raise it, or cancel some by `postbox cancel`",
-                count.scheduled
+                count.scheduled + pending
             ),
             Status::Scheduled => return Ok(()),
             _ if is_over(count.waiting + count.dead, settings.rows_max) => format!(
                 "{} events are parked, as many as --parked-max allows: `postbox parked list` shows why; mend that \
                  and have them tried again, skip them, or raise it",
-                count.waiting + count.dead
+                count.waiting + count.dead + pending
             ),
             _ if count.bytes.unsigned_abs() + bytes as u64 > settings.bytes_max => format!(
                 "{} bytes are parked, and one more event would be above --parked-bytes-max: `postbox parked list` \
@@ -270,16 +256,8 @@ impl Parking {
 
     /// Parks a row, which stands in the window under this number.
     pub(super) fn park(&mut self, sequence: u64, row: NewRow) {
-        let bytes = i64::try_from(row.row.bytes.len()).unwrap_or(i64::MAX);
         self.shared.change(|holds| {
-            match row.status {
-                Status::Scheduled => holds.count.scheduled += 1,
-                Status::Waiting => holds.count.waiting += 1,
-                Status::Dead => holds.count.dead += 1,
-            }
-            if row.status != Status::Scheduled {
-                holds.count.bytes += bytes;
-            }
+            holds.pending += 1;
             if let (Status::Waiting, Some(topic), Some(key)) = (row.status, &row.topic, &row.key) {
                 let keys = holds.keys.entry(topic.clone()).or_default();
                 let hold = keys.entry(key.clone()).or_default();
@@ -299,8 +277,15 @@ impl Parking {
         let Some(written) = self.writing.join_next().await else {
             return std::future::pending().await;
         };
-        let Written { sequences, keys } = joined(written)?;
+        let Written {
+            sequences,
+            keys,
+            added,
+            rows,
+        } = joined(written)?;
         self.shared.change(|holds| {
+            holds.pending -= rows;
+            holds.count.add(&added);
             for (topic, key) in &keys {
                 if let Some(hold) = holds.hold(topic, key) {
                     hold.pending -= 1;
@@ -336,11 +321,18 @@ impl Parking {
                     error = store.ended() => Err(error),
                 }
             };
-            parked.await?;
+            let new = parked.await?;
+            let mut added = Count::default();
+            for row in rows.iter().filter(|row| new.contains(&row.id)) {
+                added.count(row);
+            }
+            let count = i64::try_from(rows.len()).unwrap_or(i64::MAX);
             let waiting = rows.into_iter().filter(|row| row.status == Status::Waiting);
             Ok(Written {
                 sequences,
                 keys: waiting.filter_map(|row| row.topic.zip(row.key)).collect(),
+                added,
+                rows: count,
             })
         });
     }
@@ -355,6 +347,15 @@ pub(super) async fn next(parking: Option<&mut Parking>) -> Result<Vec<u64>> {
 }
 
 impl Shared {
+    /// The brokers take nothing of this topic. Says so, once.
+    pub(super) fn hold_topic(&self, topic: String, why: String) {
+        if self.with(|holds| holds.topics.contains_key(&topic)) {
+            return;
+        }
+        warn!("events of this topic wait until the brokers take them: {why}");
+        self.change(|holds| holds.topics.insert(topic, why));
+    }
+
     pub(super) fn with<T>(&self, look: impl FnOnce(&Holds) -> T) -> T {
         look(&self.holds.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -399,11 +400,6 @@ impl Holds {
     /// Topics that are held.
     pub(super) fn topics(&self) -> &HashMap<String, String> {
         &self.topics
-    }
-
-    /// This topic is held, and why.
-    pub(super) fn hold_topic(&mut self, topic: String, why: String) {
-        self.topics.insert(topic, why);
     }
 
     /// The brokers take records for this topic.
@@ -484,6 +480,26 @@ impl Holds {
     /// How much there is, as it was counted.
     pub(super) fn count(&mut self, count: Count) {
         self.count = count;
+    }
+
+    /// How much there is.
+    pub(super) fn counted(&self) -> Count {
+        self.count
+    }
+
+    /// So many events are scheduled, as they were counted.
+    pub(super) fn count_scheduled(&mut self, events: i64) {
+        self.count.scheduled = events;
+    }
+
+    /// Scheduled events have gone.
+    pub(super) fn unschedule(&mut self, events: i64) {
+        self.count.scheduled = (self.count.scheduled - events).max(0);
+    }
+
+    /// Whether any event was given up that may be read again.
+    pub(super) fn has_decided(&self) -> bool {
+        !self.decided.is_empty()
     }
 
     /// Of what was given up only these may be read again by now.

@@ -1,5 +1,7 @@
 //! Topics that the brokers have refused a moment ago: they are not asked again for each row
-//! that is put off. Forgotten by then, so that names which rows make up do not pile up.
+//! that is put off. And those that they have refused in the last hour: when they are asked
+//! again, nobody waits for the topic to be made. Forgotten by then, so that names which rows
+//! make up do not pile up.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -9,6 +11,9 @@ use tokio::time::Instant;
 /// How long a topic that was refused is not asked about again.
 const REFUSED_TOPIC_MAX: Duration = Duration::from_secs(10);
 
+/// How long it is known that it was.
+const KNOWN_MAX: Duration = Duration::from_secs(3600);
+
 /// By name: since when, and why.
 #[derive(Debug, Default)]
 pub(super) struct RefusedTopics(HashMap<String, (Instant, String)>);
@@ -16,8 +21,14 @@ pub(super) struct RefusedTopics(HashMap<String, (Instant, String)>);
 impl RefusedTopics {
     /// The brokers refuse this topic, as of `now`.
     pub(super) fn insert(&mut self, name: String, why: String, now: Instant) {
-        self.0.retain(|_, (since, _)| is_recent(*since, now));
+        self.0
+            .retain(|_, (since, _)| now.duration_since(*since) < KNOWN_MAX);
         self.0.insert(name, (now, why));
+    }
+
+    /// Whether it was refused before.
+    pub(super) fn knows(&self, name: &str) -> bool {
+        self.0.contains_key(name)
     }
 
     /// Why they do, if they have said so of late.
@@ -47,7 +58,9 @@ mod tests {
             Some("why")
         );
         assert_eq!(topics.why("a", late), None);
-        topics.insert("b".to_owned(), "why".to_owned(), late);
-        assert_eq!(topics.0.len(), 1);
+        assert!(topics.knows("a"));
+        let later = start + KNOWN_MAX;
+        topics.insert("b".to_owned(), "why".to_owned(), later);
+        assert!(!topics.knows("a"));
     }
 }

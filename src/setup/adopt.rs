@@ -136,6 +136,14 @@ async fn restamp(
         (&restored as _, Type::TEXT),
     ];
     let rows: i64 = transaction.query_typed_one(&sql, &parameters).await?.get(0);
+    // What waits is behind a relay like its row in the outbox, of which it is a copy; positions
+    // in the WAL mean nothing here.
+    let sql = contract.sql(
+        "UPDATE :\"schema\".parked AS p SET commit_lsn = NULL, xid = coalesce( \
+             (SELECT max(o.xid) FROM :\"schema\".outbox AS o WHERE o.id::text = p.id), '3') \
+         WHERE p.relay = :'slot'",
+    );
+    transaction.batch_execute(&sql).await?;
     let snapshot = without(now, own);
     let lsn = match checkpoint.mode {
         Mode::Wal => "lsn = NULL",

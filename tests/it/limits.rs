@@ -3,7 +3,7 @@
 
 use postbox::contract::Contract;
 
-use crate::poison::{assert_stopped_by, create_topic, insert_returning_id};
+use crate::poison::{STOP, assert_stopped_by, create_topic, insert_returning_id};
 use crate::support::{Fixture, Relay, postbox, run, wait_until};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -32,7 +32,7 @@ async fn names_of_63_bytes_work_and_longer_ones_are_refused() {
 async fn a_topics_name_has_249_bytes_at_most() {
     let mut fixture = Fixture::new().await;
     fixture.topic = format!("{:x<249}", fixture.topic);
-    let relay = Relay::streaming(&fixture, &[]).await;
+    let relay = Relay::streaming(&fixture, &STOP).await;
     fixture.insert("a", "{}").await;
     fixture.wait_for_confirmation().await;
     assert_eq!(fixture.records().await.len(), 1);
@@ -65,7 +65,7 @@ async fn a_record_at_the_topics_limit_flows_and_one_byte_more_is_refused() {
     let fixture = Fixture::new().await;
     create_topic(&fixture, &LIMIT.to_string()).await;
     let flags = ["--format", "raw", "-X", "compression.codec=none"];
-    let relay = Relay::streaming(&fixture, &flags).await;
+    let relay = Relay::streaming(&fixture, &[&flags[..], &STOP].concat()).await;
     let fits = (0..LIMIT)
         .rev()
         .find(|value| batch_size("a", *value) <= LIMIT)
@@ -88,7 +88,8 @@ async fn a_record_at_our_own_limit_flows_and_one_byte_more_is_refused() {
     const NUMBERS: usize = 36 + 2 * 2;
     let fixture = Fixture::new().await;
     let own = format!("message.max.bytes={LIMIT}");
-    let relay = Relay::streaming(&fixture, &["--format", "raw", "-X", &own]).await;
+    let flags = [&["--format", "raw", "-X", &own][..], &STOP].concat();
+    let relay = Relay::streaming(&fixture, &flags).await;
     let rest = "a".len() + "id".len() + 36 + "event_type".len() + "changed".len();
     let payload = |size: usize| format!("\"{}\"", "x".repeat(size - rest - 2));
     let fits = LIMIT - NUMBERS;

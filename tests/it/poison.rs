@@ -1,5 +1,5 @@
-//! Events that can never go out, batches that a broker refuses, and what must
-//! stop a relay.
+//! Events that can never go out, where the relay is to stop at them; batches that a broker
+//! refuses; and what must stop a relay.
 
 use std::time::Duration;
 
@@ -10,6 +10,9 @@ use rdkafka::admin::{
 use rdkafka::client::DefaultClientContext;
 
 use crate::support::{Fixture, Relay, SMALL_WINDOW, WINDOW, wait_until};
+
+/// The relay ends at what cannot go out.
+pub(crate) const STOP: [&str; 2] = ["--on-poison", "stop"];
 
 pub(crate) fn admin(fixture: &Fixture) -> AdminClient<DefaultClientContext> {
     ClientConfig::new()
@@ -69,7 +72,7 @@ pub(crate) fn incompressible(bytes: usize) -> String {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_row_that_is_too_large_stops_the_relay_and_is_named() {
     let fixture = Fixture::new().await;
-    let relay = Relay::streaming(&fixture, &[]).await;
+    let relay = Relay::streaming(&fixture, &STOP).await;
     for _ in 0..20 {
         fixture.insert("a", "{}").await;
     }
@@ -82,7 +85,7 @@ async fn a_row_that_is_too_large_stops_the_relay_and_is_named() {
     // What stands behind it in its key has not overtaken it.
     assert_eq!(fixture.records().await.len(), 20);
     // The next relay stops at the same event, now the first of its producer.
-    let again = Relay::start(&fixture, &[]);
+    let again = Relay::start(&fixture, &STOP);
     assert_stopped_by(again, &fixture, &id, "too large").await;
     assert_eq!(fixture.records().await.len(), 20);
 }
@@ -108,7 +111,7 @@ async fn nothing_overtakes_the_first_row_of_a_producer() {
     let fixture = Fixture::new().await;
     create_topic(&fixture, "1000000").await;
     let id = insert_poison_and_many_behind(&fixture).await;
-    let relay = Relay::start(&fixture, &[]);
+    let relay = Relay::start(&fixture, &STOP);
     assert_stopped_by(relay, &fixture, &id, "too large").await;
     assert_eq!(fixture.records().await.len(), 0);
 }
@@ -119,7 +122,7 @@ async fn nothing_overtakes_the_first_row_of_a_producer() {
 async fn nothing_overtakes_a_refused_row() {
     let fixture = Fixture::new().await;
     create_topic(&fixture, "1000000").await;
-    let relay = Relay::streaming(&fixture, &[]).await;
+    let relay = Relay::streaming(&fixture, &STOP).await;
     fixture.insert("a", "{}").await;
     fixture.wait_for_confirmation().await;
     let id = insert_poison_and_many_behind(&fixture).await;
@@ -142,7 +145,7 @@ async fn a_refused_delivery_repeats_only_what_was_in_flight() {
     // A server that is busy writing may not read a confirmation before it is let go. This
     // one has not even left.
     let flags = ["--in-flight-max", "500", "--status-interval", "4s"];
-    let relay = Relay::start(&fixture, &flags);
+    let relay = Relay::start(&fixture, &[&flags[..], &STOP].concat());
     assert_stopped_by(relay, &fixture, &id, "too large").await;
     let records = fixture.records().await.len();
     assert!((20_000..=21_000).contains(&records), "{records}");
@@ -151,7 +154,7 @@ async fn a_refused_delivery_repeats_only_what_was_in_flight() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_row_that_no_broker_would_read_stops_the_relay() {
     let fixture = Fixture::new().await;
-    let relay = Relay::streaming(&fixture, &[]).await;
+    let relay = Relay::streaming(&fixture, &STOP).await;
     let sql = "INSERT INTO postbox.outbox (aggregate_type, aggregate_id, event_type, payload) \
                SELECT $1, 'a', 'changed', to_json(repeat('0123456789', 12000000)) RETURNING id::text";
     let row = fixture.client.query_one(sql, &[&fixture.topic]).await;
@@ -169,7 +172,7 @@ async fn a_relay_that_is_started_again_and_again_at_one_event_repeats_nothing() 
                   VALUES ('a', 'b', 'c', 'no spaces')";
     fixture.client.batch_execute(poison).await.unwrap();
     for _ in 0..3 {
-        let mut relay = Relay::start(&fixture, &[]);
+        let mut relay = Relay::start(&fixture, &STOP);
         assert_eq!(relay.exit_code().await, 8, "{}", relay.log());
     }
     assert_eq!(fixture.records().await.len(), 20);
@@ -208,13 +211,13 @@ pub(crate) async fn assert_repeats_nothing(fixture: &Fixture, flags: &[&str]) {
 async fn a_relay_that_is_started_again_and_again_at_a_refused_event_repeats_nothing() {
     let fixture = Fixture::new().await;
     insert_with_one_refused(&fixture).await;
-    assert_repeats_nothing(&fixture, &[]).await;
+    assert_repeats_nothing(&fixture, &STOP).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_topic_name_that_kafka_does_not_allow_stops_the_relay() {
     let fixture = Fixture::new().await;
-    let relay = Relay::streaming(&fixture, &[]).await;
+    let relay = Relay::streaming(&fixture, &STOP).await;
     let sql = "INSERT INTO postbox.outbox (aggregate_type, aggregate_id, event_type, topic) \
                VALUES ('a', 'b', 'c', 'no spaces') RETURNING id::text";
     let id: String = fixture.client.query_one(sql, &[]).await.unwrap().get(0);
@@ -224,7 +227,7 @@ async fn a_topic_name_that_kafka_does_not_allow_stops_the_relay() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_topic_that_nobody_creates_stops_the_relay() {
     let fixture = Fixture::with_servers(&[], &["auto.create.topics.enable=false"]).await;
-    let relay = Relay::streaming(&fixture, &[]).await;
+    let relay = Relay::streaming(&fixture, &STOP).await;
     let id = insert_returning_id(&fixture, "a", "{}").await;
     assert_stopped_by(relay, &fixture, &id, "create the topic").await;
 }
@@ -232,7 +235,7 @@ async fn a_topic_that_nobody_creates_stops_the_relay() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_row_that_is_not_an_event_stops_the_relay() {
     let fixture = Fixture::new().await;
-    let relay = Relay::streaming(&fixture, &[]).await;
+    let relay = Relay::streaming(&fixture, &STOP).await;
     let alter = "ALTER TABLE postbox.outbox RENAME COLUMN event_type TO kind";
     fixture.client.batch_execute(alter).await.unwrap();
     let sql = "INSERT INTO postbox.outbox (aggregate_type, aggregate_id, kind) VALUES ('a', 'b', 'c') RETURNING id::text";
@@ -243,7 +246,7 @@ async fn a_row_that_is_not_an_event_stops_the_relay() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_payload_that_is_not_json_stops_the_relay() {
     let fixture = Fixture::new().await;
-    let relay = Relay::streaming(&fixture, &[]).await;
+    let relay = Relay::streaming(&fixture, &STOP).await;
     let alter = "ALTER TABLE postbox.outbox ALTER COLUMN payload TYPE text";
     fixture.client.batch_execute(alter).await.unwrap();
     let sql = "INSERT INTO postbox.outbox (aggregate_type, aggregate_id, event_type, payload) \

@@ -13,6 +13,7 @@ use rdkafka::types::RDKafkaApiKey::Produce;
 use rdkafka::types::RDKafkaErrorCode;
 use rdkafka::types::RDKafkaRespErr::{self, *};
 
+use crate::poison::STOP;
 use crate::support::{Fixture, Relay, wait_until};
 
 /// A window is this many requests, as many as may be on their way to a broker.
@@ -217,7 +218,16 @@ impl Round<'_> {
     fn start(&self) -> Relay {
         let batch = format!("batch.num.messages={EVENTS}");
         // A request is sent when it is full, and only then.
-        let properties = ["-X", &batch, "-X", "linger.ms=50", "-X", "debug=msg"];
+        let properties = [
+            "-X",
+            &batch,
+            "-X",
+            "linger.ms=50",
+            "-X",
+            "debug=msg",
+            STOP[0],
+            STOP[1],
+        ];
         let mut command = Relay::command(self.fixture, &properties);
         Relay::spawn(command.env("RUST_LOG", "info,librdkafka=debug"))
     }

@@ -47,6 +47,11 @@ impl Mode {
         matches!(self, Self::Wal | Self::Marks)
     }
 
+    /// Whether events may wait in our own outbox.
+    pub(super) fn can_park(self) -> bool {
+        matches!(self, Self::Wal | Self::Poll | Self::Divided)
+    }
+
     /// Whether several relays are at work at once.
     pub(super) fn is_shared(self) -> bool {
         matches!(self, Self::Divided | Self::Claims)

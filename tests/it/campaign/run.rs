@@ -3,11 +3,13 @@
 use std::time::{Duration, Instant};
 
 use postbox::oracle::{self, Choices, Load, Verdict};
+use rdkafka::admin::{AdminOptions, AlterConfig, ResourceSpecifier};
 
 use super::mode::Mode;
 use super::repeats::{End, History, Stretch, now};
-use super::schedule::{Action, Schedule, Side};
+use super::schedule::{Action, LARGE, SMALL, Schedule, Side};
 use super::world::World;
+use crate::poison::{admin, create_topic};
 use crate::support::{Fixture, Relay, Weather, wait_until};
 
 /// What a run has shown.
@@ -31,6 +33,16 @@ const STALL_MAX: Duration = Duration::from_secs(60);
 
 /// How long a relay that is told to stop is waited for before the next one starts.
 const END_MAX: Duration = Duration::from_secs(1);
+
+/// So often tried that what is too large for a while is mostly not given up.
+const PATIENT: [&str; 6] = [
+    "--retry-backoff-min",
+    "50ms",
+    "--retry-backoff-max",
+    "400ms",
+    "--max-attempts",
+    "20",
+];
 
 impl Outcome {
     /// But for what was repeated.
@@ -74,6 +86,9 @@ pub(super) async fn run(world: &mut World, seed: u64, mode: Mode) -> Outcome {
         frozen: None,
         history: History::default(),
     };
+    if run.schedule.is_poisoned {
+        create_topic(&run.fixture, SMALL).await;
+    }
     for _ in 0..run.schedule.relays {
         run.start_relay();
     }
@@ -108,6 +123,9 @@ impl Run<'_> {
             "1s",
         ];
         flags.extend(mode.iter().map(String::as_str));
+        if self.schedule.is_poisoned {
+            flags.extend(PATIENT);
+        }
         self.relays.push(Relay::start(&self.fixture, &flags));
     }
 
@@ -154,6 +172,7 @@ impl Run<'_> {
             Action::Network(side, weather) => self.world.proxy(side).weather(weather),
             Action::Cut(side) => self.world.proxy(side).cut(),
             Action::Burst(events) => self.burst(events).await,
+            Action::Limit(bytes) => self.limit(bytes).await,
         }
         let is_fair = self.world.proxy(Side::Postgres).is(Weather::Fair);
         let hears = is_fair && self.world.postgres_runs();
@@ -306,8 +325,19 @@ impl Run<'_> {
         writers.stop().await.unwrap();
     }
 
+    /// If Kafka takes it now.
+    async fn limit(&self, bytes: &str) {
+        let resource = ResourceSpecifier::Topic(&self.fixture.topic);
+        let limit = AlterConfig::new(resource).set("max.message.bytes", bytes);
+        let options = AdminOptions::new().request_timeout(Some(Duration::from_millis(500)));
+        let _ = admin(&self.fixture).alter_configs(&[limit], &options).await;
+    }
+
     async fn heal(&mut self) {
         self.world.heal();
+        if self.schedule.is_poisoned {
+            self.limit(LARGE).await;
+        }
         self.history.postgres_hears(true);
         self.wake();
         self.fixture.reconnect().await;
@@ -348,6 +378,16 @@ impl Run<'_> {
             );
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
+        if self.schedule.is_poisoned {
+            let waiting =
+                "SELECT count(*) FROM postbox.parked WHERE status IN ('scheduled', 'waiting')";
+            wait_until("nothing waits", async || {
+                self.limit(LARGE).await;
+                let row = self.fixture.client.query_one(waiting, &[]).await.unwrap();
+                row.get::<_, i64>(0) == 0
+            })
+            .await;
+        }
         // Before an orderly end, which might mark what is left.
         let unmarked = mode.unmarked(&self.fixture).await;
         self.stop_all().await;
@@ -361,7 +401,11 @@ impl Run<'_> {
             mode,
             verdict: oracle::judge(&ledger, &records),
             unmarked,
-            stretches: self.history.stretches(&self.schedule, &records),
+            // What is refused ends attempts, as often as it comes, and each may repeat.
+            stretches: match self.schedule.is_poisoned {
+                true => Vec::new(),
+                false => self.history.stretches(&self.schedule, &records),
+            },
             longest_stall: Duration::from_millis(stall),
             longest_recovery,
         }

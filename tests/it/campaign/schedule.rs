@@ -19,6 +19,8 @@ pub(super) struct Schedule {
     pub(super) at_work_max: u64,
     pub(super) load: Load,
     pub(super) in_flight_max: usize,
+    /// Whether some events cannot go out, some only now and then, and some later.
+    pub(super) is_poisoned: bool,
     /// Whether it has only what must have nothing repeated.
     pub(super) is_gentle: bool,
     pub(super) steps: Vec<Step>,
@@ -61,7 +63,13 @@ pub(super) enum Action {
     LoseSlot,
     /// So many events in one transaction.
     Burst(i32),
+    /// The topic's `max.message.bytes`.
+    Limit(&'static str),
 }
+
+/// Limits of a topic: some events are too large for one of them.
+pub(super) const SMALL: &str = "2000";
+pub(super) const LARGE: &str = "1000000";
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Side {
@@ -89,10 +97,25 @@ impl Schedule {
         load.large_rounds = choices.between(20, 60) as i32;
         load.events_per_second = choices.of(&[500.0, 2_000.0, 10_000.0]);
         let in_flight_max = choices.of(&[20, 500, 10_000]);
+        // Of its own, so that all else is drawn as without it.
+        let is_poisoned = mode.can_park() && Choices::new(seed + 1_000_000).below(3) == 0;
+        if is_poisoned {
+            load.poison_per_mille = 2;
+            load.bulky_per_mille = 3;
+            load.bulk = 5_000;
+            load.scheduled_per_mille = 20;
+        }
         let mut steps = Vec::new();
         let harms = harms(mode, &mut choices);
         for _ in 0..choices.between(3, 8) {
             draw_harm(harms, &mut choices, &mut steps);
+        }
+        if is_poisoned {
+            for (number, at) in (500..).step_by(700).take(8).enumerate() {
+                let action = Action::Limit(if number % 2 == 0 { LARGE } else { SMALL });
+                let at = Duration::from_millis(at);
+                steps.push(Step { at, action });
+            }
         }
         steps.sort_by_key(|step| step.at);
         let (relays, at_work_max) = match mode {
@@ -110,6 +133,7 @@ impl Schedule {
             at_work_max,
             load,
             in_flight_max,
+            is_poisoned,
             is_gentle: harms == GENTLE,
             steps,
         }

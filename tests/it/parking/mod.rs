@@ -1,10 +1,14 @@
 //! Events that cannot go out, or must not yet: what they hold up, and what becomes of them.
 
+mod crash;
+mod policies;
 mod refused;
 mod scheduled;
 mod topics;
 
-use crate::support::{Fixture, wait_until};
+use std::time::{Duration, Instant};
+
+use crate::support::{Fixture, PATIENCE};
 
 /// Tried again soon.
 pub(crate) const SOON: [&str; 4] = ["--retry-backoff-min", "10ms", "--retry-backoff-max", "50ms"];
@@ -18,6 +22,13 @@ pub(crate) async fn parked(fixture: &Fixture) -> Vec<String> {
 
 /// Waits until the table says this.
 pub(crate) async fn wait_for_parked(fixture: &Fixture, lines: &[&str]) {
-    let what = format!("parked: {lines:?}");
-    wait_until(&what, async || parked(fixture).await == lines).await;
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let found = parked(fixture).await;
+        if found == lines {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{found:?}, not {lines:?}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
 }

@@ -1,1 +1,64 @@
 //! A topic that the brokers do not take.
+
+use rdkafka::admin::{AdminOptions, NewTopic, TopicReplication};
+
+use super::{SOON, parked, wait_for_parked};
+use crate::poison::admin;
+use crate::support::{Fixture, Relay, wait_until};
+
+async fn create(fixture: &Fixture, name: &str) {
+    let topic = NewTopic::new(name, 1, TopicReplication::Fixed(1));
+    let created = admin(fixture)
+        .create_topics(&[topic], &AdminOptions::new())
+        .await;
+    created.unwrap().remove(0).unwrap();
+}
+
+/// What goes to it waits, in its order and untried; what does not is not held up.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn events_of_a_topic_that_nobody_creates_wait_for_it() {
+    let mut fixture = Fixture::with_servers(&[], &["auto.create.topics.enable=false"]).await;
+    let there = fixture.topic.clone();
+    create(&fixture, &there).await;
+    let missing = format!("{there}-missing");
+    let flags = [&SOON[..], &["--max-attempts", "1"]].concat();
+    let mut relay = Relay::streaming(&fixture, &flags).await;
+    for number in 0..20 {
+        fixture.topic.clone_from(&missing);
+        fixture.insert(&(number % 3).to_string(), "{}").await;
+        fixture.topic.clone_from(&there);
+        fixture.insert(&(number % 3).to_string(), "{}").await;
+    }
+    fixture.wait_for_confirmation().await;
+    assert_eq!(fixture.records().await.len(), 20);
+    assert_eq!(parked(&fixture).await.len(), 20);
+    let told =
+        format!("events of this topic wait until the brokers take them: topic \"{missing}\"");
+    relay.wait_for_log(&told).await;
+    // A relay that comes later knows that it is held.
+    relay.drain().await;
+    let relay = Relay::streaming(&fixture, &flags).await;
+    fixture.topic.clone_from(&missing);
+    fixture.insert("0", "{}").await;
+    fixture.wait_for_confirmation().await;
+    assert!(
+        parked(&fixture)
+            .await
+            .iter()
+            .all(|line| line.ends_with(" 0"))
+    );
+    create(&fixture, &missing).await;
+    wait_for_parked(&fixture, &[]).await;
+    fixture.insert("1", "{}").await;
+    wait_until("it is sent directly", async || {
+        relay.published(&missing) == 22
+    })
+    .await;
+    fixture.wait_for_confirmation().await;
+    relay.drain().await;
+    let enter = "INSERT INTO postbox_oracle.ledger SELECT id, aggregate_id, seq FROM postbox.outbox \
+                 WHERE aggregate_type LIKE '%-missing'";
+    fixture.client.batch_execute(enter).await.unwrap();
+    let verdict = fixture.verdict().await;
+    assert!(verdict.is_clean(0), "{verdict}");
+}

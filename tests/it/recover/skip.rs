@@ -1,7 +1,7 @@
 //! `postbox recover --skip-missed`: what was missed is given up.
 
 use super::{FAST, missed};
-use crate::poison::{assert_repeats_nothing, insert_with_one_refused};
+use crate::poison::{STOP, assert_repeats_nothing, insert_with_one_refused};
 use crate::support::{Fixture, Output, Relay, connect, wait_until};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -42,7 +42,7 @@ async fn an_event_of_the_gap_that_cannot_go_out_is_named_and_can_be_skipped() {
     let named = format!("event with seq {seq}, id {id} (read from the table) cannot go out");
     // As often as it is started: what is before it is not repeated.
     for _ in 0..2 {
-        let mut relay = Relay::start(&fixture, &FAST);
+        let mut relay = Relay::start(&fixture, &[&FAST[..], &STOP].concat());
         assert_eq!(relay.exit_code().await, 8, "{}", relay.log());
         assert!(relay.log().contains(&named), "{}", relay.log());
     }
@@ -68,7 +68,7 @@ async fn an_event_of_the_gap_that_is_refused_repeats_nothing() {
     fixture.drop_slot().await;
     insert_with_one_refused(&fixture).await;
     fixture.recover(&[]).results();
-    assert_repeats_nothing(&fixture, &FAST).await;
+    assert_repeats_nothing(&fixture, &[&FAST[..], &STOP].concat()).await;
 }
 
 /// A row that no slot would give an event for is named, whichever column it is.
@@ -84,7 +84,7 @@ async fn a_row_of_the_gap_without_a_time_is_named() {
         );
         fixture.client.batch_execute(&timeless).await.unwrap();
         fixture.recover(&[]).results();
-        let mut relay = Relay::start(&fixture, &FAST);
+        let mut relay = Relay::start(&fixture, &[&FAST[..], &STOP].concat());
         assert_eq!(relay.exit_code().await, 8, "{}", relay.log());
         assert!(relay.log().contains("created_at"), "{}", relay.log());
     }

@@ -11,6 +11,7 @@ use super::acls::Operation::{Describe, Write};
 use super::acls::{Acl, Operation, Permission};
 use super::servers::{CLERK, GUARD, GUEST, kafka, kafka_flags};
 use super::{borrowed, complaint};
+use crate::poison::STOP;
 use crate::support::{Fixture, Relay, SMALL_WINDOW, WINDOW};
 
 /// A topic with one partition, on which this user has these rights.
@@ -53,7 +54,8 @@ async fn on_secure_kafka() -> Fixture {
 
 fn relay(fixture: &Fixture, user: &str) -> Relay {
     let flags = kafka_flags("IN", &[("sasl.username", user)]);
-    Relay::start(fixture, &[&borrowed(&flags)[..], &SMALL_WINDOW].concat())
+    let flags = [&borrowed(&flags)[..], &SMALL_WINDOW, &STOP].concat();
+    Relay::start(fixture, &flags)
 }
 
 async fn assert_stopped(mut relay: Relay, id: &str, topic: &str) {

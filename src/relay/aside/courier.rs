@@ -1,0 +1,311 @@
+//! A producer for what waits, and what makes records of rows that were laid by.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use rdkafka::error::RDKafkaErrorCode;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, timeout};
+
+use super::Tools;
+use crate::envelope::{Encoder, Record};
+use crate::error::{ErrorKind, Result, joined};
+use crate::metrics::Metrics;
+use crate::parked::{ParkedSettings, Status, Taken};
+use crate::publisher::codes::explain;
+use crate::publisher::{
+    BATCH_BYTES, Fit, KafkaSettings, Publisher, Report, SendError, Topic, UNKNOWN_MAX, Verdict,
+    verdict,
+};
+use crate::source::Messages;
+use crate::timestamp::Timestamp;
+
+/// How long a delivery may take before the brokers count as away.
+const REPORT_MAX: Duration = Duration::from_secs(30);
+
+/// After how long without anything to send the producer is closed.
+const IDLE_MAX: Duration = Duration::from_secs(30);
+
+/// Sends rows.
+pub(super) struct Courier {
+    publisher: Lazy,
+    maker: Maker,
+    metrics: Arc<Metrics>,
+    reports: Vec<Report>,
+}
+
+/// A producer that is made when it is needed.
+struct Lazy {
+    publisher: Option<Publisher>,
+    kafka: KafkaSettings,
+    used_at: Instant,
+}
+
+/// Makes records of rows.
+struct Maker {
+    encoder: Encoder,
+    messages: Messages,
+    settings: ParkedSettings,
+}
+
+/// What became of one record.
+pub(super) enum Sent {
+    Delivered,
+    /// It can never go out as it is, and why.
+    Refused(String),
+    /// Nothing of its topic is taken, and why.
+    TopicRefused(String, String),
+    /// No broker could be asked.
+    Away(String),
+    /// Its time has not come.
+    Early(Timestamp),
+}
+
+/// What the brokers say about topics.
+#[derive(Default)]
+pub(super) struct Resolved {
+    /// Those that they refuse, and why.
+    pub(super) refused: HashMap<String, String>,
+    /// Why they could not be asked.
+    pub(super) away: Option<String>,
+}
+
+impl Courier {
+    pub(super) fn new(tools: Tools) -> Self {
+        Self {
+            publisher: Lazy {
+                publisher: None,
+                kafka: tools.kafka,
+                used_at: Instant::now(),
+            },
+            maker: Maker {
+                encoder: tools.encoder,
+                messages: Messages::new(tools.outbox),
+                settings: tools.settings,
+            },
+            metrics: tools.metrics,
+            reports: Vec::new(),
+        }
+    }
+
+    /// Where a row goes, and what it is kept in order by.
+    pub(super) fn address(&mut self, taken: &Taken) -> Result<(String, Option<String>), Sent> {
+        let record = self.maker.record(taken)?;
+        Ok((record.topic.to_owned(), record.key.map(str::to_owned)))
+    }
+
+    /// The id of a row's event, and when it was created, in microseconds since 1970.
+    pub(super) fn identity(&self, taken: &Taken) -> Option<(String, i64)> {
+        let event = self.maker.messages.event(&taken.row).ok()?;
+        Some((event.id.to_owned(), event.created_at.unix_micros()))
+    }
+
+    /// The record of a row, unless it has none, or not yet.
+    pub(super) fn record<'a>(&'a mut self, taken: &'a Taken) -> Result<Record<'a>, Sent> {
+        self.maker.record(taken)
+    }
+
+    /// Asks about a topic, apart from what is sent.
+    pub(super) fn probe(
+        &mut self,
+        topic: &str,
+    ) -> Result<impl Future<Output = Result<Topic>> + Send + use<>> {
+        Ok(self.publisher.get()?.resolve(topic, Duration::ZERO))
+    }
+
+    /// Asks about topics that were not asked about of late. Nothing may be on its way.
+    pub(super) async fn resolve(&mut self, topics: HashSet<String>) -> Result<Resolved> {
+        let publisher = self.publisher.get()?;
+        let mut resolving = JoinSet::new();
+        for topic in topics {
+            if !publisher.knows(&topic) {
+                let resolved = publisher.resolve(&topic, UNKNOWN_MAX);
+                resolving.spawn(async move { Ok((topic, resolved.await)) });
+            }
+        }
+        let mut resolved = Resolved::default();
+        while let Some(topic) = resolving.join_next().await {
+            match joined(topic)? {
+                (_, Ok(topic)) => {
+                    if !publisher.fits(&topic) {
+                        publisher.shrink(&topic)?;
+                    }
+                    publisher.admit(&topic);
+                }
+                (name, Err(error)) if error.kind() == ErrorKind::Event => {
+                    resolved.refused.insert(name, error.chain());
+                }
+                (_, Err(error)) if error.kind().is_transient() => {
+                    resolved.away = Some(error.chain());
+                }
+                (_, Err(error)) => return Err(error),
+            }
+        }
+        Ok(resolved)
+    }
+
+    /// Hands a row over. Its delivery is reported under `sequence`.
+    pub(super) fn hand_over(&mut self, taken: &Taken, sequence: u64) -> Result<(), Sent> {
+        let publisher = self.publisher.get();
+        let publisher = publisher.map_err(|error| Sent::Away(error.chain()))?;
+        let record = self.maker.record(taken)?;
+        hand_over(publisher, &record, sequence)
+    }
+
+    /// The reports that arrive next; `None` if none does for long.
+    pub(super) async fn reports(&mut self) -> Result<Option<Vec<Report>>> {
+        let mut reports = std::mem::take(&mut self.reports);
+        let publisher = self.publisher.get()?;
+        publisher.push();
+        let deadline = Instant::now() + REPORT_MAX;
+        while reports.is_empty() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if timeout(left, publisher.reported()).await.is_err() {
+                return Ok(None);
+            }
+            publisher.take_reports(&mut reports)?;
+        }
+        Ok(Some(reports))
+    }
+
+    /// Sends a row with nothing else on its way.
+    pub(super) async fn send_alone(&mut self, taken: &Taken) -> Result<Sent> {
+        if let Err(sent) = self.hand_over(taken, 0) {
+            return Ok(sent);
+        }
+        let Some(code) = (match self.report().await? {
+            Ok(code) => code,
+            Err(sent) => return Ok(sent),
+        }) else {
+            return Ok(Sent::Delivered);
+        };
+        let failures = &self.metrics.failures;
+        failures.with_label_values(&[&format!("{code:?}")]).inc();
+        let publisher = self.publisher.get()?;
+        let sent = match self.maker.record(taken) {
+            Ok(record) => refusal(publisher, &record, code),
+            Err(sent) => sent,
+        };
+        self.renew()?;
+        Ok(sent)
+    }
+
+    /// Sends a record with nothing else on its way, to a topic that was resolved.
+    pub(super) async fn send_record(&mut self, record: &Record<'_>) -> Result<Sent> {
+        let publisher = self.publisher.get()?;
+        if let Err(sent) = hand_over(publisher, record, 0) {
+            return Ok(sent);
+        }
+        let Some(code) = (match self.report().await? {
+            Ok(code) => code,
+            Err(sent) => return Ok(sent),
+        }) else {
+            return Ok(Sent::Delivered);
+        };
+        let sent = refusal(self.publisher.get()?, record, code);
+        self.renew()?;
+        Ok(sent)
+    }
+
+    /// What the report says of the one that is on its way.
+    async fn report(&mut self) -> Result<Result<Option<RDKafkaErrorCode>, Sent>> {
+        let Some(reports) = self.reports().await? else {
+            self.forget();
+            let why = "a delivery is not acknowledged".to_owned();
+            return Ok(Err(Sent::Away(why)));
+        };
+        Ok(Ok(reports.last().and_then(|report| report.error)))
+    }
+
+    /// What is on its way is reported as failed.
+    pub(super) fn purge(&self) {
+        if let Some(publisher) = &self.publisher.publisher {
+            publisher.purge();
+        }
+    }
+
+    /// A producer that was refused a record sends no more.
+    pub(super) fn renew(&mut self) -> Result<()> {
+        match &mut self.publisher.publisher {
+            Some(publisher) => publisher.renew(),
+            None => Ok(()),
+        }
+    }
+
+    /// Whatever is on its way is nobody's any more.
+    pub(super) fn forget(&mut self) {
+        self.publisher.publisher = None;
+        self.reports.clear();
+    }
+
+    /// Closes the producer if nothing was sent for a while.
+    pub(super) fn close_if_idle(&mut self) {
+        if self.publisher.used_at.elapsed() > IDLE_MAX {
+            self.publisher.publisher = None;
+        }
+    }
+}
+
+impl Lazy {
+    fn get(&mut self) -> Result<&mut Publisher> {
+        self.used_at = Instant::now();
+        let made = match self.publisher.take() {
+            Some(publisher) => publisher,
+            None => Publisher::new(self.kafka.clone(), BATCH_BYTES)?,
+        };
+        Ok(self.publisher.insert(made))
+    }
+}
+
+impl Maker {
+    /// The record of a row, unless it has none, or not yet.
+    fn record<'a>(&'a mut self, taken: &'a Taken) -> Result<Record<'a>, Sent> {
+        let messages = &mut self.messages;
+        let taken_up = messages.take_up(&taken.row, &taken.columns);
+        taken_up.map_err(|why| Sent::Refused(why.to_string()))?;
+        let event = messages.event(&taken.row);
+        let event = event.map_err(|why| Sent::Refused(why.to_string()))?;
+        if taken.status == Status::Waiting
+            && let Some(time) = event.scheduled_at
+        {
+            let checked = self.settings.check_schedule(time, taken.row.committed_at);
+            checked.map_err(Sent::Refused)?;
+            if time > Timestamp::from(SystemTime::now()) {
+                return Err(Sent::Early(time));
+            }
+        }
+        let record = self.encoder.encode(&event);
+        record.map_err(|why| Sent::Refused(why.to_string()))
+    }
+}
+
+fn hand_over(publisher: &Publisher, record: &Record<'_>, sequence: u64) -> Result<(), Sent> {
+    let Some(destination) = publisher.destination(record) else {
+        return Err(Sent::Away("its topic is not known".to_owned()));
+    };
+    if let Fit::Never(why) = publisher.check(record, destination) {
+        return Err(Sent::Refused(why));
+    }
+    match publisher.send(record, destination.partition, sequence) {
+        Ok(()) => Ok(()),
+        Err(SendError::Row(code)) => {
+            let why = publisher.refusal(destination.topic, record.size(), code, false);
+            Err(Sent::Refused(why))
+        }
+        Err(SendError::Producer(error)) => Err(Sent::Away(error.chain())),
+    }
+}
+
+/// What it means that the brokers refused this record, which was sent alone.
+fn refusal(publisher: &Publisher, record: &Record<'_>, code: RDKafkaErrorCode) -> Sent {
+    let Some(destination) = publisher.destination(record) else {
+        return Sent::Away(explain(code));
+    };
+    let why = publisher.refusal(destination.topic, record.size(), code, true);
+    match verdict(code) {
+        Verdict::Row => Sent::Refused(why),
+        Verdict::Topic => Sent::TopicRefused(record.topic.to_owned(), why),
+        _ => Sent::Away(why),
+    }
+}

@@ -1,0 +1,114 @@
+//! Copies of dead letters, for those who look into a topic and not into a table.
+//!
+//! A letter is the record as it would have gone out, with why it did not behind its own
+//! headers; of a row that is no event, it is the row. It is owed until a broker has it, and
+//! what no broker takes is kept in the table alone.
+
+use std::borrow::Cow;
+use std::collections::HashSet;
+
+use tracing::{error, warn};
+
+use super::Sender;
+use super::courier::Sent;
+use crate::envelope::{Header, Record};
+use crate::error::Result;
+use crate::parked::Taken;
+use crate::pgoutput::{self, Message, Value};
+
+impl Sender {
+    /// Sends what is owed. Says whether it has to wait.
+    pub(super) async fn write_letters(&mut self) -> Result<bool> {
+        let Some(topic) = self.settings.dead_letter_topic.clone() else {
+            return Ok(false);
+        };
+        if !std::mem::take(&mut self.owes_letters) {
+            return Ok(false);
+        }
+        let letters = self.store.letters().await?;
+        if letters.is_empty() {
+            return Ok(false);
+        }
+        // There may be more.
+        self.owes_letters = true;
+        let mut resolved = self.courier.resolve(HashSet::from([topic.clone()])).await?;
+        let mut waits_for = resolved.away.or(resolved.refused.remove(&topic));
+        let mut sent = Vec::new();
+        for taken in letters {
+            if waits_for.is_some() {
+                break;
+            }
+            match self.write_letter(&taken, &topic).await? {
+                Sent::Delivered | Sent::Early(_) => {}
+                Sent::Away(why) | Sent::TopicRefused(_, why) => {
+                    waits_for = Some(why);
+                    continue;
+                }
+                Sent::Refused(why) => error!(
+                    "the copy of dead letter {} cannot go out either, and is kept in the table alone: {why}",
+                    taken.id
+                ),
+            }
+            sent.push(taken.id);
+        }
+        self.store.sent_letters(&sent).await?;
+        if let Some(why) = &waits_for {
+            warn!("copies of dead letters wait for their topic: {why}");
+        }
+        Ok(waits_for.is_some())
+    }
+
+    async fn write_letter(&mut self, taken: &Taken, topic: &str) -> Result<Sent> {
+        let (value, own) = match self.courier.record(taken) {
+            Ok(record) => (record.value.map(<[u8]>::to_vec), owned(&record.headers)),
+            Err(_) => (Some(row_as_json(taken)), Vec::new()),
+        };
+        let header = |name: &'static str, value: Option<&str>| Header {
+            name: Cow::from(name),
+            value: value.map(|value| Cow::from(value.to_owned())),
+        };
+        let why = [
+            header("postbox_error", taken.error.as_deref()),
+            header("postbox_topic", taken.topic.as_deref()),
+            header("postbox_event", Some(&taken.id)),
+            header("postbox_attempts", Some(&taken.attempts.to_string())),
+            header("postbox_relay", Some(self.store.relay())),
+        ];
+        let record = Record {
+            topic,
+            key: taken.key.as_deref(),
+            value: value.as_deref(),
+            headers: own.into_iter().chain(why).collect(),
+            timestamp_millis: None,
+        };
+        self.courier.send_record(&record).await
+    }
+}
+
+fn owned(headers: &[Header<'_>]) -> Vec<Header<'static>> {
+    let owned = |text: &Cow<'_, str>| Cow::from(text.to_string());
+    let headers = headers.iter();
+    headers
+        .map(|header| Header {
+            name: owned(&header.name),
+            value: header.value.as_ref().map(owned),
+        })
+        .collect()
+}
+
+/// A row as it was read: an object of its columns, as text.
+fn row_as_json(taken: &Taken) -> Vec<u8> {
+    let mut object = serde_json::Map::new();
+    if let Ok(Message::Insert(insert)) = pgoutput::decode(&taken.row.bytes) {
+        for (column, value) in taken.columns.iter().zip(insert.row.values()) {
+            let value = match value {
+                Value::Text(text) | Value::Binary(text) => {
+                    String::from_utf8_lossy(text).into_owned().into()
+                }
+                Value::Null | Value::Unchanged => serde_json::Value::Null,
+            };
+            object.insert(column.name.clone(), value);
+        }
+    }
+    serde_json::Value::from(object).to_string().into_bytes()
+}

@@ -1,0 +1,122 @@
+//! Topics that the brokers refuse, asked about now and then.
+//!
+//! A topic may be ours to see, and not to write. So that the brokers know it is only the
+//! half: what waits for it is tried, and the stream sends to it once one was delivered.
+
+use std::collections::{HashMap, HashSet};
+use std::future::pending;
+use std::time::Duration;
+
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+use tracing::{debug, info};
+
+use super::Sender;
+use crate::error::{Result, joined};
+use crate::publisher::Topic;
+
+/// How soon a topic that was refused is asked about; each further time after twice as long.
+const PROBE_MIN: Duration = Duration::from_secs(1);
+const PROBE_MAX: Duration = Duration::from_secs(60);
+
+/// What is known of them.
+#[derive(Default)]
+pub(super) struct Topics {
+    probes: HashMap<String, Probe>,
+    probing: JoinSet<Result<(String, Result<Topic>)>>,
+    /// The brokers know them by now.
+    trials: HashSet<String>,
+    /// One was delivered just now.
+    freed: Vec<String>,
+}
+
+/// When a topic is asked about.
+struct Probe {
+    at: Instant,
+    pause: Duration,
+    is_on_its_way: bool,
+}
+
+impl Topics {
+    /// Whether what waits for this topic is to be tried.
+    pub(super) fn is_on_trial(&self, topic: &str) -> bool {
+        self.trials.contains(topic)
+    }
+
+    /// An event of this topic was delivered.
+    pub(super) fn delivered(&mut self, topic: &str) {
+        if self.trials.remove(topic) {
+            info!(topic, "the brokers take events of this topic by now");
+            self.probes.remove(topic);
+            self.freed.push(topic.to_owned());
+        }
+    }
+
+    /// One was refused.
+    pub(super) fn refused(&mut self, topic: &str) {
+        self.trials.remove(topic);
+    }
+
+    /// The next answer about a topic. Cancel-safe.
+    pub(super) async fn answer(&mut self) -> Result<(String, Result<Topic>)> {
+        match self.probing.join_next().await {
+            Some(answer) => joined(answer),
+            None => pending().await,
+        }
+    }
+}
+
+impl Sender {
+    /// Asks about topics that are held, each in its time.
+    pub(super) fn probe(&mut self) -> Result<()> {
+        let held: Vec<String> = self
+            .shared
+            .with(|holds| holds.topics().keys().cloned().collect());
+        let now = Instant::now();
+        let topics = &mut self.topics;
+        for topic in held {
+            let probe = topics.probes.entry(topic.clone()).or_insert(Probe {
+                at: now + PROBE_MIN,
+                pause: PROBE_MIN,
+                is_on_its_way: false,
+            });
+            if probe.is_on_its_way || probe.at > now || topics.trials.contains(&topic) {
+                continue;
+            }
+            probe.is_on_its_way = true;
+            let resolved = self.courier.probe(&topic)?;
+            topics
+                .probing
+                .spawn(async move { Ok((topic, resolved.await)) });
+        }
+        Ok(())
+    }
+
+    /// The brokers have answered.
+    pub(super) async fn probed(&mut self, (topic, found): (String, Result<Topic>)) -> Result<()> {
+        if let Some(probe) = self.topics.probes.get_mut(&topic) {
+            probe.is_on_its_way = false;
+            // Also if they know it: what is tried then may be refused.
+            probe.pause = (probe.pause * 2).min(PROBE_MAX);
+            probe.at = Instant::now() + probe.pause;
+        }
+        if let Err(error) = found {
+            debug!("{}", error.chain());
+        } else if self.store.free_topic(&topic).await? {
+            self.topics.trials.insert(topic);
+        } else {
+            self.shared.change(|holds| holds.free_topic(&topic));
+        }
+        Ok(())
+    }
+
+    /// The stream sends to topics again of which one was delivered.
+    pub(super) async fn free_topics(&mut self) -> Result<()> {
+        for topic in std::mem::take(&mut self.topics.freed) {
+            self.shared.change(|holds| holds.free_topic(&topic));
+            // What was parked meanwhile.
+            self.store.free_topic(&topic).await?;
+        }
+        Ok(())
+    }
+}
