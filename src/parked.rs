@@ -31,6 +31,7 @@
 //! - A relay that was frozen may write when another is at work, which has parked on. So each
 //!   write names the epoch of its checkpoint.
 
+mod statements;
 pub(crate) mod store;
 
 use std::sync::Arc;
@@ -123,6 +124,14 @@ impl ParkedSettings {
             "it is scheduled for {time}, further ahead than --max-schedule allows, {} days",
             self.schedule_max.as_secs() / 86_400
         ))
+    }
+
+    /// After how many refusals an event is a dead letter.
+    pub(crate) fn tries_max(&self) -> u32 {
+        match self.on_poison {
+            OnPoison::Skip => 1,
+            OnPoison::Park | OnPoison::Stop => self.attempts_max,
+        }
     }
 
     /// How long to wait after so many refusals: half of it at least, the rest at random, so

@@ -202,6 +202,15 @@ impl Publisher {
         self.known(number).0
     }
 
+    /// The largest batch of a topic that was resolved, after compression, if it is ours to ask
+    /// for.
+    ///
+    /// # Panics
+    /// If there is no such topic.
+    pub fn limit(&self, number: usize) -> Option<usize> {
+        self.known(number).1.message_bytes_max
+    }
+
     fn known(&self, number: usize) -> (&str, &Known) {
         let mut topics = self.topics.iter();
         let found = topics.find(|(_, known)| known.number == number);

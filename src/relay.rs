@@ -138,6 +138,9 @@ pub struct Relay {
     condemned: BTreeMap<Place, String>,
     /// Topics that were refused altogether, and why, until that is in the table.
     refused_topics: HashMap<String, String>,
+    /// From which size on records of a topic were too large, and may be still: they are parked
+    /// untried, until one passes.
+    too_large: HashMap<String, usize>,
     /// The largest batch. An attempt with a refused batch halves it, as the topic's limit may be
     /// smaller and not ours to ask for; it does not grow again.
     batch_bytes: usize,
@@ -170,6 +173,7 @@ impl Relay {
             suspects: BTreeSet::new(),
             condemned: BTreeMap::new(),
             refused_topics: HashMap::new(),
+            too_large: HashMap::new(),
             batch_bytes: BATCH_BYTES,
             unstored: None,
             nonce: uuid::Uuid::new_v4().to_string(),

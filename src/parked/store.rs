@@ -10,6 +10,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio_postgres::types::{PgLsn, ToSql, Type};
 
+use super::statements::Statements;
 use super::{Due, NewRow, Status, Taken};
 use crate::catalog::Slices;
 use crate::contract::Contract;
@@ -21,12 +22,13 @@ use crate::timestamp::Timestamp;
 
 /// Begins each transaction. What is parked must outlast a crash once its position is
 /// confirmed; a standby that is away is waited for, as by the application. So is a lock:
-/// somebody decides about a row.
+/// somebody decides about a row. The planner may not know how much there is by now.
 const BEGIN: &str = "BEGIN; \
     SELECT set_config('synchronous_commit', 'on', true) \
     WHERE current_setting('synchronous_commit') IN ('off', 'local'); \
     SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 0; \
-    SET LOCAL idle_in_transaction_session_timeout = '5s'; SET LOCAL row_security = off";
+    SET LOCAL idle_in_transaction_session_timeout = '5s'; SET LOCAL row_security = off; \
+    SET LOCAL enable_seqscan = off; SET LOCAL jit = off; SET LOCAL max_parallel_workers_per_gather = 0";
 
 /// The most keys or scheduled events that are taken at once, and how many follow of one key.
 const TAKE_MAX: i64 = 256;
@@ -116,31 +118,6 @@ pub(crate) struct Refused {
     pub(crate) backoff: Duration,
     pub(crate) is_dead: bool,
     pub(crate) owes_letter: bool,
-}
-
-struct Statements {
-    park: String,
-    keys: String,
-    topics: String,
-    decided: String,
-    count: String,
-    count_scheduled: String,
-    release_taken: String,
-    take_waiting: String,
-    lock_scheduled: String,
-    take_scheduled: String,
-    next: String,
-    forget: String,
-    refuse: String,
-    untry: String,
-    hold_topics: String,
-    free_topic: String,
-    join: String,
-    postpone: String,
-    promote: String,
-    still_held: String,
-    letters: String,
-    sent_letters: String,
 }
 
 impl Store {
@@ -549,10 +526,6 @@ fn split(keys: &HashSet<(String, String)>) -> (Vec<&str>, Vec<&str>) {
     keys.iter().map(|(topic, key)| (&**topic, &**key)).unzip()
 }
 
-/// The columns of a row that is taken, of the table `p`.
-const TAKEN: &str = "p.id, p.status, p.topic, p.key, p.attempts::bigint, p.error, p.commit_lsn, \
-    (extract(epoch FROM p.committed_at) * 1000000)::bigint, p.message, p.column_names, p.column_types";
-
 fn taken_of(row: &tokio_postgres::Row) -> Result<Taken> {
     let names: Vec<String> = row.get(9);
     let types: Vec<u32> = row.get(10);
@@ -583,191 +556,4 @@ fn taken_of(row: &tokio_postgres::Row) -> Result<Taken> {
             .map(|(name, type_oid)| Column { name, type_oid })
             .collect(),
     })
-}
-
-impl Statements {
-    fn new(contract: &Contract, slices: Slices, fence: &str) -> Self {
-        let of_slices = |row: &str| match slices.condition(&[format!("{row}.key")]) {
-            Some(condition) => format!(" AND {condition}"),
-            None => String::new(),
-        };
-        let ours = of_slices("p");
-        // What a row keeps that was read again.
-        let kept = [
-            "status",
-            "due_at",
-            "taken_at",
-            "topic",
-            "key",
-            "event_type",
-            "awaits_topic",
-            "attempts",
-            "error",
-            "parked_at",
-            "tried_at",
-            "owes_letter",
-            "decided_by",
-            "decided_at",
-            "reason",
-            "commit_lsn",
-            "xid",
-            "committed_at",
-            "message",
-            "column_names",
-            "column_types",
-        ];
-        let kept = kept.map(|column| {
-            format!(
-                "{column} = CASE WHEN :\"schema\".is_settled(p) THEN excluded.{column} ELSE p.{column} END"
-            )
-        });
-        let sql = |text: &str| contract.sql(text);
-        let due = format!(
-            "p.relay = $1 AND p.status IN ('scheduled', 'waiting') AND p.due_at <= now(){ours}"
-        );
-        Self {
-            park: sql(&format!(
-                "INSERT INTO :\"schema\".parked AS p (id, relay, status, due_at, topic, key, event_type, \
-                     awaits_topic, attempts, error, tried_at, owes_letter, commit_lsn, xid, committed_at, \
-                     message, column_names, column_types) \
-                 SELECT n.id, $1, n.status, coalesce(n.due::timestamptz, now() + n.delay * interval '1 ms'), \
-                     n.topic, n.key, n.event_type, n.awaits_topic, n.attempts::integer, n.error, \
-                     CASE WHEN n.attempts > 0 THEN now() END, n.owes_letter, n.commit_lsn, n.xid::xid8, \
-                     n.committed_at::timestamptz, n.message, $17, $18 \
-                 FROM unnest($2::text[], $3::text[], $4::text[], $5::bigint[], $6::text[], $7::text[], $8::text[], \
-                         $9::boolean[], $10::bigint[], $11::text[], $12::boolean[], $13::pg_lsn[], $14::text[], \
-                         $15::text[], $16::bytea[]) WITH ORDINALITY \
-                     AS n (id, status, due, delay, topic, key, event_type, awaits_topic, attempts, error, \
-                           owes_letter, commit_lsn, xid, committed_at, message, place) \
-                 WHERE {fence} ORDER BY n.place \
-                 ON CONFLICT (id, relay) DO UPDATE SET number = excluded.number, {} RETURNING p.id, p.xmax = 0",
-                kept.join(", ")
-            )),
-            keys: sql("SELECT DISTINCT topic, key FROM :\"schema\".parked \
-                 WHERE relay = $1 AND status = 'waiting' AND topic IS NOT NULL AND key IS NOT NULL"),
-            topics: sql(
-                "SELECT topic, coalesce(min(error), '') FROM :\"schema\".parked \
-                 WHERE relay = $1 AND status = 'waiting' AND awaits_topic AND topic IS NOT NULL GROUP BY topic",
-            ),
-            decided: sql("SELECT id FROM :\"schema\".parked AS p \
-                 WHERE relay = $1 AND status IN ('dead', 'skipped') AND NOT :\"schema\".is_settled(p)"),
-            count: sql(&format!(
-                "SELECT w.rows, d.rows, w.bytes + d.bytes, w.oldest \
-                 FROM (SELECT count(*) AS rows, coalesce(sum(octet_length(message)), 0)::bigint AS bytes, \
-                              coalesce(extract(epoch FROM now() - min(parked_at)), 0)::float8 AS oldest \
-                       FROM :\"schema\".parked AS p WHERE relay = $1 AND status = 'waiting'{ours}) AS w, \
-                      (SELECT count(*) AS rows, coalesce(sum(octet_length(message)), 0)::bigint AS bytes \
-                       FROM :\"schema\".parked AS p \
-                       WHERE relay = $1 AND status IN ('dead', 'skipped') AND status = 'dead'{ours}) AS d"
-            )),
-            count_scheduled: sql(&format!(
-                "SELECT count(*) FROM :\"schema\".parked AS p \
-                 WHERE relay = $1 AND status IN ('scheduled', 'waiting') AND status = 'scheduled'{ours}"
-            )),
-            release_taken: sql(&format!(
-                "UPDATE :\"schema\".parked AS p SET taken_at = NULL \
-                 WHERE relay = $1 AND status = 'waiting' AND taken_at IS NOT NULL{ours}"
-            )),
-            take_waiting: sql(&format!(
-                "WITH head AS MATERIALIZED ( \
-                     SELECT p.id, p.topic, p.key, p.number, p.attempts, p.due_at FROM :\"schema\".parked AS p \
-                     WHERE {due} AND p.status = 'waiting' AND NOT p.awaits_topic AND :\"schema\".is_settled(p) \
-                       AND NOT EXISTS (SELECT FROM :\"schema\".parked AS b \
-                                       WHERE b.relay = p.relay AND b.status = 'waiting' AND b.key = p.key \
-                                         AND b.topic = p.topic AND b.number < p.number) \
-                     ORDER BY p.due_at LIMIT $2 \
-                 ), run AS ( \
-                     SELECT h.due_at, r.* FROM head AS h CROSS JOIN LATERAL ( \
-                         SELECT p.id, p.number, octet_length(p.message) AS bytes FROM :\"schema\".parked AS p \
-                         WHERE p.relay = $1 AND p.id = h.id \
-                         UNION ALL \
-                         (SELECT p.id, p.number, octet_length(p.message) FROM :\"schema\".parked AS p \
-                          WHERE h.attempts = 0 AND p.relay = $1 AND p.status = 'waiting' AND p.key = h.key \
-                            AND p.topic = h.topic AND p.number > h.number AND NOT p.awaits_topic \
-                            AND :\"schema\".is_settled(p) ORDER BY p.number LIMIT $3 - 1) \
-                     ) AS r \
-                 ), fits AS ( \
-                     SELECT id, sum(bytes) OVER (ORDER BY due_at, number) - bytes AS before FROM run \
-                 ), taken AS ( \
-                     UPDATE :\"schema\".parked AS p SET taken_at = now() FROM fits \
-                     WHERE p.relay = $1 AND p.id = fits.id AND fits.before < $4 AND p.status = 'waiting' \
-                     RETURNING p.* \
-                 ) SELECT {TAKEN} FROM taken AS p ORDER BY p.number"
-            )),
-            // OFFSET 0: no lock is taken of a row that is not among them.
-            lock_scheduled: sql(&format!(
-                "SELECT d.id FROM ( \
-                     SELECT f.id FROM (SELECT p.id, sum(octet_length(p.message)) OVER (ORDER BY p.due_at, p.number) \
-                                              - octet_length(p.message) AS before \
-                                       FROM (SELECT * FROM :\"schema\".parked AS p \
-                                             WHERE {due} AND p.status = 'scheduled' ORDER BY p.due_at LIMIT $2) AS p) AS f \
-                     WHERE f.before < $3 OFFSET 0) AS d \
-                 WHERE pg_try_advisory_xact_lock(hashtextextended(d.id, 0))"
-            )),
-            take_scheduled: sql(&format!(
-                "SELECT {TAKEN}, EXISTS (SELECT FROM :\"schema\".cancellation AS c WHERE c.id = p.id) \
-                 FROM :\"schema\".parked AS p \
-                 WHERE p.relay = $1 AND p.id = ANY ($2) AND p.status = 'scheduled' ORDER BY p.due_at, p.number"
-            )),
-            next: sql(&format!(
-                "SELECT (extract(epoch FROM p.due_at - clock_timestamp()) * 1000)::bigint FROM :\"schema\".parked AS p \
-                 WHERE p.relay = $1 AND p.status IN ('scheduled', 'waiting') \
-                   AND p.due_at < 'infinity'{ours} ORDER BY p.due_at LIMIT 1"
-            )),
-            forget: sql("DELETE FROM :\"schema\".parked WHERE relay = $1 AND id = ANY ($2)"),
-            refuse: sql("UPDATE :\"schema\".parked AS p \
-                 SET attempts = attempts + 1, error = r.why, tried_at = now(), taken_at = NULL, \
-                     topic = coalesce(r.topic, p.topic), key = coalesce(r.key, p.key), \
-                     status = CASE WHEN r.is_dead THEN 'dead' ELSE 'waiting' END, owes_letter = r.owes_letter, \
-                     due_at = now() + r.backoff * interval '1 ms' \
-                 FROM unnest($2::text[], $3::text[], $4::text[], $5::text[], $6::bigint[], $7::boolean[], $8::boolean[]) \
-                     AS r (id, topic, key, why, backoff, is_dead, owes_letter) \
-                 WHERE p.relay = $1 AND p.id = r.id AND p.status IN ('scheduled', 'waiting')"),
-            untry: sql("UPDATE :\"schema\".parked SET taken_at = NULL \
-                 WHERE relay = $1 AND id = ANY ($2) AND taken_at IS NOT NULL"),
-            hold_topics: sql("UPDATE :\"schema\".parked AS p \
-                 SET awaits_topic = true, due_at = 'infinity', error = t.why, taken_at = NULL \
-                 FROM unnest($2::text[], $3::text[]) AS t (topic, why) \
-                 WHERE p.relay = $1 AND p.status = 'waiting' AND p.topic = t.topic"),
-            free_topic: sql(
-                "UPDATE :\"schema\".parked AS p SET awaits_topic = false, due_at = CASE WHEN EXISTS ( \
-                     SELECT FROM :\"schema\".parked AS b \
-                     WHERE b.relay = p.relay AND b.status = 'waiting' AND b.key = p.key AND b.topic = p.topic \
-                       AND b.number < p.number) THEN 'infinity' ELSE now() END \
-                 WHERE p.relay = $1 AND p.status = 'waiting' AND p.awaits_topic AND p.topic = $2 RETURNING p.id",
-            ),
-            join: sql("UPDATE :\"schema\".parked AS p \
-                 SET status = 'waiting', due_at = 'infinity', topic = j.topic, key = j.key, number = DEFAULT \
-                 FROM unnest($2::text[], $3::text[], $4::text[]) AS j (id, topic, key) \
-                 WHERE p.relay = $1 AND p.id = j.id AND p.status = 'scheduled'"),
-            postpone: sql(
-                "UPDATE :\"schema\".parked AS p SET status = 'scheduled', due_at = e.time::timestamptz, taken_at = NULL \
-                 FROM unnest($2::text[], $3::text[]) AS e (id, time) \
-                 WHERE p.relay = $1 AND p.id = e.id AND p.status = 'waiting'",
-            ),
-            promote: sql("UPDATE :\"schema\".parked AS p SET due_at = now() \
-                 FROM (SELECT DISTINCT ON (f.topic, f.key) f.id \
-                       FROM unnest($2::text[], $3::text[]) AS k (topic, key) \
-                       JOIN :\"schema\".parked AS f ON f.relay = $1 AND f.status = 'waiting' \
-                                                   AND f.topic = k.topic AND f.key = k.key \
-                       ORDER BY f.topic, f.key, f.number) AS head \
-                 WHERE p.relay = $1 AND p.id = head.id AND p.due_at = 'infinity' AND NOT p.awaits_topic"),
-            still_held: sql(
-                "SELECT k.topic, k.key FROM unnest($2::text[], $3::text[]) AS k (topic, key) \
-                 WHERE EXISTS (SELECT FROM :\"schema\".parked AS p \
-                               WHERE p.relay = $1 AND p.status = 'waiting' AND p.topic = k.topic AND p.key = k.key)",
-            ),
-            letters: sql(&format!(
-                "SELECT {TAKEN} FROM ( \
-                     SELECT *, sum(octet_length(message)) OVER (ORDER BY number) - octet_length(message) AS before \
-                     FROM (SELECT * FROM :\"schema\".parked AS p \
-                           WHERE relay = $1 AND status IN ('dead', 'skipped') AND status = 'dead' AND owes_letter{ours} \
-                           ORDER BY number LIMIT $2) AS p) AS p \
-                 WHERE p.before < $3 ORDER BY p.number"
-            )),
-            sent_letters: sql(
-                "UPDATE :\"schema\".parked SET owes_letter = false WHERE relay = $1 AND id = ANY ($2)",
-            ),
-        }
-    }
 }

@@ -261,7 +261,7 @@ pub fn verdict(code: Code) -> Verdict {
 }
 
 /// Whether a code is about a size.
-pub(super) fn is_too_large(code: Code) -> bool {
+pub(crate) fn is_too_large(code: Code) -> bool {
     RULES[0].codes.contains(&code)
 }
 

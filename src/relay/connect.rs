@@ -356,8 +356,9 @@ async fn begin_parking(
     let settings = &relay.settings;
     let fence = hold.fence().unwrap_or_else(|| "true".to_owned());
     let serving = |store: Store| store.serving(&settings.contract, hold.slices(), &fence);
-    let topics = relay.refused_topics.clone();
-    let parking = Parking::begin(serving(parking), settings.parked.clone(), topics).await?;
+    let (topics, too_large) = (relay.refused_topics.clone(), relay.too_large.clone());
+    let parking = serving(parking);
+    let parking = Parking::begin(parking, settings.parked.clone(), topics, too_large).await?;
     Ok((parking, serving(aside)))
 }
 

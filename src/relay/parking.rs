@@ -11,12 +11,12 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tracing::{debug, error, warn};
 
-use super::attempt::Address;
 use crate::envelope::Record;
 use crate::error::{Error, ErrorKind, Result, joined};
 use crate::event::Event;
@@ -39,6 +39,9 @@ pub(super) struct Parking {
     writing: JoinSet<Result<Written>>,
 }
 
+/// The topic and the key of an event, as far as they are known.
+pub(super) type Address = (Option<String>, Option<String>);
+
 /// Why a row is not sent now.
 #[derive(Debug, Clone)]
 pub(super) enum Reason {
@@ -50,6 +53,8 @@ pub(super) enum Reason {
     Behind,
     /// Nothing of its topic is taken.
     Topic(String),
+    /// It may be too large, as others of its size were.
+    Doubtful,
     /// It was given up, or skipped, before it was read again.
     Decided,
 }
@@ -83,6 +88,8 @@ pub(super) struct Holds {
     topics: HashMap<String, String>,
     /// Ids of events that were given up and may be read again.
     decided: HashSet<String>,
+    /// From which size on records of a topic were too large.
+    too_large: HashMap<String, usize>,
     count: Count,
     /// Rows that are being written.
     pending: i64,
@@ -105,10 +112,14 @@ impl Parking {
         store: Store,
         settings: ParkedSettings,
         refused_topics: HashMap<String, String>,
+        too_large: HashMap<String, usize>,
     ) -> Result<Self> {
         let held = store.held(true).await?;
         let shared = Arc::new(Shared::default());
-        shared.change(|holds| holds.begin(held, refused_topics));
+        shared.change(|holds| {
+            holds.begin(held, refused_topics);
+            holds.too_large = too_large;
+        });
         Ok(Self {
             store: Arc::new(store),
             settings,
@@ -116,6 +127,11 @@ impl Parking {
             rows: VecDeque::new(),
             writing: JoinSet::new(),
         })
+    }
+
+    /// From which size on records of a topic were too large.
+    pub(super) fn too_large(&self) -> HashMap<String, usize> {
+        self.shared.with(|holds| holds.too_large.clone())
     }
 
     /// What rows are written by.
@@ -135,10 +151,15 @@ impl Parking {
             if let Some(why) = holds.topics.get(record.topic) {
                 return Some(Reason::Topic(why.clone()));
             }
-            let is_behind = record
+            if record
                 .key
-                .is_some_and(|key| holds.has_key(record.topic, key));
-            is_behind.then_some(Reason::Behind)
+                .is_some_and(|key| holds.has_key(record.topic, key))
+            {
+                return Some(Reason::Behind);
+            }
+            let too_large = holds.too_large.get(record.topic);
+            let is_doubtful = too_large.is_some_and(|from| record.size() >= *from);
+            is_doubtful.then_some(Reason::Doubtful)
         })
     }
 
@@ -192,6 +213,10 @@ impl Parking {
                 ..new
             },
             Reason::Behind => new,
+            Reason::Doubtful => NewRow {
+                due: Due::In(Duration::ZERO),
+                ..new
+            },
             Reason::Topic(why) => NewRow {
                 // A probe stands for it.
                 awaits_topic: true,
@@ -363,8 +388,10 @@ impl Shared {
     pub(super) fn change<T>(&self, change: impl FnOnce(&mut Holds) -> T) -> T {
         let mut holds = self.holds.lock().unwrap_or_else(PoisonError::into_inner);
         let changed = change(&mut holds);
-        let is_holding =
-            !holds.keys.is_empty() || !holds.topics.is_empty() || !holds.decided.is_empty();
+        let is_holding = !holds.keys.is_empty()
+            || !holds.topics.is_empty()
+            || !holds.decided.is_empty()
+            || !holds.too_large.is_empty();
         self.is_holding.store(is_holding, Ordering::Relaxed);
         changed
     }
@@ -495,6 +522,17 @@ impl Holds {
     /// Scheduled events have gone.
     pub(super) fn unschedule(&mut self, events: i64) {
         self.count.scheduled = (self.count.scheduled - events).max(0);
+    }
+
+    /// A record of this size was not too large for its topic: that others were is forgotten.
+    pub(super) fn passed(&mut self, topic: &str, size: usize) {
+        self.too_large
+            .retain(|name, from| name != topic || *from > size);
+    }
+
+    /// Whether any record of this topic was too large.
+    pub(super) fn has_too_large(&self, topic: &str) -> bool {
+        self.too_large.contains_key(topic)
     }
 
     /// Whether any event was given up that may be read again.

@@ -1,7 +1,7 @@
 //! What was read and is not confirmed yet: sent, on its way, or behind something
 //! that is.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -16,7 +16,9 @@ use crate::envelope::Record;
 use crate::error::{Error, Result};
 use crate::health::Health;
 use crate::metrics::{Metrics, TopicMetrics};
-use crate::publisher::{self, Destination, Publisher, Report, SendError, Topic, Verdict, verdict};
+use crate::publisher::{
+    self, Destination, Publisher, Report, SendError, Topic, Verdict, codes, verdict,
+};
 use crate::source::{Mark, Place, Position, Row};
 use crate::timestamp::Timestamp;
 
@@ -43,8 +45,13 @@ pub(super) struct Window {
     pub(super) has_delivered: bool,
     /// Whether this producer refused a row or the batch it was in.
     pub(super) has_refused: bool,
-    /// Whether a topic that is refused is told as that, and not by its rows.
-    holds_topics: bool,
+    /// Whether what is refused is parked: a topic is told as that, and not by its rows, and
+    /// records that are too large by their size.
+    parks: bool,
+    /// From which size on records of a topic were too large.
+    too_large: HashMap<String, usize>,
+    /// Rows that were in a batch that was refused, and the numbers of their topics.
+    refused: Vec<(Place, usize)>,
     /// The last event that was sent.
     pub(super) last_sent: Option<Place>,
     /// The newest position that was read.
@@ -130,7 +137,7 @@ impl Window {
     pub(super) fn new(
         publisher: Publisher,
         suspects: BTreeSet<Place>,
-        holds_topics: bool,
+        parks: bool,
         metrics: Arc<Metrics>,
         health: Arc<Health>,
     ) -> Self {
@@ -148,7 +155,9 @@ impl Window {
             failed: None,
             has_delivered: false,
             has_refused: false,
-            holds_topics,
+            parks,
+            too_large: HashMap::new(),
+            refused: Vec::new(),
             last_sent: None,
             newest: PgLsn::from(0),
             beginning: Beginning::Reading,
@@ -157,9 +166,16 @@ impl Window {
         }
     }
 
-    /// What may be for the next attempt: the producer, and the suspects.
-    pub(super) fn close(self) -> (Publisher, BTreeSet<Place>) {
-        (self.publisher, self.suspects)
+    /// What may be for the next attempt: the producer, the suspects, and from which size on
+    /// records of a topic were too large. Where one was, its neighbours are no suspects.
+    pub(super) fn close(mut self) -> (Publisher, BTreeSet<Place>, HashMap<String, usize>) {
+        for (place, topic) in self.refused {
+            let topic = self.publisher.topic_name(topic);
+            if !self.too_large.contains_key(topic) {
+                self.suspects.insert(place);
+            }
+        }
+        (self.publisher, self.suspects, self.too_large)
     }
 
     /// Whether one more event may be sent.
@@ -451,15 +467,26 @@ impl Window {
         {
             let topic = destination.topic;
             let why = || self.publisher.refusal(topic, sent.size, code, true);
-            if verdict(code) == Verdict::Topic && self.holds_topics {
-                let name = self.publisher.topic_name(topic).to_owned();
-                return Some(Stop::Topic(name, why()));
+            let name = || self.publisher.topic_name(topic).to_owned();
+            if verdict(code) == Verdict::Topic && self.parks {
+                return Some(Stop::Topic(name(), why()));
             }
             self.has_refused = true;
+            // Compressed it may be smaller than that; but one of these was not small enough.
+            let limit = self.publisher.limit(topic);
+            let from = match alone {
+                Some(_) => Some(sent.size),
+                None => limit.filter(|limit| sent.size >= *limit),
+            };
+            if let Some(from) = from.filter(|_| self.parks && codes::is_too_large(code)) {
+                let known = self.too_large.entry(name()).or_insert(from);
+                *known = from.min(*known);
+            } else {
+                self.refused.push((sent.place, topic));
+            }
             if let Some((_, row)) = alone {
                 return Some(Stop::Row(row, why()));
             }
-            self.suspects.insert(sent.place);
         }
         self.fail(publisher::failure(code));
         None

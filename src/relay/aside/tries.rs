@@ -235,24 +235,31 @@ impl Sender {
         match sent {
             Sent::Delivered => {
                 if let Some(name) = &taken.topic {
+                    if self.shared.with(|holds| holds.has_too_large(name))
+                        && let Ok(record) = self.courier.record(&taken)
+                    {
+                        let size = record.size();
+                        self.shared.change(|holds| holds.passed(name, size));
+                    }
                     self.topics.delivered(name);
                     self.metrics.topic(name).events.inc();
                 }
                 self.metrics.parked.sent.inc();
                 self.remember(&taken);
-                if taken.status == Status::Waiting {
+                if taken.attempts > 0 {
                     info!(
-                        id = taken.id,
-                        attempts = taken.attempts,
-                        "a parked event was sent"
+                        "event {} was sent after {} attempts in vain",
+                        taken.id, taken.attempts
                     );
+                }
+                if taken.status == Status::Waiting {
                     outcome.keys.extend(name);
                 }
                 outcome.gone.push(taken.id);
             }
             Sent::Refused(why) => {
                 let attempts = taken.attempts + 1;
-                let is_dead = attempts >= self.settings.attempts_max;
+                let is_dead = attempts >= self.settings.tries_max();
                 let owes_letter = is_dead && self.settings.dead_letter_topic.is_some();
                 let backoff = self.settings.backoff(attempts);
                 let id = &taken.id;

@@ -68,8 +68,12 @@ impl Attempt<'_> {
         relay.worked =
             self.window.has_delivered || self.has_put_off || self.began.elapsed() > BACKOFF_MAX;
         let refused = self.window.has_refused;
-        let (publisher, suspects) = self.window.close();
+        let (publisher, suspects, too_large) = self.window.close();
         relay.suspects = suspects;
+        if let Some(parking) = &self.parking {
+            relay.too_large = parking.too_large();
+        }
+        relay.too_large.extend(too_large);
         if refused && relay.suspects.len() > 1 {
             relay.batch_bytes = (relay.batch_bytes / 2).max(BATCH_BYTES_MIN);
         }
