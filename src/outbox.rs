@@ -288,10 +288,9 @@ fn refused(doing: &str, error: tokio_postgres::Error) -> Error {
             )
         }
         // Data exceptions and broken constraints: this event, as it is.
-        Some(code) if code.code().starts_with("22") || code.code().starts_with("23") => (
-            ErrorKind::Event,
-            format!("{doing}: the event is refused"),
-        ),
+        Some(code) if code.code().starts_with("22") || code.code().starts_with("23") => {
+            (ErrorKind::Event, format!("{doing}: the event is refused"))
+        }
         _ => (ErrorKind::DatabaseAway, doing.to_owned()),
     };
     Error::new(kind, message).caused_by(error)

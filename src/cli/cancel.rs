@@ -66,7 +66,11 @@ impl CancelCommand {
     }
 }
 
-async fn cancel(client: &mut Client, contract: &Contract, ids: &[Uuid]) -> postbox::Result<Vec<bool>> {
+async fn cancel(
+    client: &mut Client,
+    contract: &Contract,
+    ids: &[Uuid],
+) -> postbox::Result<Vec<bool>> {
     let doing = || format!("cancel events of \"{}.outbox\"", contract.schema);
     let transaction = client.transaction().await;
     let transaction = transaction.map_err(|error| sort(doing(), error))?;
@@ -93,7 +97,10 @@ async fn why_not(client: &Client, contract: &Contract, id: Uuid) -> postbox::Res
         contract.table("outbox"),
         contract.table("parked")
     );
-    let row = match client.query_typed_one(&sql, &[(&id as _, Type::UUID)]).await {
+    let row = match client
+        .query_typed_one(&sql, &[(&id as _, Type::UUID)])
+        .await
+    {
         Ok(row) => row,
         Err(error) if error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) => {
             return Ok("its time has come, or no scheduled event has this id".to_owned());

@@ -255,7 +255,9 @@ impl ShowCommand {
         let mut out = BufWriter::new(io::stdout().lock());
         let write = |event: &_, row: &_| match self.output.output {
             Output::Table => text::everything(&mut out, event, row, self.payload.payload),
-            Output::Json => json::line(&mut out, &json::Whole::of(event, row, self.payload.payload)),
+            Output::Json => {
+                json::line(&mut out, &json::Whole::of(event, row, self.payload.payload))
+            }
         };
         for_each(&self.place, &filter, write)?;
         finish(out.flush())
@@ -381,7 +383,12 @@ impl DecisionArguments {
 fn all_done(decided: &[Decided]) -> anyhow::Result<()> {
     let reasons: Vec<_> = Left::ALL
         .into_iter()
-        .map(|left| (left, decided.iter().filter(|d| d.left == Some(left)).count()))
+        .map(|left| {
+            (
+                left,
+                decided.iter().filter(|d| d.left == Some(left)).count(),
+            )
+        })
         .filter(|(_, count)| *count > 0)
         .map(|(left, count)| format!("{count} {}", left.reason()))
         .collect();
@@ -451,7 +458,10 @@ impl ExportCommand {
     fn write(&self, out: &mut dyn Write) -> anyhow::Result<u64> {
         let filter = self.filter.resolve();
         for_each(&self.place, &filter, |event, row| {
-            json::line(&mut *out, &json::Whole::of(event, row, self.payload.payload))
+            json::line(
+                &mut *out,
+                &json::Whole::of(event, row, self.payload.payload),
+            )
         })
     }
 }
@@ -522,7 +532,9 @@ fn finish(written: io::Result<()>) -> anyhow::Result<()> {
     match written {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
             let message = "write the results";
-            Err(Error::new(ErrorKind::Unexpected, message).caused_by(error).into())
+            Err(Error::new(ErrorKind::Unexpected, message)
+                .caused_by(error)
+                .into())
         }
         _ => Ok(()),
     }

@@ -157,9 +157,7 @@ async fn decide_once(
     transaction.batch_execute(&contract.sql(BEGIN)).await?;
     let parameters = filter.parameters();
     let lock = contract.sql(&lock());
-    transaction
-        .query_typed(&lock, &parameters.typed())
-        .await?;
+    transaction.query_typed(&lock, &parameters.typed()).await?;
     let found = select(transaction.client(), contract, filter, None).await?;
     let decided = sorted(found, decision);
     let changed: Vec<&Parked> = decided

@@ -101,7 +101,9 @@ pub async fn list(
         let more = all.unsigned_abs().saturating_sub(events.len() as u64);
         Ok((events, more))
     };
-    found.await.map_err(|error| refused("read", contract, error))
+    found
+        .await
+        .map_err(|error| refused("read", contract, error))
 }
 
 /// Hands each of the events that fit to `each`, with its row, in the order the relay read them.
@@ -192,7 +194,8 @@ pub(super) async fn check_ids(client: &Client, contract: &Contract, filter: &Fil
 pub(super) fn refused(doing: &str, contract: &Contract, error: tokio_postgres::Error) -> Error {
     let doing = format!("{doing} \"{}.parked\"", contract.schema);
     sort_with(doing, error, |sqlstate, _| {
-        let next_step = "`postbox setup --grant-operator-to ROLE`, run by the owner, gives the right to";
+        let next_step =
+            "`postbox setup --grant-operator-to ROLE`, run by the owner, gives the right to";
         (sqlstate == "42501").then(|| next_step.to_owned())
     })
 }

@@ -103,7 +103,15 @@ mod tests {
     #[test]
     fn a_column_that_is_not_known_is_private() {
         let value = Value::Text(b"x");
-        let names = ["id", "payload", "headers", "body", "aggregatetype", "xid", "topic"];
+        let names = [
+            "id",
+            "payload",
+            "headers",
+            "body",
+            "aggregatetype",
+            "xid",
+            "topic",
+        ];
         let row = stored(&names.map(|name| (name, value)));
         let columns = row.columns().unwrap();
         let private = columns.iter().filter(|column| column.is_private);

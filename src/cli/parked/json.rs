@@ -138,10 +138,15 @@ impl Serialize for Columns<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let mut map = serializer.serialize_map(Some(self.0.len()))?;
         for column in &self.0 {
-            match column.value.map(|bytes| (bytes, std::str::from_utf8(bytes))) {
+            match column
+                .value
+                .map(|bytes| (bytes, std::str::from_utf8(bytes)))
+            {
                 None => map.serialize_entry(column.name, &None::<&str>)?,
                 Some((_, Ok(text))) => map.serialize_entry(column.name, text)?,
-                Some((bytes, Err(_))) => map.serialize_entry(column.name, &Hex { hex: hex(bytes) })?,
+                Some((bytes, Err(_))) => {
+                    map.serialize_entry(column.name, &Hex { hex: hex(bytes) })?
+                }
             }
         }
         map.end()

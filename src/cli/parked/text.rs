@@ -20,7 +20,9 @@ const WIDTH: usize = 120;
 
 const GAP: &str = "  ";
 
-const HEAD: [&str; 8] = ["ID", "STATUS", "PARKED", "TRIES", "DUE", "TOPIC", "KEY", "TYPE"];
+const HEAD: [&str; 8] = [
+    "ID", "STATUS", "PARKED", "TRIES", "DUE", "TOPIC", "KEY", "TYPE",
+];
 
 /// How many of those have a width of their own; the others share what is left.
 const FIXED: usize = 5;
@@ -180,7 +182,10 @@ fn facts(event: &Parked) -> Vec<(&'static str, String)> {
         ("tried", event.tried_at.map(when)),
         ("error", text(&event.error)),
         ("dead letter", yes(event.owes_letter, "still to be sent")),
-        ("decided", decided.map(|(time, by)| format!("{} by {}", when(time), printable(by)))),
+        (
+            "decided",
+            decided.map(|(time, by)| format!("{} by {}", when(time), printable(by))),
+        ),
         ("reason", text(&event.reason)),
         ("parked", Some(when(event.parked_at))),
         ("committed", Some(when(event.committed_at))),
@@ -222,7 +227,11 @@ fn is_invisible(c: char) -> bool {
 fn shorten(text: &str, width: usize) -> String {
     match text.char_indices().nth(width) {
         None => text.to_owned(),
-        Some(_) => text.chars().take(width.saturating_sub(1)).chain(['…']).collect(),
+        Some(_) => text
+            .chars()
+            .take(width.saturating_sub(1))
+            .chain(['…'])
+            .collect(),
     }
 }
 

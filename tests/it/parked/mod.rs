@@ -1,0 +1,6 @@
+//! Events that wait, on real servers.
+
+mod cancel;
+mod decisions;
+mod look;
+mod queue;
