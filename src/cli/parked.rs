@@ -179,9 +179,6 @@ struct PayloadArguments {
 /// Lists events, in the order in which the relay read them.
 #[derive(Debug, Args)]
 struct ListCommand {
-    #[command(flatten)]
-    filter: FilterArguments,
-
     /// How many are listed at most; 1 to 1000000. How many more there are is said.
     #[arg(
         long,
@@ -194,6 +191,9 @@ struct ListCommand {
 
     #[command(flatten)]
     output: OutputArguments,
+
+    #[command(flatten)]
+    filter: FilterArguments,
 
     #[command(flatten)]
     place: PlaceArguments,
@@ -290,12 +290,12 @@ impl RetryCommand {
 /// is said, with exit code 3. It needs a filter, ids or --all.
 #[derive(Debug, Args)]
 struct SkipCommand {
-    #[command(flatten)]
-    decision: DecisionArguments,
-
     /// Why: kept with the event.
     #[arg(long, env = "POSTBOX_REASON", value_name = "TEXT")]
     reason: String,
+
+    #[command(flatten)]
+    decision: DecisionArguments,
 }
 
 impl SkipCommand {
@@ -311,9 +311,6 @@ impl SkipCommand {
 
 #[derive(Debug, Args)]
 struct DecisionArguments {
-    #[command(flatten)]
-    filter: FilterArguments,
-
     /// Decide about all that wait or are dead, where no flag says which. The variable is true or false.
     #[arg(long, env = "POSTBOX_ALL", value_parser = BoolishValueParser::new())]
     all: bool,
@@ -329,6 +326,9 @@ struct DecisionArguments {
 
     #[command(flatten)]
     output: OutputArguments,
+
+    #[command(flatten)]
+    filter: FilterArguments,
 
     #[command(flatten)]
     place: PlaceArguments,
@@ -412,14 +412,14 @@ fn all_done(decided: &[Decided]) -> anyhow::Result<()> {
 #[derive(Debug, Args)]
 struct ExportCommand {
     #[command(flatten)]
-    filter: FilterArguments,
-
-    #[command(flatten)]
     payload: PayloadArguments,
 
     /// Into this file, which must not exist, for its owner alone; without it to the standard output.
     #[arg(long, env = "POSTBOX_TO", value_name = "FILE")]
     to: Option<PathBuf>,
+
+    #[command(flatten)]
+    filter: FilterArguments,
 
     #[command(flatten)]
     place: PlaceArguments,
