@@ -368,13 +368,15 @@ impl DecisionArguments {
     fn summary(&self, decision: Decision<'_>, decided: &[Decided]) -> String {
         let done = decided.iter().filter(|decided| decided.left.is_none());
         let (done, all) = (done.count(), decided.len());
-        let what = match decision {
-            Decision::Retry => "to be tried again",
-            Decision::Skip { .. } => "skipped",
-        };
-        match self.dry_run {
-            true => format!("{done} of {all} events would be {what}; nothing was changed"),
-            false => format!("{done} of {all} events are {what}"),
+        match (decision, self.dry_run) {
+            (Decision::Retry, false) => format!("{done} of {all} events will be tried again"),
+            (Decision::Skip { .. }, false) => format!("{done} of {all} events are skipped"),
+            (Decision::Retry, true) => {
+                format!("{done} of {all} events would be tried again; nothing was changed")
+            }
+            (Decision::Skip { .. }, true) => {
+                format!("{done} of {all} events would be skipped; nothing was changed")
+            }
         }
     }
 }
@@ -471,15 +473,15 @@ fn not_written(path: &Path, kind: ErrorKind, error: io::Error) -> Error {
     Error::new(kind, message).caused_by(error)
 }
 
-/// The user and the machine, as far as they are known, and the role.
+/// The user and the machine, as the system knows them, and the role.
 fn decider(database: &Database) -> String {
-    let user = ["USER", "LOGNAME"]
-        .into_iter()
-        .find_map(|name| std::env::var(name).ok());
-    let host = Command::new("uname").arg("-n").output().ok();
-    let host = host.and_then(|output| String::from_utf8(output.stdout).ok());
-    let user = user.as_deref().unwrap_or("somebody");
-    let host = host.as_deref().map_or("", str::trim);
+    let ask = |program: &str, flag: &str| {
+        let output = Command::new(program).arg(flag).output().ok()?;
+        let answer = String::from_utf8(output.stdout).ok()?;
+        Some(answer.trim().to_owned()).filter(|answer| !answer.is_empty())
+    };
+    let user = ask("id", "-un").unwrap_or_else(|| "somebody".to_owned());
+    let host = ask("uname", "-n").unwrap_or_else(|| "somewhere".to_owned());
     format!("{user}@{host}, role {}", database.user())
 }
 
