@@ -3,8 +3,9 @@
 //! A decision only changes rows: the relay does what they say when it looks next, within a
 //! second. What must hold between the two:
 //!
-//! - Of the waiting events of a key, the first by number is its *head*, and it alone has a
-//!   time at which it is due. So whoever makes a head, or takes one away, settles the key: its
+//! - Of the waiting events of a topic and key, the first by number is its *head*, and it
+//!   alone has a time at which it is due; one without a topic or a key that can be read is a
+//!   head of its own. So whoever makes a head, or takes one away, settles the key: its
 //!   head is due, unless it awaits its topic, and the others are due at infinity.
 //! - What the relay is sending at this moment is left as it is: Kafka may have it already.
 //! - An event that was given up has let later ones of its key pass. Tried again, it comes
@@ -122,7 +123,8 @@ pub async fn rehearse(
 /// Decides about the events that fit: about all of them, or with an error about none. `by` is
 /// who decides. They are returned in the order in which the relay read them.
 ///
-/// It waits up to a minute for each lock that somebody else has.
+/// It waits up to a minute for each lock that somebody else has, and holds the events in
+/// memory, without their rows: about a kilobyte each.
 ///
 /// # Errors
 /// `Settings`: there is no event with one of the filter's ids. Those of the database.
@@ -220,12 +222,12 @@ fn lock() -> String {
         "WITH chosen AS MATERIALIZED (
              SELECT p.id, p.relay, p.topic, p.key FROM :\"schema\".parked AS p WHERE {}
          ), keys AS (
-             SELECT DISTINCT relay, topic, key FROM chosen WHERE key IS NOT NULL
+             SELECT DISTINCT relay, topic, key FROM chosen WHERE topic IS NOT NULL AND key IS NOT NULL
          ), heads AS (
              SELECT head.id, k.relay FROM keys AS k CROSS JOIN LATERAL (
                  SELECT q.id FROM :\"schema\".parked AS q
                  WHERE q.status = 'waiting' AND q.relay = k.relay AND q.key = k.key
-                   AND q.topic IS NOT DISTINCT FROM k.topic AND ({}) IS NOT TRUE
+                   AND q.topic = k.topic AND ({}) IS NOT TRUE
                  ORDER BY q.number LIMIT 1
              ) AS head
          )
@@ -242,7 +244,7 @@ fn lock() -> String {
 
 const RETRY: &str = "UPDATE :\"schema\".parked AS p \
      SET status = 'waiting', attempts = 0, taken_at = NULL, awaits_topic = false, owes_letter = false, \
-         due_at = CASE WHEN p.key IS NULL THEN now() ELSE 'infinity' END, \
+         due_at = CASE WHEN p.topic IS NULL OR p.key IS NULL THEN now() ELSE 'infinity' END, \
          decided_by = $3, decided_at = now(), reason = $4 \
      FROM unnest($1::text[], $2::text[]) AS chosen (id, relay) \
      WHERE p.id = chosen.id AND p.relay = chosen.relay";
@@ -259,12 +261,12 @@ const SETTLE: &str = "WITH keys AS (
          SELECT DISTINCT p.relay, p.topic, p.key
          FROM :\"schema\".parked AS p
          JOIN unnest($1::text[], $2::text[]) AS chosen (id, relay) ON p.id = chosen.id AND p.relay = chosen.relay
-         WHERE p.key IS NOT NULL
+         WHERE p.topic IS NOT NULL AND p.key IS NOT NULL
      ), queue AS (
          SELECT q.id, q.relay,
                 row_number() OVER (PARTITION BY q.relay, q.topic, q.key ORDER BY q.number) = 1 AS is_head
          FROM keys AS k JOIN :\"schema\".parked AS q
-           ON q.relay = k.relay AND q.key = k.key AND q.topic IS NOT DISTINCT FROM k.topic
+           ON q.relay = k.relay AND q.key = k.key AND q.topic = k.topic
          WHERE q.status = 'waiting'
      )
      UPDATE :\"schema\".parked AS p

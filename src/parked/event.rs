@@ -154,8 +154,14 @@ pub(super) async fn select(
     ));
     let parameters = filter.parameters();
     let parameters = [&parameters.typed()[..], &[(&limit as _, Type::INT8)]].concat();
-    let rows = client.query_typed(&sql, &parameters).await?;
-    rows.iter().map(Parked::read).collect()
+    // Row by row: only what is kept of them is held.
+    let rows = client.query_typed_raw(&sql, parameters).await?;
+    let mut rows = pin!(rows);
+    let mut events = Vec::new();
+    while let Some(row) = rows.next().await {
+        events.push(Parked::read(&row?)?);
+    }
+    Ok(events)
 }
 
 /// Refuses ids that no event has which fits.

@@ -145,7 +145,7 @@ impl Serialize for Columns<'_> {
                 None => map.serialize_entry(column.name, &None::<&str>)?,
                 Some((_, Ok(text))) => map.serialize_entry(column.name, text)?,
                 Some((bytes, Err(_))) => {
-                    map.serialize_entry(column.name, &Hex { hex: hex(bytes) })?
+                    map.serialize_entry(column.name, &Hex { hex: hex(bytes) })?;
                 }
             }
         }

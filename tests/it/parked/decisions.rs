@@ -157,44 +157,34 @@ async fn a_key_keeps_its_order_wherever_the_decision_falls() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_event_without_a_key_waits_for_nobody() {
+async fn an_event_without_a_key_or_a_topic_waits_for_nobody() {
     let fixture = Fixture::new().await;
-    for (id, status) in [
-        ("a", "dead"),
-        ("b", "dead"),
-        ("c", "waiting"),
-        ("d", "waiting"),
+    let no_key = |row| Row { key: None, ..row };
+    let no_topic = |row| Row { topic: None, ..row };
+    for row in [
+        no_key(Row::new("a", "dead")),
+        no_key(Row::new("b", "dead")),
+        no_key(Row::head("c", "1h")),
+        no_key(Row::head("d", "1h")),
+        no_topic(Row::new("e", "dead")),
+        no_topic(Row::head("f", "1h")),
+        no_topic(Row::head("g", "1h")),
     ] {
-        insert(
-            &fixture,
-            Row {
-                key: None,
-                due_in: (status == "waiting").then_some("1h"),
-                ..Row::new(id, status)
-            },
-        )
-        .await;
+        insert(&fixture, row).await;
     }
-    fixture.parked(&["retry", "a", "b", "c"]).results();
+    fixture
+        .parked(&["retry", "a", "b", "c", "e", "f"])
+        .results();
     skip(&fixture, &["a"]).results();
     let expected = [
         "a skipped behind",
         "b waiting due",
         "c waiting due",
         "d waiting later",
+        "e waiting due",
+        "f waiting due",
+        "g waiting later",
     ];
-    assert_eq!(states(&fixture.client, &fixture.contract).await, expected);
-}
-
-/// A row of which nobody could read where it goes has a queue of its own all the same.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn keys_without_a_topic_are_one_queue() {
-    let fixture = Fixture::new().await;
-    for row in [Row::head("a", "1h"), Row::new("b", "waiting")] {
-        insert(&fixture, Row { topic: None, ..row }).await;
-    }
-    skip(&fixture, &["a"]).results();
-    let expected = ["a skipped behind", "b waiting due"];
     assert_eq!(states(&fixture.client, &fixture.contract).await, expected);
 }
 
