@@ -42,21 +42,22 @@ impl CancelCommand {
             let cancelled = cancel(&mut session.client, &contract, &self.ids).await?;
             let mut outcomes = Vec::with_capacity(cancelled.len());
             for (id, is_cancelled) in self.ids.iter().zip(cancelled) {
-                let why = match is_cancelled {
-                    true => None,
-                    false => Some(why_not(&session.client, &contract, *id).await?),
-                };
-                outcomes.push((id, why));
+                outcomes.push(match is_cancelled {
+                    true => Outcome::Cancelled,
+                    false => look_after(&session.client, &contract, *id).await?,
+                });
             }
             Ok::<_, Error>(outcomes)
         })?;
-        for (id, why) in &outcomes {
-            match why {
-                None => println!("{id}: cancelled"),
-                Some(why) => println!("{id}: not cancelled: {why}"),
+        for (id, outcome) in self.ids.iter().zip(&outcomes) {
+            match outcome {
+                Outcome::Cancelled => println!("{id}: cancelled"),
+                Outcome::CancelledBefore => println!("{id}: cancelled before"),
+                Outcome::Not(why) => println!("{id}: not cancelled: {why}"),
             }
         }
-        match outcomes.iter().filter(|(_, why)| why.is_some()).count() {
+        let left = outcomes.iter().filter(|is| matches!(is, Outcome::Not(_)));
+        match left.count() {
             0 => Ok(()),
             left => {
                 let message = format!("{left} of {} events were not cancelled", outcomes.len());
@@ -64,6 +65,14 @@ impl CancelCommand {
             }
         }
     }
+}
+
+/// What became of an event.
+enum Outcome {
+    Cancelled,
+    /// In time; its time has come since.
+    CancelledBefore,
+    Not(String),
 }
 
 async fn cancel(
@@ -88,12 +97,14 @@ async fn cancel(
     Ok(cancelled)
 }
 
-/// Why an event was not cancelled, as far as the role may see. By ids that have an index: an
-/// event that was not scheduled is not looked for among all of them.
-async fn why_not(client: &Client, contract: &Contract, id: Uuid) -> postbox::Result<String> {
+/// What there is of an event that cannot be cancelled, as far as the role may see. By ids that
+/// have an index: an event that was not scheduled is not looked for among all of them.
+async fn look_after(client: &Client, contract: &Contract, id: Uuid) -> postbox::Result<Outcome> {
     let sql = format!(
-        "SELECT EXISTS (SELECT FROM {} AS o WHERE o.id = $1 AND o.scheduled_at IS NOT NULL), \
+        "SELECT EXISTS (SELECT FROM {} AS c WHERE c.id = $1::uuid::text), \
+                EXISTS (SELECT FROM {} AS o WHERE o.id = $1 AND o.scheduled_at IS NOT NULL), \
                 (SELECT p.status FROM {} AS p WHERE p.id = $1::uuid::text ORDER BY p.status LIMIT 1)",
+        contract.table("cancellation"),
         contract.table("outbox"),
         contract.table("parked")
     );
@@ -103,17 +114,21 @@ async fn why_not(client: &Client, contract: &Contract, id: Uuid) -> postbox::Res
     {
         Ok(row) => row,
         Err(error) if error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) => {
-            return Ok("its time has come, or no scheduled event has this id".to_owned());
+            let why = "its time has come, or no scheduled event has this id";
+            return Ok(Outcome::Not(why.to_owned()));
         }
         Err(error) => return Err(sort(format!("read event {id}"), error)),
     };
-    let status: Option<String> = row.get(1);
-    Ok(match (row.get(0), status.as_deref()) {
+    if row.get(0) {
+        return Ok(Outcome::CancelledBefore);
+    }
+    let status: Option<String> = row.get(2);
+    Ok(Outcome::Not(match (row.get(1), status.as_deref()) {
         (_, Some(status @ ("waiting" | "dead"))) => {
             format!("its time has come, and it is {status}: `postbox parked skip` gives it up")
         }
         (_, Some("skipped")) => "its time has come, and it is skipped".to_owned(),
         (true, _) | (_, Some(_)) => "its time has come".to_owned(),
         (false, None) => "no scheduled event has this id".to_owned(),
-    })
+    }))
 }

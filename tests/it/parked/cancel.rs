@@ -1,5 +1,7 @@
 //! `postbox.cancel`, from SQL, from Rust and from the command line.
 
+use std::time::Duration;
+
 use postbox::ErrorKind;
 use postbox::outbox::{self, NewEvent};
 use tokio_postgres::{Client, IsolationLevel};
@@ -53,6 +55,12 @@ async fn an_event_is_cancelled_before_its_time_and_not_after() {
     // Again: it will not be sent, which is what was asked.
     let again = fixture.cancel_as(&fixture.database_url, &[&a]);
     assert_eq!(again.results(), format!("{a}: cancelled\n"));
+    // Also once its time has come.
+    let soon = schedule(client, "4s").await.to_string();
+    let cancel = || fixture.cancel_as(&fixture.database_url, &[&soon]);
+    assert_eq!(cancel().results(), format!("{soon}: cancelled\n"));
+    tokio::time::sleep(Duration::from_millis(4100)).await;
+    assert_eq!(cancel().results(), format!("{soon}: cancelled before\n"));
     let odd = fixture.cancel_as(&fixture.database_url, &["42"]);
     assert!(
         odd.complaint(2)
@@ -107,7 +115,7 @@ async fn a_cancellation_is_part_of_the_applications_transaction() {
 
     // Also of an event that it has written itself.
     let transaction = application.transaction().await.unwrap();
-    let later = std::time::SystemTime::now() + std::time::Duration::from_secs(3600);
+    let later = std::time::SystemTime::now() + Duration::from_secs(3600);
     let event = NewEvent::tombstone("order", "1", "order_due").scheduled_at(later);
     let own = outbox::append(&transaction, event).await.unwrap();
     assert!(outbox::cancel(&transaction, own).await.unwrap());
