@@ -1,10 +1,12 @@
 //! The command line: the only user of clap and anyhow.
 
 mod arguments;
+mod cancel;
 mod completions;
 #[cfg(feature = "demo")]
 mod demo;
 mod logging;
+mod parked;
 mod quantity;
 mod recover;
 mod relay;
@@ -35,6 +37,8 @@ enum Command {
     Setup(setup::SetupCommand),
     Relay(Box<relay::RelayCommand>),
     Recover(recover::RecoverCommand),
+    Parked(parked::ParkedCommand),
+    Cancel(cancel::CancelCommand),
     #[cfg(feature = "demo")]
     Demo(demo::DemoCommand),
     Completions(completions::CompletionsCommand),
@@ -62,6 +66,8 @@ pub(crate) fn main() -> u8 {
         Command::Setup(arguments) => arguments.run(),
         Command::Relay(arguments) => arguments.run(),
         Command::Recover(arguments) => arguments.run(),
+        Command::Parked(arguments) => arguments.run(),
+        Command::Cancel(arguments) => arguments.run(),
         #[cfg(feature = "demo")]
         Command::Demo(arguments) => arguments.run(),
         Command::Completions(arguments) => arguments.run(),

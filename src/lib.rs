@@ -43,8 +43,8 @@
 //!
 //! # Features
 //!
-//! `default-features = false` leaves [`outbox::append`] alone, on tokio-postgres,
-//! without librdkafka. `relay` adds the relay, `cli` the program, `demo` the demo
+//! `default-features = false` leaves [`outbox`] alone, on tokio-postgres, without
+//! librdkafka. `relay` adds the relay, `cli` the program, `demo` the demo
 //! and the [`oracle`]. `failpoints` is for this crate's own tests.
 #![cfg_attr(not(feature = "demo"), allow(rustdoc::broken_intra_doc_links))]
 

@@ -2,7 +2,7 @@
 //!
 //! [`append`] takes the application's own transaction, so the event exists
 //! exactly when the change it tells of does. It calls the database's `emit`, as
-//! SQL callers do: there is one way in.
+//! SQL callers do: there is one way in. [`cancel`] takes a scheduled event back.
 
 use std::time::SystemTime;
 
@@ -229,24 +229,50 @@ pub async fn append_in(
                 (&event.id, Type::UUID),
             ],
         )
-        .await
-        .map_err(|error| refused(schema, error))?;
-    let row = rows.first().ok_or_else(|| {
-        Error::new(
-            ErrorKind::Unexpected,
-            format!("function \"{schema}.emit\" returned no row"),
-        )
-    })?;
-    row.try_get(0).map_err(|error| refused(schema, error))
+        .await;
+    let doing = format!("append to \"{schema}.outbox\"");
+    let value = rows.and_then(|rows| rows.first().map(|row| row.try_get(0)).transpose());
+    let id = value.map_err(|error| refused(&doing, error))?;
+    id.ok_or_else(|| returned_nothing(schema, "emit"))
 }
 
-fn refused(schema: &str, error: tokio_postgres::Error) -> Error {
+/// Has a scheduled event not sent, from the commit of `transaction` on. Until the transaction
+/// ends, the event is not sent either; if it is rolled back, the event goes out at its time.
+///
+/// False if the event will be sent or was sent: its time has come, by the database's clock,
+/// or it was not scheduled, or there is none with this id. True again for one that is
+/// cancelled already.
+///
+/// In `REPEATABLE READ` and `SERIALIZABLE` an event that was written since the transaction
+/// began is not seen; and if somebody else has cancelled it since, that is a serialization
+/// failure: try the transaction again.
+///
+/// An error of the database is the [`source`](std::error::Error::source) of this one, as
+/// [`tokio_postgres::Error`]. The transaction is then lost.
+pub async fn cancel(transaction: &Transaction<'_>, id: Uuid) -> Result<bool> {
+    cancel_in(DEFAULT_SCHEMA, transaction, id).await
+}
+
+/// [`cancel`] of an event in another schema.
+pub async fn cancel_in(schema: &str, transaction: &Transaction<'_>, id: Uuid) -> Result<bool> {
+    let sql = format!("SELECT {}.cancel($1)", quote_identifier(schema));
+    let rows = transaction.query_typed(&sql, &[(&id, Type::UUID)]).await;
+    let doing = format!("cancel an event of \"{schema}.outbox\"");
+    let value = rows.and_then(|rows| rows.first().map(|row| row.try_get(0)).transpose());
+    let is_cancelled = value.map_err(|error| refused(&doing, error))?;
+    is_cancelled.ok_or_else(|| returned_nothing(schema, "cancel"))
+}
+
+fn returned_nothing(schema: &str, function: &str) -> Error {
+    let message = format!("function \"{schema}.{function}\" returned no row");
+    Error::new(ErrorKind::Unexpected, message)
+}
+
+fn refused(doing: &str, error: tokio_postgres::Error) -> Error {
     let (kind, message) = match error.code() {
         Some(code) if *code == SqlState::INSUFFICIENT_PRIVILEGE => (
             ErrorKind::Rights,
-            format!(
-                "append to \"{schema}.outbox\": `postbox setup --grant-writer-to` gives the right to"
-            ),
+            format!("{doing}: `postbox setup --grant-writer-to` gives the right to"),
         ),
         Some(code)
             if [
@@ -258,18 +284,14 @@ fn refused(schema: &str, error: tokio_postgres::Error) -> Error {
         {
             (
                 ErrorKind::Database,
-                format!("append to \"{schema}.outbox\": has `postbox setup` been run here?"),
+                format!("{doing}: has `postbox setup` been run here?"),
             )
         }
         // Data exceptions and broken constraints: this event, as it is.
-        Some(code) if code.code().starts_with("22") || code.code().starts_with("23") => (
-            ErrorKind::Event,
-            format!("append to \"{schema}.outbox\": the event is refused"),
-        ),
-        _ => (
-            ErrorKind::DatabaseAway,
-            format!("append to \"{schema}.outbox\""),
-        ),
+        Some(code) if code.code().starts_with("22") || code.code().starts_with("23") => {
+            (ErrorKind::Event, format!("{doing}: the event is refused"))
+        }
+        _ => (ErrorKind::DatabaseAway, doing.to_owned()),
     };
     Error::new(kind, message).caused_by(error)
 }

@@ -18,6 +18,9 @@
 //! infinity, until they are the head. The same for events of a topic that the brokers do
 //! not take at all: they were never tried, and one probe of the topic stands for them.
 //!
+//! People look at what waits, and decide about it (`decisions.rs`): that changes rows, and the
+//! relay that is at work sends them.
+//!
 //! # What is misleading
 //!
 //! - A row that is parked is not yet behind the relay: earlier events of its key may still
@@ -31,8 +34,14 @@
 //! - A relay that was frozen may write when another is at work, which has parked on. So each
 //!   write names the epoch of its checkpoint.
 
+pub mod decisions;
+pub mod event;
+mod filter;
+pub mod row;
 mod statements;
 pub(crate) mod store;
+
+pub use filter::{Filter, Status};
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -144,24 +153,6 @@ impl ParkedSettings {
         let (random, _) = uuid::Uuid::new_v4().as_u64_pair();
         let part = (random >> 32) as f64 / f64::from(u32::MAX);
         whole.mul_f64(0.5 + part / 2.0)
-    }
-}
-
-/// What waits for what.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Status {
-    Scheduled,
-    Waiting,
-    Dead,
-}
-
-impl Status {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Scheduled => "scheduled",
-            Self::Waiting => "waiting",
-            Self::Dead => "dead",
-        }
     }
 }
 

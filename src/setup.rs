@@ -70,6 +70,9 @@ pub struct SetupOptions {
     pub relay_role: Option<String>,
     /// The role that writes events, which gets what it needs and no more.
     pub writer_role: Option<String>,
+    /// The role of people who decide about events that wait, which gets what they need and no
+    /// more.
+    pub operator_role: Option<String>,
     /// What becomes of rows that were committed before.
     pub backfill: Backfill,
     /// What came from another cluster, with a dump, is taken over: what was not published
@@ -457,10 +460,16 @@ impl SetupOptions {
         if !table.is_ours() {
             self.check_preset(table)?;
         }
-        for role in [&self.relay_role, &self.writer_role].into_iter().flatten() {
+        for role in self.roles() {
             check_name("role", role)?;
         }
         Ok(())
+    }
+
+    /// The roles that get rights.
+    fn roles(&self) -> impl Iterator<Item = &String> {
+        let roles = [&self.relay_role, &self.writer_role, &self.operator_role];
+        roles.into_iter().flatten()
     }
 }
 

@@ -41,7 +41,7 @@ impl DatabaseArguments {
 
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Names")]
-pub(super) struct ContractArguments {
+pub(super) struct SchemaArguments {
     /// The schema that holds the outbox; 1 to 63 bytes.
     #[arg(
         long,
@@ -50,6 +50,21 @@ pub(super) struct ContractArguments {
         value_name = "NAME"
     )]
     schema: String,
+}
+
+impl SchemaArguments {
+    /// A contract of which only the schema counts.
+    pub(super) fn resolve(&self) -> postbox::Result<Contract> {
+        let any = Contract::default();
+        Contract::new(&self.schema, any.slot, any.publication)
+    }
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Names")]
+pub(super) struct ContractArguments {
+    #[command(flatten)]
+    schema: SchemaArguments,
 
     /// The replication slot, which is also the relay's name: 1 to 63 of a-z, 0-9 and _.
     #[arg(
@@ -75,8 +90,9 @@ pub(super) struct ContractArguments {
 
 impl ContractArguments {
     pub(super) fn resolve(&self) -> postbox::Result<Contract> {
-        let table = self.table.resolve(&self.schema)?;
-        Contract::new(&self.schema, &self.slot, &self.publication)?.reading(table)
+        let schema = &self.schema.schema;
+        let table = self.table.resolve(schema)?;
+        Contract::new(schema, &self.slot, &self.publication)?.reading(table)
     }
 }
 

@@ -47,6 +47,11 @@ pub(super) struct SetupCommand {
     #[arg(long, env = "POSTBOX_GRANT_WRITER_TO", value_name = "ROLE")]
     grant_writer_to: Option<String>,
 
+    /// Grant an existing role what `postbox parked` and `postbox cancel` need, and the right to see
+    /// payloads of events that wait; 1 to 63 bytes.
+    #[arg(long, env = "POSTBOX_GRANT_OPERATOR_TO", value_name = "ROLE")]
+    grant_operator_to: Option<String>,
+
     /// What to do with events that were committed before. Without it, setup stops if there are any.
     #[arg(long, env = "POSTBOX_BACKFILL", value_name = "WHICH")]
     backfill: Option<BackfillArgument>,
@@ -66,6 +71,7 @@ impl SetupCommand {
         let options = SetupOptions {
             relay_role: self.grant_to.clone(),
             writer_role: self.grant_writer_to.clone(),
+            operator_role: self.grant_operator_to.clone(),
             mode: match self.mode {
                 None => Reading::AsItWas,
                 Some(mode) => Option::from(mode).map_or(Reading::Auto, Reading::By),

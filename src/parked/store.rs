@@ -75,6 +75,7 @@ impl Count {
             Status::Scheduled => self.scheduled += 1,
             Status::Waiting => self.waiting += 1,
             Status::Dead => self.dead += 1,
+            Status::Skipped => {}
         }
         if row.status != Status::Scheduled {
             self.bytes += i64::try_from(row.row.bytes.len()).unwrap_or(i64::MAX);
@@ -533,11 +534,7 @@ fn taken_of(row: &tokio_postgres::Row) -> Result<Taken> {
     let columns = names.into_iter().zip(types);
     Ok(Taken {
         id: row.get(0),
-        status: match row.get(1) {
-            "scheduled" => Status::Scheduled,
-            "dead" => Status::Dead,
-            _ => Status::Waiting,
-        },
+        status: Status::read(row.get(1)).expect("the table checks it"),
         topic: row.get(2),
         key: row.get(3),
         attempts: u32::try_from(row.get::<_, i64>(4)).unwrap_or(u32::MAX),

@@ -238,7 +238,7 @@ impl Parking {
                 metrics.dead_letters.inc();
                 error!("{name} is a dead letter, as --on-poison skip says: {why}");
             }
-            (Status::Dead, None) => debug!("{name} was given up before"),
+            (Status::Dead | Status::Skipped, _) => debug!("{name} was given up before"),
             (Status::Waiting, Some(why)) if row.attempts > 0 => {
                 metrics.refused.inc();
                 warn!("{name} is parked, and its key with it; it is tried again: {why}");

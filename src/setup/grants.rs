@@ -13,6 +13,7 @@ use crate::error::{Error, ErrorKind, Result};
 
 pub(super) const RELAY: &str = include_str!("../../sql/grant_relay.sql");
 pub(super) const WRITER: &str = include_str!("../../sql/grant_writer.sql");
+pub(super) const OPERATOR: &str = include_str!("../../sql/grant_operator.sql");
 
 /// Amazon's servers lend the attribute through a role of this name.
 const LENDING_ROLE: &str = "rds_replication";
@@ -41,6 +42,16 @@ const WRITER_HAS: &str = "SELECT has_schema_privilege($1::text::name, :'schema',
      AND has_column_privilege($1::text::name, quote_ident(:'schema') || '.idempotency', 'id', 'SELECT') \
      AND (SELECT bool_and(has_function_privilege($1::text::name, oid, 'EXECUTE')) FROM pg_proc \
           WHERE proname IN ('emit', 'cancel') AND pronamespace = quote_ident(:'schema')::regnamespace)";
+const OPERATOR_HAS: &str = "SELECT has_schema_privilege($1::text::name, :'schema', 'USAGE') \
+     AND has_table_privilege($1::text::name, quote_ident(:'schema') || '.parked', 'SELECT') \
+     AND has_table_privilege($1::text::name, quote_ident(:'schema') || '.cancellation', 'SELECT') \
+     AND (SELECT bool_and(has_column_privilege($1::text::name, quote_ident(:'schema') || '.parked', name, 'UPDATE')) \
+          FROM unnest('{status, due_at, taken_at, awaits_topic, attempts, owes_letter, decided_by, decided_at, \
+                       reason}'::text[]) AS name) \
+     AND has_column_privilege($1::text::name, quote_ident(:'schema') || '.outbox', 'id', 'SELECT') \
+     AND has_column_privilege($1::text::name, quote_ident(:'schema') || '.outbox', 'scheduled_at', 'SELECT') \
+     AND (SELECT bool_and(has_function_privilege($1::text::name, oid, 'EXECUTE')) FROM pg_proc \
+          WHERE proname = 'cancel' AND pronamespace = quote_ident(:'schema')::regnamespace)";
 
 /// What a relay needs of another library's table, to mark its rows.
 const MARK: &str = "GRANT USAGE ON SCHEMA :\"table_schema\" TO :\"role\";\n\
@@ -55,10 +66,7 @@ const FIND_HAS: &str = "SELECT has_schema_privilege($1::text::name, :'table_sche
 
 /// Refuses roles that do not exist, before anything is done.
 pub(super) async fn check_roles(client: &Client, options: &SetupOptions) -> Result<()> {
-    for role in [&options.relay_role, &options.writer_role]
-        .into_iter()
-        .flatten()
-    {
+    for role in options.roles() {
         let sql = "SELECT EXISTS (SELECT FROM pg_roles WHERE rolname = $1::text::name)";
         if !ask(client, sql, role).await? {
             return Err(Error::new(
@@ -106,6 +114,10 @@ pub(super) async fn apply(
     if let Some(role) = &options.writer_role {
         let state = grant(client, contract, role, WRITER, WRITER_HAS).await?;
         report.add(format!("grants to writer role \"{role}\""), state);
+    }
+    if let Some(role) = &options.operator_role {
+        let state = grant(client, contract, role, OPERATOR, OPERATOR_HAS).await?;
+        report.add(format!("grants to operator role \"{role}\""), state);
     }
     Ok(())
 }

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::grants::{RELAY, WRITER};
+use super::grants::{OPERATOR, RELAY, WRITER};
 use super::migrations::{MIGRATIONS, SCHEMA};
 use super::polling::{NOTIFY, XID_INDEX};
 use super::{LOCK, PATIENCE, Reading, SetupOptions};
@@ -92,9 +92,14 @@ pub fn print_sql(contract: &Contract, options: &SetupOptions) -> Result<String> 
         script.push('\n');
         script.push_str(&contract.sql_with(RELAY, &[("role", role)]));
     }
-    if let Some(role) = &options.writer_role {
-        script.push('\n');
-        script.push_str(&contract.sql_with(WRITER, &[("role", role)]));
+    for (role, grants) in [
+        (&options.writer_role, WRITER),
+        (&options.operator_role, OPERATOR),
+    ] {
+        if let Some(role) = role {
+            script.push('\n');
+            script.push_str(&contract.sql_with(grants, &[("role", role)]));
+        }
     }
     let _ = writeln!(script, "\nSELECT pg_advisory_unlock({LOCK});");
     Ok(script)
@@ -155,6 +160,7 @@ mod tests {
         let options = SetupOptions {
             relay_role: Some("relay".to_owned()),
             writer_role: Some("app".to_owned()),
+            operator_role: Some("ops".to_owned()),
             ..SetupOptions::default()
         };
         let script = script(&options);
@@ -176,6 +182,7 @@ mod tests {
             "SET postbox.backfill = 'refuse'",
             "ALTER ROLE \"relay\" REPLICATION",
             "GRANT INSERT ON \"my \"\"box\".outbox TO \"app\"",
+            "ON \"my \"\"box\".parked TO \"ops\"",
             // psql knows this one itself.
             "GRANT CONNECT ON DATABASE :\"DBNAME\" TO \"relay\"",
         ] {

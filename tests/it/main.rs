@@ -21,6 +21,7 @@ mod examples;
 mod faults;
 mod http;
 mod limits;
+mod parked;
 mod parking;
 mod poison;
 mod poll;

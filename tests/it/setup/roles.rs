@@ -169,7 +169,7 @@ async fn a_right_that_is_missing_is_named_with_the_statement_that_gives_it() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_role_that_does_not_exist_is_refused_before_anything_is_made() {
     let fixture = Fixture::empty().await;
-    for flag in ["--grant-to", "--grant-writer-to"] {
+    for flag in ["--grant-to", "--grant-writer-to", "--grant-operator-to"] {
         let setup = fixture.setup(&[flag, "no \"body"]);
         let expected =
             "error: role \"no \"body\" does not exist: CREATE ROLE \"no \"\"body\" LOGIN\n";

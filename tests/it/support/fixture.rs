@@ -180,6 +180,26 @@ impl Fixture {
         self.run("recover", database_url, flags)
     }
 
+    /// `postbox parked` as a process, with these flags.
+    pub(crate) fn parked(&self, flags: &[&str]) -> Output {
+        self.parked_as(&self.database_url, flags)
+    }
+
+    /// The same, by the role of this URL.
+    pub(crate) fn parked_as(&self, database_url: &str, flags: &[&str]) -> Output {
+        self.run("parked", database_url, flags)
+    }
+
+    /// The same, not started.
+    pub(crate) fn parked_command(&self, flags: &[&str]) -> Command {
+        self.command("parked", &self.database_url, flags)
+    }
+
+    /// `postbox cancel` as a process, by the role of this URL.
+    pub(crate) fn cancel_as(&self, database_url: &str, flags: &[&str]) -> Output {
+        self.run("cancel", database_url, flags)
+    }
+
     /// `postbox recover` as a process that ends at this failpoint.
     pub(crate) fn recover_until(&self, step: &str) -> Output {
         let mut command = self.command("recover", &self.database_url, &[]);

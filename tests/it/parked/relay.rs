@@ -1,0 +1,129 @@
+//! What people decided, and a relay that carries it out.
+
+use std::time::Duration;
+
+use rdkafka::admin::{AdminOptions, AlterConfig, ResourceSpecifier};
+
+use crate::poison::{admin, create_topic, incompressible};
+use crate::support::{Fixture, Relay, wait_until};
+
+const SMALL: &str = "2000";
+
+/// Nothing is tried twice by itself.
+const RARELY: [&str; 4] = ["--retry-backoff-min", "1h", "--retry-backoff-max", "1h"];
+
+async fn raise_limit(fixture: &Fixture) {
+    let raise = AlterConfig::new(ResourceSpecifier::Topic(&fixture.topic))
+        .set("max.message.bytes", "1000000");
+    let altered = admin(fixture)
+        .alter_configs(&[raise], &AdminOptions::new())
+        .await;
+    altered.unwrap().remove(0).unwrap();
+}
+
+async fn parked(fixture: &Fixture) -> Vec<String> {
+    let sql = "SELECT concat_ws(' ', status, attempts, CASE WHEN due_at = 'infinity' THEN 'behind' END) \
+               FROM postbox.parked ORDER BY number";
+    let rows = fixture.client.query(sql, &[]).await.unwrap();
+    rows.iter().map(|row| row.get(0)).collect()
+}
+
+async fn wait_for(fixture: &Fixture, lines: &[&str]) {
+    let what = format!("parked: {lines:?}");
+    wait_until(&what, async || parked(fixture).await == lines).await;
+}
+
+/// The ids of the key's events, in order.
+async fn ids(fixture: &Fixture) -> Vec<String> {
+    let sql = "SELECT id::text FROM postbox.outbox ORDER BY seq";
+    let rows = fixture.client.query(sql, &[]).await.unwrap();
+    rows.iter().map(|row| row.get(0)).collect()
+}
+
+async fn sent(fixture: &Fixture) -> Vec<String> {
+    let records = fixture.records().await;
+    records.iter().map(|record| record.id.to_string()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_does_as_was_decided_and_a_crash_forgets_nothing() {
+    let fixture = Fixture::new().await;
+    create_topic(&fixture, SMALL).await;
+    let relay = Relay::streaming(&fixture, &RARELY).await;
+    let large = incompressible(5000);
+    for payload in ["1", &large, "3", &large, "5"] {
+        fixture.insert("a", payload).await;
+    }
+    fixture.wait_for_confirmation().await;
+    wait_for(
+        &fixture,
+        &[
+            "waiting 1",
+            "waiting 0 behind",
+            "waiting 0 behind",
+            "waiting 0 behind",
+        ],
+    )
+    .await;
+    let ids = ids(&fixture).await;
+
+    // Those behind it go on, up to the next that cannot.
+    fixture
+        .parked(&["skip", &ids[1], "--reason", "test"])
+        .results();
+    wait_for(
+        &fixture,
+        &["skipped 1 behind", "waiting 1", "waiting 0 behind"],
+    )
+    .await;
+    assert_eq!(sent(&fixture).await, [&*ids[0], &ids[2]]);
+
+    relay.kill();
+    let relay = Relay::streaming(&fixture, &RARELY).await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let before = ["skipped 1 behind", "waiting 1", "waiting 0 behind"];
+    assert_eq!(parked(&fixture).await, before);
+
+    // The topic takes them now, the second too after all: each in its place.
+    raise_limit(&fixture).await;
+    fixture.parked(&["retry", &ids[3], &ids[1]]).results();
+    wait_for(&fixture, &[]).await;
+    relay.drain().await;
+    assert_eq!(
+        sent(&fixture).await,
+        [&*ids[0], &ids[2], &ids[1], &ids[3], &ids[4]]
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cancelled_event_is_not_sent_whether_the_relay_has_seen_it_or_not() {
+    let fixture = Fixture::new().await;
+    let schedule = async || -> String {
+        let sql = "SELECT postbox.emit($1, 'a', 'due', '{}', scheduled_at => now() + interval '6 s')::text";
+        fixture
+            .client
+            .query_one(sql, &[&fixture.topic])
+            .await
+            .unwrap()
+            .get(0)
+    };
+    let unseen = schedule().await;
+    fixture
+        .cancel_as(&fixture.database_url, &[&unseen])
+        .results();
+    let relay = Relay::streaming(&fixture, &[]).await;
+    let (seen, kept) = (schedule().await, schedule().await);
+    wait_until("the relay has them", async || {
+        parked(&fixture)
+            .await
+            .iter()
+            .filter(|line| line.starts_with("scheduled"))
+            .count()
+            >= 2
+    })
+    .await;
+    fixture.cancel_as(&fixture.database_url, &[&seen]).results();
+    wait_for(&fixture, &[]).await;
+    relay.drain().await;
+    assert_eq!(sent(&fixture).await, [kept]);
+}
