@@ -10,8 +10,9 @@
 //!                                │ WAL, replication slot; or the table, polled
 //!                                ▼
 //!        database ──▶ source ──▶ event ──▶ envelope ──▶ publisher ──▶ Kafka
-//!                        │    (pgoutput)                   │ delivery reports
-//!                        └── position ──▶ ack ◀────────────┘
+//!                        │    (pgoutput)        │          │ delivery reports
+//!                        └── position ──▶ ack ◀─┼──────────┘
+//!                                          │    └──▶ parked ──▶ again, in time
 //!                                          └──▶ confirm(position)
 //! ```
 //!
@@ -20,7 +21,8 @@
 //! 1. A committed event reaches Kafka at least once. Events of one key arrive in
 //!    commit order. A rolled-back event never appears.
 //! 2. Nothing is confirmed to Postgres before every in-sync replica of its
-//!    partition has it.
+//!    partition has it, or it is [`parked`] in Postgres: as what cannot go out as it
+//!    is, and what is to go out later.
 //! 3. What a crash repeats is bounded by what was in flight, and by what was
 //!    delivered since the last confirmation; each record carries its event's id,
 //!    so that a consumer can drop repetitions.

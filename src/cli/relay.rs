@@ -14,7 +14,7 @@ use postbox::http::{self, Endpoints};
 use postbox::metrics::Metrics;
 use postbox::parked::{OnPoison, ParkedSettings};
 use postbox::relay::{Relay, RelaySettings};
-use postbox::table::{Placement, Preset};
+use postbox::table::{ATTEMPTS_MAX, Placement, Preset};
 use postbox::{Error, ErrorKind};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -210,7 +210,11 @@ struct ParkedArguments {
 }
 
 impl ParkedArguments {
-    fn resolve(&self, attempts_max: Option<u32>) -> postbox::Result<ParkedSettings> {
+    fn resolve(
+        &self,
+        preset: Preset,
+        attempts_max: Option<u32>,
+    ) -> postbox::Result<ParkedSettings> {
         if self.retry_backoff_min > self.retry_backoff_max {
             let message = format!(
                 "--retry-backoff-min {} is longer than --retry-backoff-max {}",
@@ -230,9 +234,13 @@ impl ParkedArguments {
             return Err(Error::new(ErrorKind::Settings, message));
         }
         let defaults = ParkedSettings::default();
+        let as_ever = match preset {
+            Preset::Spakky => ATTEMPTS_MAX,
+            _ => defaults.attempts_max,
+        };
         Ok(ParkedSettings {
             on_poison: self.on_poison.unwrap_or_default(),
-            attempts_max: attempts_max.unwrap_or(defaults.attempts_max),
+            attempts_max: attempts_max.unwrap_or(as_ever),
             backoff_min: self.retry_backoff_min,
             backoff_max: self.retry_backoff_max,
             dead_letter_topic: self.dead_letter_topic.clone(),
@@ -404,7 +412,7 @@ impl RelayCommand {
             mark: self.claims.mark,
             claim_timeout: self.claims.claim_timeout,
             attempts_max,
-            parked: self.parked.resolve(self.contract.max_attempts())?,
+            parked: self.parked.resolve(preset, self.contract.max_attempts())?,
             kafka: match preset.compression() {
                 Some(codec) => self.kafka.resolve()?.compressed(codec),
                 None => self.kafka.resolve()?,

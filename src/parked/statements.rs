@@ -4,8 +4,10 @@
 //! takes is of its slices. The order of a key's events is that of `number`.
 //!
 //! The table may be empty one moment and have a hundred thousand rows the next, with statistics
-//! of before: a plan that joins it with itself then takes 30 s for 10,000 rows. So the first of
-//! a key is looked up, by `ORDER BY … LIMIT 1`, which only the index answers.
+//! of before. A plan that joins it with itself, or with a list of ids by an index of everything
+//! that waits, then takes a minute for 10,000 rows. So the first of a key is looked up, by
+//! `ORDER BY … LIMIT 1`, which only the index of its key answers; and rows that are named by
+//! their ids have their status compared as an expression, which no partial index is good for.
 
 use crate::catalog::Slices;
 use crate::contract::Contract;
@@ -144,7 +146,7 @@ impl Statements {
                      SELECT id, sum(bytes) OVER (ORDER BY due_at, number) - bytes AS before FROM run \
                  ), taken AS ( \
                      UPDATE :\"schema\".parked AS p SET taken_at = now() FROM fits \
-                     WHERE p.relay = $1 AND p.id = fits.id AND fits.before < $4 AND p.status = 'waiting' \
+                     WHERE p.relay = $1 AND p.id = fits.id AND fits.before < $4 AND p.status || '' = 'waiting' \
                      RETURNING p.* \
                  ) SELECT {TAKEN} FROM taken AS p ORDER BY p.number"
             )),
@@ -161,7 +163,7 @@ impl Statements {
             take_scheduled: sql(&format!(
                 "SELECT {TAKEN}, EXISTS (SELECT FROM :\"schema\".cancellation AS c WHERE c.id = p.id) \
                  FROM :\"schema\".parked AS p \
-                 WHERE p.relay = $1 AND p.id = ANY ($2) AND p.status = 'scheduled' ORDER BY p.due_at, p.number"
+                 WHERE p.relay = $1 AND p.id = ANY ($2) AND p.status || '' = 'scheduled' ORDER BY p.due_at, p.number"
             )),
             next: sql(&format!(
                 "SELECT (extract(epoch FROM p.due_at - clock_timestamp()) * 1000)::bigint FROM :\"schema\".parked AS p \
@@ -176,7 +178,7 @@ impl Statements {
                      due_at = now() + r.backoff * interval '1 ms' \
                  FROM unnest($2::text[], $3::text[], $4::text[], $5::text[], $6::bigint[], $7::boolean[], $8::boolean[]) \
                      AS r (id, topic, key, why, backoff, is_dead, owes_letter) \
-                 WHERE p.relay = $1 AND p.id = r.id AND p.status IN ('scheduled', 'waiting')"),
+                 WHERE p.relay = $1 AND p.id = r.id AND p.status || '' IN ('scheduled', 'waiting')"),
             untry: sql("UPDATE :\"schema\".parked SET taken_at = NULL \
                  WHERE relay = $1 AND id = ANY ($2) AND taken_at IS NOT NULL"),
             hold_topics: sql("UPDATE :\"schema\".parked AS p \
@@ -193,11 +195,11 @@ impl Statements {
             join: sql("UPDATE :\"schema\".parked AS p \
                  SET status = 'waiting', due_at = 'infinity', topic = j.topic, key = j.key, number = DEFAULT \
                  FROM unnest($2::text[], $3::text[], $4::text[]) AS j (id, topic, key) \
-                 WHERE p.relay = $1 AND p.id = j.id AND p.status = 'scheduled'"),
+                 WHERE p.relay = $1 AND p.id = j.id AND p.status || '' = 'scheduled'"),
             postpone: sql(
                 "UPDATE :\"schema\".parked AS p SET status = 'scheduled', due_at = e.time::timestamptz, taken_at = NULL \
                  FROM unnest($2::text[], $3::text[]) AS e (id, time) \
-                 WHERE p.relay = $1 AND p.id = e.id AND p.status = 'waiting'",
+                 WHERE p.relay = $1 AND p.id = e.id AND p.status || '' = 'waiting'",
             ),
             promote: sql("UPDATE :\"schema\".parked AS p SET due_at = now() \
                  FROM unnest($2::text[], $3::text[]) AS k (topic, key) \
