@@ -1,6 +1,7 @@
 //! The command line: the only user of clap and anyhow.
 
 mod arguments;
+mod cleanup;
 mod completions;
 #[cfg(feature = "demo")]
 mod demo;
@@ -35,6 +36,7 @@ enum Command {
     Setup(setup::SetupCommand),
     Relay(Box<relay::RelayCommand>),
     Recover(recover::RecoverCommand),
+    Cleanup(Box<cleanup::CleanupCommand>),
     #[cfg(feature = "demo")]
     Demo(demo::DemoCommand),
     Completions(completions::CompletionsCommand),
@@ -62,6 +64,7 @@ pub(crate) fn main() -> u8 {
         Command::Setup(arguments) => arguments.run(),
         Command::Relay(arguments) => arguments.run(),
         Command::Recover(arguments) => arguments.run(),
+        Command::Cleanup(arguments) => arguments.run(),
         #[cfg(feature = "demo")]
         Command::Demo(arguments) => arguments.run(),
         Command::Completions(arguments) => arguments.run(),

@@ -59,6 +59,8 @@ pub mod backlog;
 #[cfg(feature = "relay")]
 pub mod catalog;
 #[cfg(feature = "relay")]
+pub mod cleanup;
+#[cfg(feature = "relay")]
 pub mod contract;
 #[cfg(feature = "relay")]
 pub mod database;

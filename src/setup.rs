@@ -59,7 +59,7 @@ const UNLIMITED: &str = "SELECT set_config(name, '0', true) FROM pg_settings \
 const SETTINGS: [(&str, &str); 2] = [("row_security", "off"), ("lock_timeout", PATIENCE)];
 
 /// Names our advisory lock. Locks of this kind are per database.
-const LOCK: i64 = i64::from_be_bytes(*b"\0postbox");
+pub(crate) const LOCK: i64 = i64::from_be_bytes(*b"\0postbox");
 
 /// What to set up beside the tables.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -70,6 +70,8 @@ pub struct SetupOptions {
     pub relay_role: Option<String>,
     /// The role that writes events, which gets what it needs and no more.
     pub writer_role: Option<String>,
+    /// The role that cleans up, which gets what it needs and no more; it may be the relay's.
+    pub cleanup_role: Option<String>,
     /// What becomes of rows that were committed before.
     pub backfill: Backfill,
     /// What came from another cluster, with a dump, is taken over: what was not published
@@ -457,7 +459,8 @@ impl SetupOptions {
         if !table.is_ours() {
             self.check_preset(table)?;
         }
-        for role in [&self.relay_role, &self.writer_role].into_iter().flatten() {
+        let roles = [&self.relay_role, &self.writer_role, &self.cleanup_role];
+        for role in roles.into_iter().flatten() {
             check_name("role", role)?;
         }
         Ok(())

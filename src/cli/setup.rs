@@ -47,6 +47,11 @@ pub(super) struct SetupCommand {
     #[arg(long, env = "POSTBOX_GRANT_WRITER_TO", value_name = "ROLE")]
     grant_writer_to: Option<String>,
 
+    /// Grant an existing role what `postbox cleanup` needs, but for --forget; 1 to 63 bytes. For a relay
+    /// that cleans up, its role again.
+    #[arg(long, env = "POSTBOX_GRANT_CLEANUP_TO", value_name = "ROLE")]
+    grant_cleanup_to: Option<String>,
+
     /// What to do with events that were committed before. Without it, setup stops if there are any.
     #[arg(long, env = "POSTBOX_BACKFILL", value_name = "WHICH")]
     backfill: Option<BackfillArgument>,
@@ -66,6 +71,7 @@ impl SetupCommand {
         let options = SetupOptions {
             relay_role: self.grant_to.clone(),
             writer_role: self.grant_writer_to.clone(),
+            cleanup_role: self.grant_cleanup_to.clone(),
             mode: match self.mode {
                 None => Reading::AsItWas,
                 Some(mode) => Option::from(mode).map_or(Reading::Auto, Reading::By),

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::grants::{RELAY, WRITER};
+use super::grants::{CLEANUP, RELAY, WRITER};
 use super::migrations::{MIGRATIONS, SCHEMA};
 use super::polling::{NOTIFY, XID_INDEX};
 use super::{LOCK, PATIENCE, Reading, SetupOptions};
@@ -95,6 +95,10 @@ pub fn print_sql(contract: &Contract, options: &SetupOptions) -> Result<String> 
     if let Some(role) = &options.writer_role {
         script.push('\n');
         script.push_str(&contract.sql_with(WRITER, &[("role", role)]));
+    }
+    if let Some(role) = &options.cleanup_role {
+        script.push('\n');
+        script.push_str(&contract.sql_with(CLEANUP, &[("role", role)]));
     }
     let _ = writeln!(script, "\nSELECT pg_advisory_unlock({LOCK});");
     Ok(script)
