@@ -179,6 +179,9 @@ impl Default for Metrics {
         ] {
             metrics.reconnects.with_label_values(&[kind.label()]);
         }
+        for table in ["outbox", "parked", "cancellation", "idempotency"] {
+            metrics.cleaned.with_label_values(&[table]);
+        }
         let build = register(
             &metrics.registry,
             GaugeVec::new(options("build_info", "the version that runs"), &["version"]),

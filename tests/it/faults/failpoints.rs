@@ -79,8 +79,8 @@ async fn assert_crashed(mut relay: Relay, step: &str) {
 }
 
 /// Steps that tests elsewhere cross: the taking over of a slot, in `setup::slot`, and what
-/// only polling and tables of others have, in `poll`, `claim` and `tables`.
-const ELSEWHERE: [&str; 24] = [
+/// only polling and tables of others have, in `poll`, `claim` and `tables`, and cleaning up, in `cleanup`.
+const ELSEWHERE: [&str; 28] = [
     "taking_over",
     "renewing",
     "polling_begun",
@@ -105,6 +105,10 @@ const ELSEWHERE: [&str; 24] = [
     "marking",
     "marked",
     "released",
+    "cleaning",
+    "cleaned",
+    "clean_committed",
+    "forgetting",
 ];
 
 #[test]

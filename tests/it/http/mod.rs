@@ -29,6 +29,7 @@ const METRICS: &[(&str, &str)] = &[
     ("postbox_slot_wal_status", "gauge"),
     ("postbox_slices", "gauge"),
     ("postbox_put_off_events_total", "counter"),
+    ("postbox_cleaned_rows_total", "counter"),
     ("postbox_pending_events", "gauge"),
     ("postbox_oldest_pending_seconds", "gauge"),
     ("postbox_topic_pending_events", "gauge"),
