@@ -69,7 +69,8 @@ async fn a_relay_that_claims_removes_what_it_has_completed() {
         &["--cleanup-interval", "1s", "--cleanup-older-than", "1s"],
     ]
     .concat();
-    let relay = Relay::start(&fixture, &flags);
+    let mut relay = Relay::start(&fixture, &flags);
+    relay.wait_for_log("polling").await;
     wait_until("all is removed, and counted", async || {
         let (_, text) = relay.get("/metrics");
         text.contains("\npostbox_cleaned_rows_total{table=\"outbox_events\"} 500\n")

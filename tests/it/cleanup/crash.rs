@@ -36,11 +36,20 @@ async fn a_relay_that_polls_and_is_killed_at_any_step_has_removed_nothing_unpubl
 
 async fn kill_at_each_step(fixture: &Fixture, mode: &[&str]) {
     let flags = [mode, &FENCES, &EAGER, &SMALL_WINDOW].concat();
+    // Each row may go as soon as it is published, so that one that goes before is missed.
+    fixture
+        .sql(
+            "CREATE FUNCTION long_ago() RETURNS trigger LANGUAGE plpgsql AS \
+             $$BEGIN NEW.created_at = now() - interval '1 hour'; RETURN NEW; END$$; \
+             CREATE TRIGGER long_ago BEFORE INSERT ON postbox.outbox FOR EACH ROW EXECUTE FUNCTION long_ago()",
+        )
+        .await;
     let writers = fixture.writers(fixture.steady_load());
     let mut gone = 0;
     for (step, passage) in STEPS {
         let mut command = Relay::command(fixture, &flags);
-        let failpoint = format!("{step}={}*off->panic", passage - 1);
+        // So slow that there is always something that is not published yet.
+        let failpoint = format!("sent=sleep(4);{step}={}*off->panic", passage - 1);
         let mut relay = Relay::spawn(command.env("FAILPOINTS", failpoint));
         assert_eq!(relay.exit_code().await, -1, "{step}: {}", relay.log());
         let log = relay.log();
@@ -49,7 +58,8 @@ async fn kill_at_each_step(fixture: &Fixture, mode: &[&str]) {
     }
     assert!(gone > 0, "nothing was removed");
     writers.stop().await.unwrap();
-    let relay = Relay::start(fixture, &flags);
+    let mut relay = Relay::start(fixture, &flags);
+    relay.wait_for_log("serving http").await;
     wait_until("all is published, removed and counted", async || {
         let cleaned = relay.metric("postbox_cleaned_rows_total{table=\"outbox\"}");
         cleaned > 0.0 && fixture.count("postbox.outbox").await == 0
