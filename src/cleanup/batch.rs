@@ -6,7 +6,7 @@ use tokio::time::{Instant, sleep};
 use tokio_postgres::Client;
 
 use super::Run;
-use crate::database::{sort, sort_with};
+use crate::database::{sort, sort_with, within};
 use crate::error::{Error, ErrorKind, Result};
 use crate::setup;
 
@@ -22,6 +22,9 @@ const BEGIN: &str = "BEGIN; SET LOCAL lock_timeout = '1s'; SET LOCAL statement_t
 /// Names our advisory lock. Locks of this kind are per database.
 const LOCK: i64 = i64::from_be_bytes(*b"\0pbclean");
 
+/// How long the server may take for a batch: longer than for its statements.
+const ANSWER_MAX: Duration = Duration::from_secs(90);
+
 /// How often the lock is asked for.
 const LOCK_INTERVAL: Duration = Duration::from_millis(50);
 
@@ -32,7 +35,7 @@ impl Run<'_> {
     pub(super) async fn batch<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
         let until = Instant::now() + self.options.patience;
         let mut since = Instant::now();
-        while !begin(self.client).await? {
+        while !within(ANSWER_MAX, "clean up", begin(self.client)).await? {
             if Instant::now() >= until {
                 let message = "another cleanup, or a set-up, is at work in this database";
                 return Err(Error::new(ErrorKind::SlotInUse, message));
@@ -40,12 +43,16 @@ impl Run<'_> {
             sleep(LOCK_INTERVAL).await;
             since = Instant::now();
         }
-        let done = work.await;
-        failpoint!("cleaned");
-        // What has failed is rolled back by this, too.
-        let ended = end(self.client).await;
-        let done = done?;
-        ended?;
+        let done = within(ANSWER_MAX, "clean up", async {
+            let done = work.await;
+            failpoint!("cleaned");
+            // What has failed is rolled back by this, too.
+            let ended = end(self.client).await;
+            let done = done?;
+            ended?;
+            Ok(done)
+        });
+        let done = done.await?;
         failpoint!("clean_committed");
         sleep(since.elapsed()).await;
         Ok(done)

@@ -60,7 +60,7 @@ fn http_is_for_this_machine_alone_unless_told_otherwise() {
 
 #[test]
 fn help_tells_of_each_flag_its_variable_its_default_and_its_unit() {
-    for (command, count) in [("relay", 31), ("setup", 18), ("cleanup", 12), ("demo", 6)] {
+    for (command, count) in [("relay", 31), ("setup", 18), ("cleanup", 14), ("demo", 6)] {
         let output = run(&mut postbox(&[command, "--help"]));
         let help = output.results();
         let flags = flags(help);
