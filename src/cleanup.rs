@@ -43,8 +43,8 @@
 //!
 //! By short transactions, each of which looks at a bounded number of rows, deletes those it
 //! may, and takes no lock but those of the rows: a writer never waits for it. Whatever
-//! it has to wait for itself, it gives up after a second. It pauses as long as it
-//! works. Each batch reads the proof anew, under a lock that set-up does not share: no relay
+//! it has to wait for itself, it gives up after a second. It pauses three
+//! times as long as it works. Each batch reads the proof anew, under a lock that set-up does not share: no relay
 //! that is just being set up is overlooked.
 //!
 //! Of the outbox it goes through `seq` from the low end and never comes back within a run, so
@@ -75,8 +75,9 @@ use crate::source::claim::ClaimSettings;
 pub(crate) use claims::{HAS as CLAIMS_HAS, RIGHTS as CLAIMS_RIGHTS};
 pub use forget::forget;
 
-/// How many rows are looked at in a transaction, unless something else is said.
-pub const BATCH: u32 = 2000;
+/// How many rows are looked at in a transaction, unless something else is said. A walsender decodes
+/// what a transaction deletes in one go, and the events behind it wait meanwhile.
+pub const BATCH: u32 = 500;
 
 /// What is removed, and how.
 #[derive(Debug, Clone)]

@@ -26,6 +26,8 @@ pub(crate) async fn run(file: &Path, trials: u32, rows: i64) {
     for statement in published.split(';') {
         rig.client.batch_execute(statement).await.unwrap();
     }
+    // The first does not count: the broker is not warm.
+    latency::run(&mut rig, CARRIER, RATE, None, 0).await;
     for trial in 1..=trials {
         let mut turns = [false, true];
         turns.rotate_left(trial as usize % 2);
