@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-matrix campaign trials fuzz bench bench-soak bench-compare bench-poll bench-claim bench-micro bench-report lint
+.PHONY: help demo test test-matrix campaign trials fuzz bench bench-soak bench-compare bench-poll bench-claim bench-cleanup bench-micro bench-report lint
 
 VERSIONS ?= 14 15 16 17 18
 # Tests wait for servers a third of the time.
@@ -73,6 +73,9 @@ bench-poll: ## Measure postbox that polls, with few and with many published rows
 bench-claim: ## Measure postbox beside omni-box, on omni-box's table: TRIALS, ROWS.
 	@dev/bootstrap && dev/fetch omni-box
 	@$(measure) claim --runs $(call runs,claim) $(options)
+
+bench-cleanup: ## Measure what removing old rows costs writers and the relay: TRIALS, and ROWS that are old, by default ten million.
+	@$(measure) clean --runs $(call runs,cleanup) $(if $(TRIALS),--trials $(TRIALS)) $(if $(ROWS),--old $(ROWS))
 
 bench-micro: ## Measure what an event costs in the pure parts of its way.
 	@dev/bootstrap build

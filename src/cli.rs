@@ -2,6 +2,7 @@
 
 mod arguments;
 mod cancel;
+mod cleanup;
 mod completions;
 #[cfg(feature = "demo")]
 mod demo;
@@ -39,6 +40,7 @@ enum Command {
     Recover(recover::RecoverCommand),
     Parked(parked::ParkedCommand),
     Cancel(cancel::CancelCommand),
+    Cleanup(Box<cleanup::CleanupCommand>),
     #[cfg(feature = "demo")]
     Demo(demo::DemoCommand),
     Completions(completions::CompletionsCommand),
@@ -68,6 +70,7 @@ pub(crate) fn main() -> u8 {
         Command::Recover(arguments) => arguments.run(),
         Command::Parked(arguments) => arguments.run(),
         Command::Cancel(arguments) => arguments.run(),
+        Command::Cleanup(arguments) => arguments.run(),
         #[cfg(feature = "demo")]
         Command::Demo(arguments) => arguments.run(),
         Command::Completions(arguments) => arguments.run(),

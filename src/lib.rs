@@ -41,6 +41,8 @@
 //! - All data comes from the stream, or, where a slot was lost or is not to be had,
 //!   from the set of rows that two snapshots fix. A row is never read again by its
 //!   id: it may not be visible yet.
+//! - A row is removed from the outbox only once the snapshots of all checkpoints see it:
+//!   [`cleanup`].
 //! - No payload is ever logged, no password ever printed.
 //!
 //! # Features
@@ -60,6 +62,8 @@ pub mod ack;
 pub mod backlog;
 #[cfg(feature = "relay")]
 pub mod catalog;
+#[cfg(feature = "relay")]
+pub mod cleanup;
 #[cfg(feature = "relay")]
 pub mod contract;
 #[cfg(feature = "relay")]

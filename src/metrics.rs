@@ -46,6 +46,8 @@ pub struct Metrics {
     retained_wal_bytes: IntGauge,
     /// Events that could not go out and were put off, where they are claimed.
     pub put_off: IntCounter,
+    /// Rows that were removed by cleaning up, by table.
+    pub cleaned: IntCounterVec,
     /// Slices that are served, of a relay that is divided.
     pub slices: IntGauge,
     wal_status: IntGaugeVec,
@@ -135,6 +137,12 @@ impl Default for Metrics {
                     "events that could not go out and were put off, as their table says",
                 )),
             ),
+            cleaned: counters(
+                &registry,
+                "cleaned_rows_total",
+                "rows that were removed as they are older than the retention, by table",
+                "table",
+            ),
             slices: gauge(
                 &registry,
                 "slices",
@@ -175,6 +183,9 @@ impl Default for Metrics {
             ErrorKind::BrokerAway,
         ] {
             metrics.reconnects.with_label_values(&[kind.label()]);
+        }
+        for table in ["outbox", "parked", "cancellation", "idempotency"] {
+            metrics.cleaned.with_label_values(&[table]);
         }
         let build = register(
             &metrics.registry,

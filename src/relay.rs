@@ -14,6 +14,7 @@
 
 mod aside;
 mod attempt;
+mod cleaner;
 mod connect;
 mod control;
 mod division;
@@ -48,6 +49,7 @@ use crate::publisher::{BATCH_BYTES, KafkaSettings};
 use crate::source::Place;
 use crate::source::claim::ClaimSettings;
 use attempt::{Attempt, Ended};
+pub use cleaner::CleanupSettings;
 use connect::Kept;
 use division::Division;
 use meter::Cue;
@@ -100,6 +102,8 @@ pub struct RelaySettings {
     pub shards: Option<u8>,
     /// How long a stop may take to drain what is in flight.
     pub shutdown_timeout: Duration,
+    /// Whether it cleans up, too.
+    pub cleanup: Option<CleanupSettings>,
 }
 
 impl RelaySettings {
@@ -201,9 +205,11 @@ impl Relay {
         let mut backoff = backoff();
         let mut standing_by = false;
         // Ends with us.
-        let mut measuring = JoinSet::new();
+        let mut beside = JoinSet::new();
         let (settings, metrics) = (self.settings.clone(), self.metrics.clone());
-        measuring.spawn(meter::run(settings, metrics, self.cue.clone()));
+        beside.spawn(meter::run(settings, metrics, self.cue.clone()));
+        let (settings, metrics) = (self.settings.clone(), self.metrics.clone());
+        beside.spawn(cleaner::run(settings, metrics, self.cue.clone()));
         loop {
             self.worked = false;
             let error = match Box::pin(Attempt::run(&mut self, &mut shutdown)).await {

@@ -59,7 +59,7 @@ const UNLIMITED: &str = "SELECT set_config(name, '0', true) FROM pg_settings \
 const SETTINGS: [(&str, &str); 2] = [("row_security", "off"), ("lock_timeout", PATIENCE)];
 
 /// Names our advisory lock. Locks of this kind are per database.
-const LOCK: i64 = i64::from_be_bytes(*b"\0postbox");
+pub(crate) const LOCK: i64 = i64::from_be_bytes(*b"\0postbox");
 
 /// What to set up beside the tables.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -73,6 +73,8 @@ pub struct SetupOptions {
     /// The role of people who decide about events that wait, which gets what they need and no
     /// more.
     pub operator_role: Option<String>,
+    /// The role that cleans up, which gets what it needs and no more; it may be the relay's.
+    pub cleanup_role: Option<String>,
     /// What becomes of rows that were committed before.
     pub backfill: Backfill,
     /// What came from another cluster, with a dump, is taken over: what was not published
@@ -468,7 +470,12 @@ impl SetupOptions {
 
     /// The roles that get rights.
     fn roles(&self) -> impl Iterator<Item = &String> {
-        let roles = [&self.relay_role, &self.writer_role, &self.operator_role];
+        let roles = [
+            &self.relay_role,
+            &self.writer_role,
+            &self.operator_role,
+            &self.cleanup_role,
+        ];
         roles.into_iter().flatten()
     }
 }

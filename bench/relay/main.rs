@@ -13,6 +13,7 @@
 
 mod carrier;
 mod claim;
+mod clean;
 mod cost;
 mod crash;
 mod drain;
@@ -71,6 +72,14 @@ enum Command {
     },
     /// postbox beside omni-box, on omni-box's table.
     Claim(Options),
+    /// postbox while old rows are removed, and while they are not.
+    Clean {
+        #[command(flatten)]
+        options: Options,
+        /// Old rows, of which each trial takes some millions.
+        #[arg(long, default_value_t = 10_000_000)]
+        old: i64,
+    },
     /// postbox at half of what this machine can write and carry.
     Soak {
         /// The file that the runs are written to.
@@ -134,6 +143,9 @@ fn main() {
             }
             Command::Claim(options) => {
                 claim::run(&options.runs, options.trials, options.rows).await;
+            }
+            Command::Clean { options, old } => {
+                clean::run(&options.runs, options.trials, old).await;
             }
             Command::Soak { runs, minutes } => soak(&runs, minutes).await,
             Command::Report { files } => report::print(&files),

@@ -45,6 +45,8 @@ const HEADS: &[(&str, &str)] = &[
         "before COMMIT returned, %",
     ),
     ("written_per_second", "written/s"),
+    ("rows_gone_per_second", "old rows gone/s"),
+    ("had_work_to_the_end", "cleanup had work to the end"),
     ("repeated", "repeated by a kill"),
     ("no_new_event_s", "no new event, s"),
     ("events_behind", "events behind"),

@@ -98,7 +98,7 @@ impl ContractArguments {
 
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Tables of others")]
-struct TableArguments {
+pub(super) struct TableArguments {
     /// Whose table is read: postbox, omni-box (outbox_events), spakky (spakky_event_outbox) or debezium
     /// (outbox).
     ///
@@ -155,7 +155,7 @@ impl ContractArguments {
 }
 
 impl TableArguments {
-    fn resolve(&self, schema: &str) -> postbox::Result<Table> {
+    pub(super) fn resolve(&self, schema: &str) -> postbox::Result<Table> {
         let name = self.table.as_deref();
         let mut table = Table::new(self.table_preset, schema, name, &self.columns)?;
         if let Some(max) = self.max_attempts {

@@ -13,7 +13,7 @@ use postbox::health::Health;
 use postbox::http::{self, Endpoints};
 use postbox::metrics::Metrics;
 use postbox::parked::{OnPoison, ParkedSettings};
-use postbox::relay::{Relay, RelaySettings};
+use postbox::relay::{CleanupSettings, Relay, RelaySettings};
 use postbox::table::{ATTEMPTS_MAX, Placement, Preset};
 use postbox::{Error, ErrorKind};
 use tokio::net::TcpListener;
@@ -22,6 +22,7 @@ use tokio::sync::{oneshot, watch};
 use tracing::{info, warn};
 
 use super::arguments::{ContractArguments, DatabaseArguments, KafkaArguments, ModeArgument};
+use super::cleanup::{OLDER_THAN_MAX, OLDER_THAN_MIN};
 use super::quantity::{in_words, size, time};
 
 /// Carries committed events to Kafka until it is told to stop.
@@ -58,6 +59,9 @@ pub(super) struct RelayCommand {
 
     #[command(flatten)]
     tuning: TuningArguments,
+
+    #[command(flatten)]
+    cleanup: CleanupArguments,
 
     /// Where /metrics, /healthz and /readyz are served: ADDRESS:PORT, port 0 takes a free one; none
     /// turns them off.
@@ -377,6 +381,51 @@ impl TuningArguments {
     }
 }
 
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Cleanup")]
+struct CleanupArguments {
+    /// How often the relay removes published events, as `postbox cleanup` does; 1s to 30d. Without it
+    /// never. The relay's role needs the right to delete: `postbox setup --grant-cleanup-to` gives it.
+    #[arg(
+        long,
+        env = "POSTBOX_CLEANUP_INTERVAL",
+        requires = "cleanup_older_than",
+        value_parser = time(Duration::from_secs(1)..=Duration::from_secs(30 * 86_400)),
+        value_name = "TIME"
+    )]
+    cleanup_interval: Option<Duration>,
+
+    /// The retention then: how long events are kept, by their created_at; 1s to 3650d.
+    #[arg(
+        long,
+        env = "POSTBOX_CLEANUP_OLDER_THAN",
+        requires = "cleanup_interval",
+        value_parser = time(OLDER_THAN_MIN..=OLDER_THAN_MAX),
+        value_name = "TIME"
+    )]
+    cleanup_older_than: Option<Duration>,
+}
+
+impl CleanupArguments {
+    fn resolve(&self, preset: Preset) -> postbox::Result<Option<CleanupSettings>> {
+        let (Some(interval), Some(older_than)) = (self.cleanup_interval, self.cleanup_older_than)
+        else {
+            return Ok(None);
+        };
+        if !preset.can_be_polled() {
+            let message = format!(
+                "--cleanup-interval fights --table-preset {}: its rows do not say whether they are published",
+                preset.name()
+            );
+            return Err(Error::new(ErrorKind::Settings, message));
+        }
+        Ok(Some(CleanupSettings {
+            interval,
+            older_than,
+        }))
+    }
+}
+
 #[derive(Debug, Clone, Copy)]
 enum Http {
     Off,
@@ -430,6 +479,7 @@ impl RelayCommand {
             poll_interval_max: self.tuning.poll_interval_max,
             shards: self.tuning.shards,
             shutdown_timeout: self.tuning.shutdown_timeout,
+            cleanup: self.cleanup.resolve(preset)?,
         };
         runtime()?.block_on(self.supervise(settings))
     }

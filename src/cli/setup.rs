@@ -51,6 +51,10 @@ pub(super) struct SetupCommand {
     /// payloads of events that wait; 1 to 63 bytes.
     #[arg(long, env = "POSTBOX_GRANT_OPERATOR_TO", value_name = "ROLE")]
     grant_operator_to: Option<String>,
+    /// Grant an existing role what `postbox cleanup` needs, but for --forget; 1 to 63 bytes. For a relay
+    /// that cleans up, its role again.
+    #[arg(long, env = "POSTBOX_GRANT_CLEANUP_TO", value_name = "ROLE")]
+    grant_cleanup_to: Option<String>,
 
     /// What to do with events that were committed before. Without it, setup stops if there are any.
     #[arg(long, env = "POSTBOX_BACKFILL", value_name = "WHICH")]
@@ -72,6 +76,7 @@ impl SetupCommand {
             relay_role: self.grant_to.clone(),
             writer_role: self.grant_writer_to.clone(),
             operator_role: self.grant_operator_to.clone(),
+            cleanup_role: self.grant_cleanup_to.clone(),
             mode: match self.mode {
                 None => Reading::AsItWas,
                 Some(mode) => Option::from(mode).map_or(Reading::Auto, Reading::By),

@@ -47,6 +47,11 @@ impl Cue {
         self.fenced.notify_waiters();
     }
 
+    /// Whether another relay was at work when that was last said.
+    pub(super) fn is_standing_by(&self) -> bool {
+        self.stands_by.load(Ordering::Relaxed)
+    }
+
     /// Whether another relay is at work.
     pub(super) fn stands_by(&self, stands_by: bool) {
         self.stands_by.store(stands_by, Ordering::Relaxed);
@@ -60,7 +65,7 @@ pub(super) async fn run(settings: RelaySettings, metrics: Arc<Metrics>, cue: Arc
     let mut is_told = false;
     loop {
         let _ = timeout(fence_max, cue.fenced.notified()).await;
-        let measured = match cue.stands_by.load(Ordering::Relaxed) {
+        let measured = match cue.is_standing_by() {
             true => Ok(None),
             false => measure(&settings, &mut session).await,
         };

@@ -7,6 +7,7 @@ use tokio_postgres::types::Type;
 
 use super::{Report, SetupOptions, State, backfill};
 use crate::catalog::{MAY_REPLICATE, Mode};
+use crate::cleanup::{CLAIMS_HAS, CLAIMS_RIGHTS};
 use crate::contract::Contract;
 use crate::database::sort;
 use crate::error::{Error, ErrorKind, Result};
@@ -14,6 +15,7 @@ use crate::error::{Error, ErrorKind, Result};
 pub(super) const RELAY: &str = include_str!("../../sql/grant_relay.sql");
 pub(super) const WRITER: &str = include_str!("../../sql/grant_writer.sql");
 pub(super) const OPERATOR: &str = include_str!("../../sql/grant_operator.sql");
+pub(super) const CLEANUP: &str = include_str!("../../sql/grant_cleanup.sql");
 
 /// Amazon's servers lend the attribute through a role of this name.
 const LENDING_ROLE: &str = "rds_replication";
@@ -52,6 +54,16 @@ const OPERATOR_HAS: &str = "SELECT has_schema_privilege($1::text::name, :'schema
      AND has_column_privilege($1::text::name, quote_ident(:'schema') || '.outbox', 'scheduled_at', 'SELECT') \
      AND (SELECT bool_and(has_function_privilege($1::text::name, oid, 'EXECUTE')) FROM pg_proc \
           WHERE proname = 'cancel' AND pronamespace = quote_ident(:'schema')::regnamespace)";
+
+const CLEANUP_HAS: &str = "SELECT has_database_privilege($1::text::name, current_database(), 'CONNECT') \
+     AND has_schema_privilege($1::text::name, :'schema', 'USAGE') \
+     AND (SELECT bool_and(has_table_privilege($1::text::name, quote_ident(:'schema') || '.' || t, 'SELECT')) \
+          FROM unnest('{migration,checkpoint,slice,outbox,parked,cancellation,idempotency}'::text[]) AS t) \
+     AND (SELECT bool_and(has_table_privilege($1::text::name, quote_ident(:'schema') || '.' || t, 'DELETE')) \
+          FROM unnest('{outbox,parked,cancellation,idempotency}'::text[]) AS t) \
+     AND (SELECT bool_and(has_function_privilege($1::text::name, oid, 'EXECUTE')) FROM pg_proc \
+          WHERE proname IN ('publication_identity', 'is_settled') \
+            AND pronamespace = quote_ident(:'schema')::regnamespace)";
 
 /// What a relay needs of another library's table, to mark its rows.
 const MARK: &str = "GRANT USAGE ON SCHEMA :\"table_schema\" TO :\"role\";\n\
@@ -118,6 +130,15 @@ pub(super) async fn apply(
     if let Some(role) = &options.operator_role {
         let state = grant(client, contract, role, OPERATOR, OPERATOR_HAS).await?;
         report.add(format!("grants to operator role \"{role}\""), state);
+    }
+    if let Some(role) = &options.cleanup_role {
+        let state = grant(client, contract, role, CLEANUP, CLEANUP_HAS).await?;
+        report.add(format!("grants to cleanup role \"{role}\""), state);
+        if contract.outbox.preset.tracking().is_some() {
+            let state = grant(client, contract, role, CLAIMS_RIGHTS, CLAIMS_HAS).await?;
+            let table = contract.outbox.quoted();
+            report.add(format!("{table}: grants to cleanup role \"{role}\""), state);
+        }
     }
     Ok(())
 }

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::grants::{OPERATOR, RELAY, WRITER};
+use super::grants::{CLEANUP, OPERATOR, RELAY, WRITER};
 use super::migrations::{MIGRATIONS, SCHEMA};
 use super::polling::{NOTIFY, XID_INDEX};
 use super::{LOCK, PATIENCE, Reading, SetupOptions};
@@ -95,6 +95,7 @@ pub fn print_sql(contract: &Contract, options: &SetupOptions) -> Result<String> 
     for (role, grants) in [
         (&options.writer_role, WRITER),
         (&options.operator_role, OPERATOR),
+        (&options.cleanup_role, CLEANUP),
     ] {
         if let Some(role) = role {
             script.push('\n');

@@ -33,7 +33,7 @@ mod statements;
 
 pub use claims::{Claims, RENEW_INTERVAL, RENEWAL_MAX};
 pub use statements::ClaimSettings;
-pub(crate) use statements::{failed, shape, unpublished};
+pub(crate) use statements::{ROWS, failed, shape, unpublished};
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::future::pending;
@@ -48,7 +48,7 @@ use tokio::time::{Instant, timeout};
 use tokio_postgres::types::{PgLsn, Type};
 
 use self::claims::Claim;
-use self::statements::{BYTES, LEASE, ROWS, Statements, warn_of_missing_index};
+use self::statements::{BYTES, LEASE, Statements, warn_of_missing_index};
 use super::columns::Unreadable;
 use super::messages::{Messages, Outbox};
 use super::pause::{Found, Pause};

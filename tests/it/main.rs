@@ -11,6 +11,7 @@ mod support;
 
 mod campaign;
 mod claim;
+mod cleanup;
 mod cli;
 mod compose;
 mod corpus;

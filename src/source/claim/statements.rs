@@ -13,7 +13,7 @@ use crate::pgoutput::Column;
 use crate::table::{Table, Tracking};
 
 /// The most rows in a claim: enough that what it costs besides is paid for by many.
-pub(super) const ROWS: i64 = 1000;
+pub(crate) const ROWS: i64 = 1000;
 
 /// The most bytes in a claim, as text, but for one row.
 pub(super) const BYTES: usize = 8 << 20;
@@ -92,6 +92,50 @@ impl ClaimSettings {
         ))
     }
 
+    /// What takes claims away that nobody has renewed within the timeout, of some rows, and says
+    /// how many they were.
+    ///
+    /// # Errors
+    /// `Settings`: the rows of this table do not say whether they are published.
+    pub(crate) fn release_stale(&self) -> Result<String> {
+        let terms = Terms::new(self, "", self.tracking()?, "text");
+        Ok(terms.release_stale(self, "true"))
+    }
+
+    /// What says how many such claims there are.
+    ///
+    /// # Errors
+    /// As [`release_stale`](Self::release_stale).
+    pub(crate) fn count_stale(&self) -> Result<String> {
+        let terms = Terms::new(self, "", self.tracking()?, "text");
+        Ok(format!(
+            "SELECT count(*) FROM {} AS e WHERE {}",
+            terms.table,
+            terms.is_stale(self)
+        ))
+    }
+
+    /// Rows that were published before this time, which is SQL.
+    ///
+    /// # Errors
+    /// As [`release_stale`](Self::release_stale).
+    pub(crate) fn published_before(&self, time: &str) -> Result<Published> {
+        let e = |field: &str| column(&self.table, field);
+        let (at, is_done) = match self.tracking()? {
+            Tracking::Status => (
+                e("completed_at"),
+                format!("{} = 'completed' AND ", e("status")),
+            ),
+            Tracking::Times => (e("published_at"), String::new()),
+        };
+        Ok(Published {
+            id: e("id"),
+            created_at: e("created_at"),
+            condition: format!("{is_done}{at} < {time}"),
+            at,
+        })
+    }
+
     /// How rows of the table say whether they are published.
     pub(super) fn tracking(&self) -> Result<Tracking> {
         self.table.preset.tracking().ok_or_else(|| {
@@ -102,6 +146,15 @@ impl ClaimSettings {
             Error::new(ErrorKind::Settings, message)
         })
     }
+}
+
+/// What tells rows that are published, each column with the alias `e`.
+pub(crate) struct Published {
+    pub(crate) id: String,
+    pub(crate) created_at: String,
+    /// When a row was published.
+    pub(crate) at: String,
+    pub(crate) condition: String,
 }
 
 /// How long our own claims last: they look so much older than they are that those who go
@@ -296,6 +349,38 @@ impl Terms {
     }
 }
 
+impl Terms {
+    /// Whether the row `e` has a claim that nobody has renewed within the timeout.
+    fn is_stale(&self, settings: &ClaimSettings) -> String {
+        let locked_at = settings.table.quoted_column("locked_at");
+        format!(
+            "{} AND {} < now() - interval '{} ms'",
+            self.pending,
+            locked_at.map_or_else(|| self.token.clone(), |column| format!("e.{column}")),
+            settings.timeout.as_millis(),
+        )
+    }
+
+    /// Gives some rows with such a claim back, if they also are so, and says how many.
+    fn release_stale(&self, settings: &ClaimSettings, condition: &str) -> String {
+        format!(
+            "WITH freed AS (UPDATE {} AS o SET {} FROM ( \
+                 SELECT {} AS id, {} AS created_at FROM {} AS e \
+                 WHERE {} AND {condition} \
+                 LIMIT {ROWS} FOR UPDATE SKIP LOCKED) AS s \
+             WHERE o.{} = s.id AND o.{} = s.created_at RETURNING 1) SELECT count(*) FROM freed",
+            self.table,
+            self.release,
+            self.id,
+            self.created_at,
+            self.table,
+            self.is_stale(settings),
+            bare(&settings.table, "id"),
+            bare(&settings.table, "created_at"),
+        )
+    }
+}
+
 impl Statements {
     /// For rows of this table. `worker` is who claims.
     pub(super) fn new(
@@ -345,21 +430,9 @@ impl Statements {
                 asked(error)
             )
         };
-        let stale = format!(
-            "WITH freed AS (UPDATE {table} AS o SET {} FROM ( \
-                 SELECT {id} AS id, {created_at} AS created_at FROM {table} AS e \
-                 WHERE {pending} AND {} < now() - interval '{} ms' AND {token} IS DISTINCT FROM {} \
-                 LIMIT {ROWS} FOR UPDATE SKIP LOCKED) AS s \
-             WHERE o.{} = s.id AND o.{} = s.created_at RETURNING 1) SELECT count(*) FROM freed",
-            terms.release,
-            settings
-                .table
-                .quoted_column("locked_at")
-                .map_or_else(|| token.clone(), |locked_at| format!("e.{locked_at}")),
-            settings.timeout.as_millis(),
-            escape_literal(worker),
-            bare(&settings.table, "id"),
-            bare(&settings.table, "created_at"),
+        let stale = terms.release_stale(
+            settings,
+            &format!("{token} IS DISTINCT FROM {}", escape_literal(worker)),
         );
         Self {
             claim: terms.claim_of(&shape.columns),

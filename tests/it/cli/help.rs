@@ -25,7 +25,7 @@ fn flags(help: &str) -> Vec<(&str, &str)> {
 }
 
 /// Flags that have no default: what they name only their users know.
-const WITHOUT_DEFAULT: [&str; 31] = [
+const WITHOUT_DEFAULT: [&str; 35] = [
     "dead-letter-topic",
     "mark",
     "table",
@@ -57,6 +57,10 @@ const WITHOUT_DEFAULT: [&str; 31] = [
     "dry-run",
     "by",
     "reason",
+    "cleanup-interval",
+    "cleanup-older-than",
+    "grant-cleanup-to",
+    "forget",
 ];
 
 #[test]
@@ -70,8 +74,9 @@ fn http_is_for_this_machine_alone_unless_told_otherwise() {
 #[test]
 fn help_tells_of_each_flag_its_variable_its_default_and_its_unit() {
     for (command, count) in [
-        ("relay", 37),
-        ("setup", 18),
+        ("relay", 39),
+        ("setup", 19),
+        ("cleanup", 14),
         ("demo", 6),
         ("parked list", 13),
         ("parked show", 7),
@@ -106,7 +111,9 @@ fn help_tells_of_each_flag_its_variable_its_default_and_its_unit() {
             let unit = unit.trim_start_matches(|c: char| c.is_ascii_digit());
             match name {
                 _ if has_none => {}
-                _ if text.contains("<TIME>") => assert!(["ms", "s", "m"].contains(&unit), "{text}"),
+                _ if text.contains("<TIME>") => {
+                    assert!(["ms", "s", "m", "h", "d"].contains(&unit), "{text}");
+                }
                 _ if text.contains("<SIZE>") => assert_eq!(unit, "MiB", "{text}"),
                 "in-flight-max" => assert!(text.contains("<EVENTS>"), "{text}"),
                 "rate" => assert!(

@@ -80,8 +80,8 @@ async fn assert_crashed(mut relay: Relay, step: &str) {
 
 /// Steps that tests elsewhere cross: the taking over of a slot, in `setup::slot`, and what
 /// only polling and tables of others have, in `poll`, `claim` and `tables`; what waits, in
-/// `parking`.
-const ELSEWHERE: [&str; 28] = [
+/// `parking`; and cleaning up, in `cleanup`.
+const ELSEWHERE: [&str; 32] = [
     "taking_over",
     "renewing",
     "polling_begun",
@@ -110,6 +110,10 @@ const ELSEWHERE: [&str; 28] = [
     "parked",
     "settling",
     "settled",
+    "cleaning",
+    "cleaned",
+    "clean_committed",
+    "forgetting",
 ];
 
 #[test]

@@ -38,6 +38,7 @@ const METRICS: &[(&str, &str)] = &[
     ("postbox_parked_sent_total", "counter"),
     ("postbox_parked_cancelled_total", "counter"),
     ("postbox_dead_letters_total", "counter"),
+    ("postbox_cleaned_rows_total", "counter"),
     ("postbox_pending_events", "gauge"),
     ("postbox_oldest_pending_seconds", "gauge"),
     ("postbox_topic_pending_events", "gauge"),

@@ -200,6 +200,22 @@ impl Fixture {
         self.run("cancel", database_url, flags)
     }
 
+    /// `postbox cleanup` as a process, with these flags.
+    pub(crate) fn cleanup(&self, flags: &[&str]) -> Output {
+        self.cleanup_as(&self.database_url, flags)
+    }
+
+    /// The same, by the role of this URL.
+    pub(crate) fn cleanup_as(&self, database_url: &str, flags: &[&str]) -> Output {
+        self.run("cleanup", database_url, flags)
+    }
+
+    /// `postbox cleanup` as a process that ends at this failpoint.
+    pub(crate) fn cleanup_until(&self, step: &str, flags: &[&str]) -> Output {
+        let mut command = self.command("cleanup", &self.database_url, flags);
+        run(command.env("FAILPOINTS", format!("{step}=panic")))
+    }
+
     /// `postbox recover` as a process that ends at this failpoint.
     pub(crate) fn recover_until(&self, step: &str) -> Output {
         let mut command = self.command("recover", &self.database_url, &[]);
