@@ -79,6 +79,8 @@ pub mod metrics;
 pub mod oracle;
 pub mod outbox;
 #[cfg(feature = "relay")]
+pub mod partitions;
+#[cfg(feature = "relay")]
 pub mod pgoutput;
 #[cfg(all(feature = "relay", any(test, fuzzing)))]
 pub mod properties;

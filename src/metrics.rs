@@ -1,6 +1,7 @@
 //! What the relay counts, in Prometheus' terms. Names are part of the contract.
 
 mod backlog;
+mod partitions;
 
 use prometheus::core::Collector;
 use prometheus::{
@@ -9,10 +10,12 @@ use prometheus::{
 };
 
 use self::backlog::BacklogMetrics;
+use self::partitions::PartitionMetrics;
 use crate::backlog::Backlog;
 use crate::catalog::SlotState;
 use crate::error::ErrorKind;
 use crate::health::Health;
+use crate::partitions::Made;
 
 /// Upper bounds from 0.5 ms to 60 s: a healthy delivery takes milliseconds, and
 /// an outage should still show how long it was.
@@ -48,6 +51,7 @@ pub struct Metrics {
     pub slices: IntGauge,
     wal_status: IntGaugeVec,
     backlog: BacklogMetrics,
+    partitions: PartitionMetrics,
     seconds_since_progress: Gauge,
     ready: IntGauge,
     /// Times the stream was started again, by the reason.
@@ -147,6 +151,7 @@ impl Default for Metrics {
                 ),
             ),
             backlog: BacklogMetrics::new(&registry),
+            partitions: PartitionMetrics::new(&registry),
             seconds_since_progress: register(
                 &registry,
                 Gauge::with_opts(options(
@@ -219,6 +224,11 @@ impl Metrics {
     /// known.
     pub fn backlog(&self, backlog: Option<&Backlog>) {
         self.backlog.set(backlog);
+    }
+
+    /// What there is of partitions, where the outbox has any.
+    pub fn partitions(&self, made: &Made) {
+        self.partitions.set(made);
     }
 
     /// Everything in Prometheus' text format.

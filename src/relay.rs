@@ -12,6 +12,7 @@
 //!
 //! The relay is the only place that knows both LSNs and records.
 
+mod ahead;
 mod attempt;
 mod connect;
 mod control;
@@ -187,6 +188,7 @@ impl Relay {
         // Ends with us.
         let mut measuring = JoinSet::new();
         let (settings, metrics) = (self.settings.clone(), self.metrics.clone());
+        measuring.spawn(ahead::run(settings.clone(), metrics.clone()));
         measuring.spawn(meter::run(settings, metrics, self.cue.clone()));
         loop {
             self.worked = false;

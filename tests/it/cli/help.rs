@@ -25,7 +25,7 @@ fn flags(help: &str) -> Vec<(&str, &str)> {
 }
 
 /// Flags that have no default: what they name only their users know.
-const WITHOUT_DEFAULT: [&str; 16] = [
+const WITHOUT_DEFAULT: [&str; 17] = [
     "mark",
     "table",
     "column",
@@ -41,6 +41,7 @@ const WITHOUT_DEFAULT: [&str; 16] = [
     "backfill",
     "adopt",
     "notify",
+    "partitioned",
     "shards",
 ];
 
@@ -54,7 +55,7 @@ fn http_is_for_this_machine_alone_unless_told_otherwise() {
 
 #[test]
 fn help_tells_of_each_flag_its_variable_its_default_and_its_unit() {
-    for (command, count) in [("relay", 29), ("setup", 17), ("demo", 6)] {
+    for (command, count) in [("relay", 29), ("setup", 18), ("demo", 6)] {
         let output = run(&mut postbox(&[command, "--help"]));
         let help = output.results();
         let flags = flags(help);
