@@ -236,6 +236,7 @@ impl Metrics {
         self.seconds_since_progress
             .set(health.stalled_for().as_secs_f64());
         self.ready.set(health.complaints().is_empty().into());
+        self.partitions.refresh();
         let mut text = Vec::new();
         TextEncoder::new()
             .encode(&self.registry.gather(), &mut text)

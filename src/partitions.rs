@@ -85,8 +85,10 @@ pub enum Fate {
 const OUTBOX_LOCK: &str = "SET LOCAL lock_timeout = 200";
 
 /// Only who writes to an old partition waits for this one. Longer than a server takes to end its own
-/// vacuum of it.
-const PARTITION_LOCK: &str = "SET LOCAL lock_timeout = 5000";
+/// vacuum of it. Its rows are looked at for as long as that takes, and a policy that hides some must be
+/// an error.
+const PARTITION_LOCK: &str = "SET LOCAL lock_timeout = 5000; SET LOCAL statement_timeout = 0; \
+                              SET LOCAL row_security = off";
 
 /// How often a lock is asked for, and how long to wait in between.
 const ATTEMPTS: usize = 10;
@@ -120,9 +122,6 @@ pub async fn make(client: &Client, contract: &Contract) -> Result<Made> {
         "SELECT made, skipped, seconds_ahead, default_rows FROM :\"schema\".make_partitions()",
     );
     let made = query_after(BEGIN, client, &sql, &[]).await;
-    if made.is_err() {
-        let _ = client.batch_execute("ROLLBACK").await;
-    }
     let rows = made.map_err(|error| sort(format!("make {}", object(contract)), error))?;
     let number = |column| rows[0].get::<_, i64>(column).unsigned_abs();
     Ok(Made {
@@ -244,8 +243,10 @@ async fn drop_at_once(
     transaction.batch_execute(&lock).await?;
     // Somebody may have taken it out of the outbox, for a reason of his own.
     let is_partition = contract.sql(&format!(
-        "SELECT EXISTS (SELECT FROM :\"schema\".partitions() WHERE partition = {}::regclass)",
-        escape_literal(table)
+        "SELECT EXISTS (SELECT FROM :\"schema\".partitions() \
+                        WHERE partition = {}::regclass AND (until AT TIME ZONE 'UTC')::text = {})",
+        escape_literal(table),
+        escape_literal(&partition.until)
     ));
     let is_partition: bool = transaction.query_one(&is_partition, &[]).await?.get(0);
     if !is_partition || transaction.query_one(&is_needed, &[]).await?.get(0) {

@@ -1,5 +1,8 @@
 //! What there is of partitions, where the outbox has any: else these are absent.
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
 use prometheus::{GaugeVec, IntGaugeVec, Registry};
 
 use super::{options, register};
@@ -9,14 +12,16 @@ pub(super) struct PartitionMetrics {
     /// Without labels: these can be absent.
     ahead: GaugeVec,
     default_rows: IntGaugeVec,
+    /// Until when there are any: it comes nearer, also while nobody can look.
+    until: Mutex<Option<Instant>>,
 }
 
 impl PartitionMetrics {
     pub(super) fn new(registry: &Registry) -> Self {
         let ahead = options(
             "partitions_ahead_seconds",
-            "for how long, since it was looked last, there was a partition for each row that is written; absent \
-             where the outbox is not partitioned",
+            "for how long from now on there is a partition for each row that is written; absent where the outbox is not \
+             partitioned",
         );
         let default_rows = options(
             "default_partition_rows",
@@ -26,6 +31,7 @@ impl PartitionMetrics {
         Self {
             ahead: register(registry, GaugeVec::new(ahead, &[])),
             default_rows: register(registry, IntGaugeVec::new(default_rows, &[])),
+            until: Mutex::default(),
         }
     }
 
@@ -33,7 +39,19 @@ impl PartitionMetrics {
         let none: [&str; 0] = [];
         let rows = i64::try_from(made.default_rows).unwrap_or(i64::MAX);
         self.default_rows.with_label_values(&none).set(rows);
-        let ahead = made.ahead.as_secs_f64();
-        self.ahead.with_label_values(&none).set(ahead);
+        *self.until() = Instant::now().checked_add(made.ahead);
+    }
+
+    /// Sets what changes with time.
+    pub(super) fn refresh(&self) {
+        let none: [&str; 0] = [];
+        if let Some(until) = *self.until() {
+            let ahead = until.saturating_duration_since(Instant::now());
+            self.ahead.with_label_values(&none).set(ahead.as_secs_f64());
+        }
+    }
+
+    fn until(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.until.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -203,8 +203,19 @@ async fn make_partition_indexes(
     client: &Client,
     contract: &Contract,
 ) -> Result<(), tokio_postgres::Error> {
-    // Writers wait behind a lock that is waited for.
-    let sql = contract.sql(XID_INDEX_PARTITIONED);
+    try_for_a_while(client, &contract.sql(XID_INDEX_PARTITIONED)).await?;
+    for row in client.query(&contract.sql(PARTITION_INDEXES), &[]).await? {
+        let statement: &str = row.get(0);
+        match statement.contains(" CONCURRENTLY ") {
+            true => client.batch_execute(statement).await?,
+            false => try_for_a_while(client, &format!("{statement};")).await?,
+        }
+    }
+    Ok(())
+}
+
+/// Writers wait behind a lock that is waited for: so it is for a moment, again and again.
+async fn try_for_a_while(client: &Client, sql: &str) -> Result<(), tokio_postgres::Error> {
     let sql = format!("BEGIN; SET LOCAL lock_timeout = '500ms'; {sql} COMMIT");
     let deadline = Instant::now() + PATIENCE_TIME;
     while let Err(error) = client.batch_execute(&sql).await {
@@ -214,9 +225,6 @@ async fn make_partition_indexes(
             return Err(error);
         }
         tokio::time::sleep(Duration::from_secs(1)).await;
-    }
-    for row in client.query(&contract.sql(PARTITION_INDEXES), &[]).await? {
-        client.batch_execute(row.get(0)).await?;
     }
     Ok(())
 }

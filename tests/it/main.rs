@@ -21,6 +21,7 @@ mod examples;
 mod faults;
 mod http;
 mod limits;
+mod partitions;
 mod poison;
 mod poll;
 mod produce_errors;

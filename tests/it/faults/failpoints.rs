@@ -79,8 +79,10 @@ async fn assert_crashed(mut relay: Relay, step: &str) {
 }
 
 /// Steps that tests elsewhere cross: the taking over of a slot, in `setup::slot`, and what
-/// only polling and tables of others have, in `poll`, `claim` and `tables`.
-const ELSEWHERE: [&str; 24] = [
+/// only polling, tables of others and partitions have, in `poll`, `claim`, `tables` and `partitions`.
+const ELSEWHERE: [&str; 26] = [
+    "making_partitions",
+    "partitions_made",
     "taking_over",
     "renewing",
     "polling_begun",
