@@ -24,15 +24,20 @@ impl Fixture {
         fixture
     }
 
-    /// From now on a partition is for two seconds, and there are some for six.
-    async fn make_partitions_narrow(&self) {
+    /// Drops all partitions but the default one.
+    async fn drop_partitions(&self) {
         let sql = "DO $$ DECLARE old regclass; BEGIN \
                        FOR old IN SELECT partition FROM postbox.partitions() LOOP \
                            EXECUTE format('DROP TABLE %s', old); \
                        END LOOP; \
-                   END $$; \
-                   UPDATE postbox.partitioning SET width = '2 s', ahead = '6 s'; \
-                   SELECT postbox.make_partitions()";
+                   END $$";
+        self.client.batch_execute(sql).await.unwrap();
+    }
+
+    /// From now on a partition is for two seconds, and there are some for six.
+    async fn make_partitions_narrow(&self) {
+        self.drop_partitions().await;
+        let sql = "UPDATE postbox.partitioning SET width = '2 s', ahead = '6 s'; SELECT postbox.make_partitions()";
         self.client.batch_execute(sql).await.unwrap();
     }
 
