@@ -1,3 +1,5 @@
+-- The statements that make the parts of outbox_xid_idx that are missing, for psql's \gexec: to be run one by
+-- one, in this order, and not in a transaction.
 SELECT made.statement
 FROM pg_inherits AS i
 JOIN pg_class AS c ON c.oid = i.inhrelid
@@ -15,4 +17,5 @@ WHERE i.inhparent = to_regclass(quote_ident(:'schema') || '.outbox')
         JOIN pg_inherits AS part ON part.inhrelid = x.indexrelid
         WHERE x.indrelid = c.oid AND part.inhparent = to_regclass(quote_ident(:'schema') || '.outbox_xid_idx')
     )
+    AND (made.number > 1 OR to_regclass(name) IS NOT NULL)
 ORDER BY c.oid, made.number

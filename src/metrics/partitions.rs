@@ -55,3 +55,35 @@ impl PartitionMetrics {
         self.until.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use prometheus::TextEncoder;
+
+    use super::*;
+
+    /// A relay that can make none any more must not go on telling how many there were.
+    #[test]
+    fn what_is_ahead_comes_nearer_and_is_absent_where_there_is_none() {
+        let registry = Registry::new();
+        let metrics = PartitionMetrics::new(&registry);
+        let text = || {
+            metrics.refresh();
+            let encoded = TextEncoder::new().encode_to_string(&registry.gather());
+            encoded.expect("metrics are valid text")
+        };
+        assert_eq!(text(), "");
+        metrics.set(&Made {
+            made: 1,
+            skipped: 0,
+            ahead: Duration::from_millis(50),
+            default_rows: 2,
+        });
+        assert!(text().contains("postbox_partitions_ahead_seconds 0.0"));
+        std::thread::sleep(Duration::from_millis(60));
+        assert!(text().contains("postbox_partitions_ahead_seconds 0\n"));
+        assert!(text().contains("postbox_default_partition_rows 2\n"));
+    }
+}

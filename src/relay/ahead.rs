@@ -23,6 +23,9 @@ use crate::partitions::{self, Made};
 const INTERVAL_MIN: Duration = Duration::from_secs(1);
 const INTERVAL_MAX: Duration = Duration::from_secs(300);
 
+/// While a time has no partition, and gets none by looking more often.
+const SKIPPED_INTERVAL: Duration = Duration::from_secs(60);
+
 /// After an error.
 const RETRY_INTERVAL: Duration = Duration::from_secs(10);
 
@@ -41,7 +44,10 @@ pub(super) async fn run(settings: RelaySettings, metrics: Arc<Metrics>) {
             Ok(Some(made)) => {
                 metrics.partitions(&made);
                 told.tell(&settings, &made);
-                (made.ahead / 10).clamp(INTERVAL_MIN, INTERVAL_MAX)
+                match made.skipped {
+                    0 => (made.ahead / 10).clamp(INTERVAL_MIN, INTERVAL_MAX),
+                    _ => SKIPPED_INTERVAL,
+                }
             }
             Err(error) => {
                 told.tell_failure(&error);

@@ -139,5 +139,5 @@ async fn width(client: &Client, contract: &Contract) -> Result<String> {
 }
 
 fn object(contract: &Contract, width: &str) -> String {
-    format!("{}, one a {width}", partitions::object(contract))
+    format!("{}, one for each {width}", partitions::object(contract))
 }

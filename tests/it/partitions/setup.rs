@@ -34,7 +34,7 @@ async fn a_partitioned_outbox_is_made_once_and_its_width_can_be_changed() {
     let plain = Fixture::new().await;
     let fixture = Fixture::empty().await;
     let line = |width: &str, state: &str| {
-        format!("\npartitions of \"postbox\".\"outbox\", one a {width}: {state}\n")
+        format!("\npartitions of \"postbox\".\"outbox\", one for each {width}: {state}\n")
     };
     let made = fixture.setup(&["--partitioned", "day"]);
     assert!(made.results().contains(&line("day", "created")), "{made:?}");
@@ -120,7 +120,10 @@ async fn only_an_outbox_that_nobody_uses_becomes_partitioned() {
     let drop = "DROP PUBLICATION postbox";
     fixture.client.batch_execute(drop).await.unwrap();
     let made = fixture.setup(&flags);
-    assert!(made.results().contains("one a day: created"), "{made:?}");
+    assert!(
+        made.results().contains("one for each day: created"),
+        "{made:?}"
+    );
     let relay = Relay::streaming(&fixture, &[]).await;
     fixture.insert("b", "{}").await;
     fixture.wait_for_confirmation().await;
@@ -141,7 +144,7 @@ async fn the_printed_script_makes_a_partitioned_outbox() {
         let there = fixture.setup(&flags);
         let there = there.results();
         assert!(
-            !there.contains("created") && there.contains("one a hour"),
+            !there.contains("created") && there.contains("one for each hour"),
             "{there}"
         );
         let flags = [&["--database-url", &url], &mode[..]].concat();
