@@ -153,3 +153,41 @@ $$;
 COMMENT ON FUNCTION :"schema".make_partitions IS
     'makes the partitions that are to be there by now. Skipped are times of which the default partition has rows; seconds_ahead: for how long all rows will find one; default_rows: at most 100000';
 REVOKE EXECUTE ON FUNCTION :"schema".make_partitions FROM PUBLIC;
+
+-- Dropping a partition, for who may clean up and owns no table: all in one transaction, hold it,
+-- look that each of its rows may go, drop it. See src/partitions.rs.
+CREATE FUNCTION :"schema".hold_partition(partition regclass) RETURNS boolean
+LANGUAGE plpgsql
+SECURITY DEFINER
+SET search_path = :"schema", pg_temp
+-- Only who writes to this one waits behind. Longer than a server takes to end its own vacuum of it.
+SET lock_timeout = '5s'
+AS $$
+BEGIN
+    IF NOT EXISTS (SELECT FROM partitions() AS p WHERE p.partition = hold_partition.partition) THEN
+        RETURN false;
+    END IF;
+    EXECUTE format('LOCK TABLE %s IN SHARE MODE', hold_partition.partition);
+    RETURN EXISTS (SELECT FROM partitions() AS p WHERE p.partition = hold_partition.partition);
+END
+$$;
+COMMENT ON FUNCTION :"schema".hold_partition IS
+    'waits until nobody writes to this partition, and lets nobody until the transaction ends; false if it is none of the outbox, or the default one';
+REVOKE EXECUTE ON FUNCTION :"schema".hold_partition FROM PUBLIC;
+
+CREATE FUNCTION :"schema".drop_partition(partition regclass) RETURNS void
+LANGUAGE plpgsql
+SECURITY DEFINER
+SET search_path = :"schema", pg_temp
+-- The outbox is locked against all that use it, and all that come while that is waited for wait, too.
+SET lock_timeout = '200ms'
+AS $$
+BEGIN
+    IF NOT EXISTS (SELECT FROM partitions() AS p WHERE p.partition = drop_partition.partition) THEN
+        RAISE '% is no partition of the outbox, or the default one', drop_partition.partition;
+    END IF;
+    EXECUTE format('DROP TABLE %s', drop_partition.partition);
+END
+$$;
+COMMENT ON FUNCTION :"schema".drop_partition IS 'drops a partition of the outbox, whatever is in it: hold it first, and look';
+REVOKE EXECUTE ON FUNCTION :"schema".drop_partition FROM PUBLIC;

@@ -2,8 +2,8 @@
 //! and dropped when all of their rows may go.
 //!
 //! `sql/partitioned.sql` is the contract: a table partitioned by `created_at`, a default partition
-//! for rows of any other time, and two functions, of which one lists the partitions and the other
-//! makes those that are to be there. What is misleading about it:
+//! for rows of any other time, and functions which list the partitions, make those that are
+//! to be there, and drop one, for roles that own no table. What is misleading about it:
 //!
 //! - **A partition is not a time that is over.** A row has the time at which its transaction began,
 //!   or one that the application chose. So a transaction that stays open, or a clock that is behind,
@@ -18,10 +18,10 @@
 //! So a partition is dropped in one transaction:
 //!
 //! ```text
-//!   LOCK TABLE partition IN SHARE MODE     its writers have ended, and no other begins;
-//!                                          those of all other partitions go on
-//!   SELECT … rows that may not go          however long that takes
-//!   DROP TABLE partition                   detaches it, too: for a moment, the outbox is locked
+//!   hold_partition    LOCK TABLE … IN SHARE MODE: its writers have ended, and no other begins;
+//!                     those of all other partitions go on
+//!   SELECT …          rows that may not go, however long that takes
+//!   drop_partition    DROP TABLE …, which detaches it, too: for a moment, the outbox is locked
 //!   COMMIT
 //! ```
 //!
@@ -33,9 +33,9 @@
 use std::time::Duration;
 
 use postgres_protocol::escape::escape_literal;
+use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
-use tokio_postgres::types::Type;
-use tokio_postgres::{Client, IsolationLevel};
+use tokio_postgres::types::{ToSql, Type};
 use tracing::debug;
 
 use crate::contract::Contract;
@@ -78,17 +78,13 @@ pub enum Fate {
     Needed,
     /// Somebody reads or writes it, or the outbox, all the time.
     Busy,
+    /// Somebody else has dropped it, or taken it out of the outbox.
+    Missing,
 }
 
-/// The outbox is locked against all that use it while it is waited for, this long at most; all that
-/// come meanwhile wait, too.
-const OUTBOX_LOCK: &str = "SET LOCAL lock_timeout = 200";
-
-/// Only who writes to an old partition waits for this one. Longer than a server takes to end its own
-/// vacuum of it. Its rows are looked at for as long as that takes, and a policy that hides some must be
-/// an error.
-const PARTITION_LOCK: &str = "SET LOCAL lock_timeout = 5000; SET LOCAL statement_timeout = 0; \
-                              SET LOCAL row_security = off";
+/// What a role needs to drop partitions, beside the right to read the outbox and what is compared with
+/// it: SQL for psql.
+pub const DROP_RIGHTS: &str = include_str!("../sql/grant_drop_partitions.sql");
 
 /// How often a lock is asked for, and how long to wait in between.
 const ATTEMPTS: usize = 10;
@@ -135,12 +131,24 @@ pub async fn make(client: &Client, contract: &Contract) -> Result<Made> {
 /// The partitions that there are, but for the default one, in the order of their times.
 ///
 /// # Errors
-/// If the catalogue cannot be read; `Rights` to who does not own the outbox.
+/// If the catalogue cannot be read; `Rights` to who may not clean up.
 pub async fn list(client: &Client, contract: &Contract) -> Result<Vec<Partition>> {
-    older_than(client, contract, None).await
+    find(client, contract, None).await
 }
 
-async fn older_than(
+/// Those of them whose end was as long ago, or longer, by the server's clock: no row of them is younger.
+///
+/// # Errors
+/// As [`list`].
+pub async fn older_than(
+    client: &Client,
+    contract: &Contract,
+    age: Duration,
+) -> Result<Vec<Partition>> {
+    find(client, contract, Some(age)).await
+}
+
+async fn find(
     client: &Client,
     contract: &Contract,
     age: Option<Duration>,
@@ -161,100 +169,139 @@ async fn older_than(
     Ok(rows.iter().map(partition).collect())
 }
 
-/// Drops the partitions all of whose rows may go, and says what became of each that is as old: whose end
-/// was `age` ago or longer, by the server's clock.
-///
-/// `may_go` is an SQL condition: whether the row `o` of the outbox may be deleted, as in `DELETE FROM
-/// outbox AS o WHERE …`. It must be false for what any relay may still have to send. What is committed
-/// or becomes visible while it is looked at does not count as gone; so `pg_visible_in_snapshot(o.xid, …)`
-/// in a snapshot that was taken before, and that all relays have passed, is right.
-///
-/// The default partition is never dropped: its rows are deleted one by one. Run it as the outbox' owner.
+/// Drops the partitions all of whose rows may go, each in a transaction of its own, and says what became
+/// of each that is as old. Not cancel-safe: it may leave its transaction open.
 ///
 /// # Errors
-/// `Rights` to who is not the owner; what the server says of the condition. What was dropped before
-/// stays so.
+/// As [`drop_if`]. What was dropped before stays so.
 pub async fn drop_older_than(
-    client: &mut Client,
+    client: &Client,
     contract: &Contract,
     age: Duration,
     may_go: &str,
 ) -> Result<Vec<(Partition, Fate)>> {
     let mut fates = Vec::new();
-    for partition in older_than(client, contract, Some(age)).await? {
-        let fate = try_to_drop(client, contract, &partition, may_go).await;
-        let doing = || format!("drop partition {} of the outbox", partition.table);
-        if let Some(fate) = fate.map_err(|error| sort(doing(), error))? {
-            fates.push((partition, fate));
-        }
+    for partition in older_than(client, contract, age).await? {
+        let fate = try_to_drop(client, contract, &partition, may_go).await?;
+        fates.push((partition, fate));
     }
     Ok(fates)
 }
 
-/// `None` if somebody else has dropped it.
 async fn try_to_drop(
-    client: &mut Client,
+    client: &Client,
     contract: &Contract,
     partition: &Partition,
     may_go: &str,
-) -> Result<Option<Fate>, tokio_postgres::Error> {
-    let mut attempts = 1;
-    loop {
-        match drop_at_once(client, contract, partition, may_go).await {
-            Ok(fate) => return Ok(Some(fate)),
-            Err(error) if error.code() == Some(&SqlState::UNDEFINED_TABLE) => return Ok(None),
-            Err(error) if is_contention(&error) && attempts < ATTEMPTS => {
-                debug!("partition {} is in use: {error}", partition.table);
-                attempts += 1;
-                tokio::time::sleep(ATTEMPT_PAUSE).await;
-            }
-            Err(error) if is_contention(&error) => return Ok(Some(Fate::Busy)),
-            Err(error) => return Err(error),
+) -> Result<Fate> {
+    let doing = || format!("drop partition {}", partition.table);
+    for attempt in 1..=ATTEMPTS {
+        let begun = client.batch_execute(BEGIN_DROP).await;
+        begun.map_err(|error| sort(doing(), error))?;
+        let fate = drop_if(client, contract, partition, may_go).await;
+        // What has failed is rolled back by this, too.
+        let ended = client.batch_execute("COMMIT").await;
+        let fate = fate?;
+        ended.map_err(|error| sort(doing(), error))?;
+        if fate != Fate::Busy {
+            return Ok(fate);
         }
+        if attempt < ATTEMPTS {
+            tokio::time::sleep(ATTEMPT_PAUSE).await;
+        }
+    }
+    Ok(Fate::Busy)
+}
+
+/// Each statement sees what was committed by its beginning: all that was written before a lock.
+const BEGIN_DROP: &str = "BEGIN ISOLATION LEVEL READ COMMITTED";
+
+/// Drops a partition if all of its rows may go, in the transaction that is open, which must be READ
+/// COMMITTED. It takes as long as it takes to look at all of its rows. If it is [`Fate::Busy`], the
+/// transaction can only be rolled back: try again later.
+///
+/// `may_go` is an SQL condition: whether the row `o` of the outbox may be deleted, as in `DELETE FROM
+/// outbox AS o WHERE …`. It must not be true of what any relay may still have to send.
+/// `pg_visible_in_snapshot(o.xid, …)`, in a snapshot that all relays have passed, is right: what is
+/// committed later it does not see.
+///
+/// The default partition is never dropped: its rows are deleted one by one.
+///
+/// # Errors
+/// `Rights` to who lacks [`DROP_RIGHTS`]; what the server says of the condition.
+pub async fn drop_if(
+    client: &Client,
+    contract: &Contract,
+    partition: &Partition,
+    may_go: &str,
+) -> Result<Fate> {
+    match drop_held(client, contract, partition, may_go).await {
+        Ok(fate) => Ok(fate),
+        // A writer to the partition may hold what we wait for, and wait for what we hold: either is ended.
+        Err(error)
+            if [
+                Some(&SqlState::LOCK_NOT_AVAILABLE),
+                Some(&SqlState::T_R_DEADLOCK_DETECTED),
+            ]
+            .contains(&error.code()) =>
+        {
+            debug!("partition {} is in use: {error}", partition.table);
+            Ok(Fate::Busy)
+        }
+        Err(error) => Err(sort(format!("drop partition {}", partition.table), error)),
     }
 }
 
-/// A writer to the partition holds what we wait for, and waits for what we hold: either may be ended.
-fn is_contention(error: &tokio_postgres::Error) -> bool {
-    let code = error.code();
-    code == Some(&SqlState::LOCK_NOT_AVAILABLE) || code == Some(&SqlState::T_R_DEADLOCK_DETECTED)
-}
-
-async fn drop_at_once(
-    client: &mut Client,
+async fn drop_held(
+    client: &Client,
     contract: &Contract,
     partition: &Partition,
     may_go: &str,
 ) -> Result<Fate, tokio_postgres::Error> {
-    let table = &partition.table;
-    let is_needed =
-        format!("SELECT EXISTS (SELECT FROM {table} AS o WHERE ({may_go}) IS NOT TRUE)");
-    // Most that are needed still are known without a lock.
-    if client.query_one(&is_needed, &[]).await?.get(0) {
+    // A policy that hides rows must be an error.
+    let settings = "SET LOCAL row_security = off; SET LOCAL statement_timeout = 0; SET LOCAL enable_seqscan = on; \
+                    SET LOCAL enable_bitmapscan = on";
+    client.batch_execute(settings).await?;
+    // Of this partition alone, as its bounds are constants; by a role that may only read the outbox.
+    let bound = |text: &str| format!("{}::timestamp AT TIME ZONE 'UTC'", escape_literal(text));
+    let is_needed = format!(
+        "SELECT EXISTS (SELECT FROM {} AS o WHERE o.created_at >= {} AND o.created_at < {} AND ({may_go}) IS NOT TRUE)",
+        contract.table("outbox"),
+        bound(&partition.since),
+        bound(&partition.until)
+    );
+    // Of most that are needed still this is known without a lock.
+    if client.query_typed_one(&is_needed, &[]).await?.get(0) {
         return Ok(Fate::Needed);
     }
-    // Each statement sees what was committed by its beginning: all that was written before the lock.
-    let transaction = client
-        .build_transaction()
-        .isolation_level(IsolationLevel::ReadCommitted)
-        .start()
-        .await?;
-    let lock = format!("{PARTITION_LOCK}; LOCK TABLE {table} IN SHARE MODE");
-    transaction.batch_execute(&lock).await?;
-    // Somebody may have taken it out of the outbox, for a reason of his own.
-    let is_partition = contract.sql(&format!(
-        "SELECT EXISTS (SELECT FROM :\"schema\".partitions() \
-                        WHERE partition = {}::regclass AND (until AT TIME ZONE 'UTC')::text = {})",
-        escape_literal(table),
-        escape_literal(&partition.until)
+    let table: &[(&(dyn ToSql + Sync), Type)] = &[(&partition.table, Type::TEXT)];
+    let hold = contract.sql("SELECT :\"schema\".hold_partition($1::text::regclass)");
+    let is_held = match client.query_typed_one(&hold, table).await {
+        Err(error) if error.code() == Some(&SqlState::UNDEFINED_TABLE) => false,
+        held => held?.get(0),
+    };
+    if !is_held {
+        return Ok(Fate::Missing);
+    }
+    // Nor may it have got other bounds since it was looked for.
+    let is_same = contract.sql(&format!(
+        "SELECT EXISTS (SELECT FROM :\"schema\".partitions() WHERE partition = $1::text::regclass \
+                                                             AND since = {} AND until = {})",
+        bound(&partition.since),
+        bound(&partition.until)
     ));
-    let is_partition: bool = transaction.query_one(&is_partition, &[]).await?.get(0);
-    if !is_partition || transaction.query_one(&is_needed, &[]).await?.get(0) {
+    if !client
+        .query_typed_one(&is_same, table)
+        .await?
+        .get::<_, bool>(0)
+    {
+        return Ok(Fate::Missing);
+    }
+    if client.query_typed_one(&is_needed, &[]).await?.get(0) {
         return Ok(Fate::Needed);
     }
-    let drop = format!("{OUTBOX_LOCK}; DROP TABLE {table}");
-    transaction.batch_execute(&drop).await?;
-    transaction.commit().await?;
+    let drop = contract.sql("SELECT :\"schema\".drop_partition($1::text::regclass)::text");
+    client.query_typed(&drop, table).await?;
     Ok(Fate::Dropped)
 }
 

@@ -35,7 +35,7 @@ async fn partitions_come_and_go_while_events_flow() {
         pause_percent: 10,
         ..fixture.load()
     });
-    let mut client = connect(&fixture.database_url).await;
+    let client = connect(&fixture.database_url).await;
     let deadline = Instant::now() + PATIENCE;
     let mut dropped = 0;
     while dropped < 5 {
@@ -47,7 +47,7 @@ async fn partitions_come_and_go_while_events_flow() {
         let snapshot = fixture.snapshot().await;
         let lsn = fixture.wal_end().await;
         fixture.wait_until_confirmed(lsn).await;
-        let fates = fixture.drop_seen_by(&mut client, &snapshot, Duration::from_secs(1));
+        let fates = fixture.drop_seen_by(&client, &snapshot, Duration::from_secs(1));
         let is_dropped = |(_, fate): &(String, Fate)| *fate == Fate::Dropped;
         dropped += fates.await.into_iter().filter(is_dropped).count();
         tokio::time::sleep(Duration::from_millis(200)).await;

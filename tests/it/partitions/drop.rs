@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use postbox::partitions::Fate;
+use postbox::ErrorKind;
+use postbox::partitions::{self, Fate};
 
 use super::{HOUR, insert_at};
 use crate::support::{Fixture, Relay, connect, wait_until};
@@ -21,23 +22,16 @@ async fn with_old_row() -> (Fixture, String) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_partition_goes_when_it_is_old_and_all_of_its_rows_may() {
     let (fixture, old) = with_old_row().await;
-    let mut client = connect(&fixture.database_url).await;
+    let client = connect(&fixture.database_url).await;
     let before = "3:3:";
     let after = fixture.snapshot().await;
     let there = fixture.partitions().await;
     let hours = |hours: u32| HOUR * hours;
-    assert_eq!(
-        fixture.drop_seen_by(&mut client, &after, hours(2)).await,
-        []
-    );
-    let fates = fixture
-        .drop_seen_by(&mut client, before, Duration::ZERO)
-        .await;
+    assert_eq!(fixture.drop_seen_by(&client, &after, hours(2)).await, []);
+    let fates = fixture.drop_seen_by(&client, before, Duration::ZERO).await;
     assert_eq!(fates, [(old.clone(), Fate::Needed)]);
     assert_eq!(fixture.partitions().await, there);
-    let fates = fixture
-        .drop_seen_by(&mut client, &after, Duration::ZERO)
-        .await;
+    let fates = fixture.drop_seen_by(&client, &after, Duration::ZERO).await;
     assert_eq!(fates, [(old, Fate::Dropped)]);
     assert_eq!(fixture.partitions().await, there[1..]);
     // It is not made again: its rows go to the default partition.
@@ -51,6 +45,42 @@ async fn a_partition_goes_when_it_is_old_and_all_of_its_rows_may() {
     fixture.client.batch_execute(&late).await.unwrap();
 }
 
+/// Who cleans up need not own anything.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_role_that_may_clean_up_drops_partitions_and_no_other_tables() {
+    let (fixture, old) = with_old_row().await;
+    let (role, url) = fixture.role("cleaner").await;
+    let client = connect(&url).await;
+    let snapshot = fixture.snapshot().await;
+    let base = format!(
+        "GRANT USAGE ON SCHEMA postbox TO \"{role}\"; GRANT SELECT ON postbox.outbox TO \"{role}\""
+    );
+    fixture.client.batch_execute(&base).await.unwrap();
+    let refused = partitions::drop_older_than(&client, &fixture.contract, Duration::ZERO, "true");
+    assert_eq!(refused.await.unwrap_err().kind(), ErrorKind::Rights);
+    let rights = partitions::DROP_RIGHTS
+        .replace(":\"schema\"", "postbox")
+        .replace(":\"role\"", &format!("\"{role}\""));
+    fixture.client.batch_execute(&rights).await.unwrap();
+    for (table, says) in [
+        ("outbox_default", "is no partition of the outbox"),
+        ("checkpoint", "is no partition of the outbox"),
+    ] {
+        let drop = format!("SELECT postbox.drop_partition('postbox.{table}')");
+        let refused = client.batch_execute(&drop).await.unwrap_err();
+        let refused = refused.as_db_error().unwrap().message();
+        assert!(refused.contains(says), "{refused}");
+    }
+    let fates = fixture
+        .drop_seen_by(&client, &snapshot, Duration::ZERO)
+        .await;
+    assert_eq!(fates, [(old, Fate::Dropped)]);
+    client
+        .batch_execute("DELETE FROM postbox.outbox_default")
+        .await
+        .unwrap();
+}
+
 /// It began to write in that hour, and commits when nobody looks for its row any more.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_an_open_transaction_has_written_is_not_dropped() {
@@ -62,9 +92,9 @@ async fn what_an_open_transaction_has_written_is_not_dropped() {
         .await
         .unwrap();
     let snapshot = fixture.snapshot().await;
-    let mut client = connect(&fixture.database_url).await;
+    let client = connect(&fixture.database_url).await;
     let (fates, ()) = tokio::join!(
-        fixture.drop_seen_by(&mut client, &snapshot, Duration::ZERO),
+        fixture.drop_seen_by(&client, &snapshot, Duration::ZERO),
         async {
             wait_until("somebody waits for it", async || {
                 let sql = "SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted AND relation = $1::text::regclass)";
@@ -91,9 +121,9 @@ async fn writers_do_not_wait_for_a_partition_that_is_read() {
         .await
         .unwrap();
     let snapshot = fixture.snapshot().await;
-    let mut client = connect(&fixture.database_url).await;
+    let client = connect(&fixture.database_url).await;
     let mut slowest = Duration::ZERO;
-    let dropping = fixture.drop_seen_by(&mut client, &snapshot, Duration::ZERO);
+    let dropping = fixture.drop_seen_by(&client, &snapshot, Duration::ZERO);
     let writing = async {
         for _ in 0..20 {
             let since = std::time::Instant::now();

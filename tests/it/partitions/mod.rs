@@ -56,7 +56,7 @@ impl Fixture {
     /// Drops old partitions, with rows that this snapshot sees.
     async fn drop_seen_by(
         &self,
-        client: &mut Client,
+        client: &Client,
         snapshot: &str,
         age: Duration,
     ) -> Vec<(String, Fate)> {

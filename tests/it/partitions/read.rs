@@ -23,7 +23,7 @@ async fn polling_reads_partitions_as_one_table() {
     let fixture = Fixture::partitioned(&POLL).await;
     fixture.make_partitions_narrow().await;
     let writers = fixture.writers(load(&fixture));
-    let mut client = connect(&fixture.database_url).await;
+    let client = connect(&fixture.database_url).await;
     let mut dropped = 0;
     for _ in 0..2 {
         let relay = polling(&fixture, &SMALL_WINDOW).await;
@@ -31,7 +31,7 @@ async fn polling_reads_partitions_as_one_table() {
             tokio::time::sleep(Duration::from_millis(500)).await;
             let sql = "SELECT snapshot::text FROM postbox.checkpoint";
             let row = fixture.client.query_one(sql, &[]).await.unwrap();
-            let fates = fixture.drop_seen_by(&mut client, row.get(0), Duration::ZERO);
+            let fates = fixture.drop_seen_by(&client, row.get(0), Duration::ZERO);
             dropped += fates
                 .await
                 .iter()
