@@ -91,8 +91,8 @@ const ATTEMPTS: usize = 10;
 const ATTEMPT_PAUSE: Duration = Duration::from_millis(500);
 
 /// What a new partition must not be in the way of, the default partition is searched for: rarely it has
-/// rows, and never should it have so many that this takes long.
-const BEGIN: &str = "BEGIN; SET LOCAL statement_timeout = 5000";
+/// rows, and never should it have so many that this takes long. What another has made meanwhile is seen.
+const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL statement_timeout = 5000";
 
 /// Whether the outbox of this contract is partitioned by us.
 ///
