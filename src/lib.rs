@@ -87,6 +87,8 @@ pub mod outbox;
 #[cfg(feature = "relay")]
 pub mod parked;
 #[cfg(feature = "relay")]
+pub mod partitions;
+#[cfg(feature = "relay")]
 pub mod pgoutput;
 #[cfg(all(feature = "relay", any(test, fuzzing)))]
 pub mod properties;

@@ -2,6 +2,7 @@
 
 mod backlog;
 mod parked;
+mod partitions;
 
 use prometheus::core::Collector;
 use prometheus::{
@@ -11,10 +12,12 @@ use prometheus::{
 
 use self::backlog::BacklogMetrics;
 pub use self::parked::ParkedMetrics;
+use self::partitions::PartitionMetrics;
 use crate::backlog::Backlog;
 use crate::catalog::SlotState;
 use crate::error::ErrorKind;
 use crate::health::Health;
+use crate::partitions::Made;
 
 /// Upper bounds from 0.5 ms to 60 s: a healthy delivery takes milliseconds, and
 /// an outage should still show how long it was.
@@ -54,6 +57,7 @@ pub struct Metrics {
     backlog: BacklogMetrics,
     /// Of events that wait.
     pub parked: ParkedMetrics,
+    partitions: PartitionMetrics,
     seconds_since_progress: Gauge,
     ready: IntGauge,
     /// Times the stream was started again, by the reason.
@@ -160,6 +164,7 @@ impl Default for Metrics {
             ),
             backlog: BacklogMetrics::new(&registry),
             parked: ParkedMetrics::new(&registry),
+            partitions: PartitionMetrics::new(&registry),
             seconds_since_progress: register(
                 &registry,
                 Gauge::with_opts(options(
@@ -237,11 +242,17 @@ impl Metrics {
         self.backlog.set(backlog);
     }
 
+    /// What there is of partitions, where the outbox has any.
+    pub fn partitions(&self, made: &Made) {
+        self.partitions.set(made);
+    }
+
     /// Everything in Prometheus' text format.
     pub fn text(&self, health: &Health) -> String {
         self.seconds_since_progress
             .set(health.stalled_for().as_secs_f64());
         self.ready.set(health.complaints().is_empty().into());
+        self.partitions.refresh();
         let mut text = Vec::new();
         TextEncoder::new()
             .encode(&self.registry.gather(), &mut text)

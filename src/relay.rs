@@ -12,6 +12,7 @@
 //!
 //! The relay is the only place that knows both LSNs and records.
 
+mod ahead;
 mod aside;
 mod attempt;
 mod cleaner;
@@ -207,9 +208,13 @@ impl Relay {
         // Ends with us.
         let mut beside = JoinSet::new();
         let (settings, metrics) = (self.settings.clone(), self.metrics.clone());
+        beside.spawn(ahead::run(settings.clone(), metrics.clone()));
+        beside.spawn(cleaner::run(
+            settings.clone(),
+            metrics.clone(),
+            self.cue.clone(),
+        ));
         beside.spawn(meter::run(settings, metrics, self.cue.clone()));
-        let (settings, metrics) = (self.settings.clone(), self.metrics.clone());
-        beside.spawn(cleaner::run(settings, metrics, self.cue.clone()));
         loop {
             self.worked = false;
             let error = match Box::pin(Attempt::run(&mut self, &mut shutdown)).await {

@@ -2,7 +2,8 @@
 //!
 //! Every step looks first and can be run again. Their order matters:
 //!
-//! 1. **Tables.** Missing migrations, each in one transaction.
+//! 1. **Tables.** Missing migrations, each in one transaction; and an outbox that is to be
+//!    partitioned, as long as nobody has written to it.
 //! 2. **Publication.** A slot sees the catalogue as it was at each point of the
 //!    WAL, so a publication must be older than its slot.
 //! 3. **Slot and checkpoint.** Only where the checkpoint names no slot: see
@@ -16,6 +17,7 @@ mod backfill;
 mod grants;
 mod merge;
 mod migrations;
+mod partitioned;
 mod polling;
 mod print;
 mod recover;
@@ -83,6 +85,27 @@ pub struct SetupOptions {
     /// Whether a trigger wakes a relay that polls. If it is not said, that stays as it
     /// is.
     pub notify: Option<bool>,
+    /// How wide the partitions of the outbox are that are made from now on. If it is not said,
+    /// as they were; at first there are none.
+    pub partitioned: Option<Width>,
+}
+
+/// What time a partition of the outbox is for, in UTC.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Width {
+    /// A day. They are made for a week ahead.
+    Day,
+    /// An hour. They are made for a day ahead.
+    Hour,
+}
+
+impl Width {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Day => "day",
+            Self::Hour => "hour",
+        }
+    }
 }
 
 /// How a relay is to read.
@@ -375,7 +398,7 @@ async fn set_up_slot(
     match stored {
         Stored::At(checkpoint) if checkpoint.mode == Mode::Poll => {
             checkpoint.check_system(contract, &catalog::system(client).await?)?;
-            migrations::apply(client, contract, report).await?;
+            make_tables(client, contract, options, report).await?;
             check_rows(client, contract).await?;
             merge::merge(client, contract, report).await?;
             let Stored::At(checkpoint) = catalog::stored(client, contract).await? else {
@@ -385,7 +408,7 @@ async fn set_up_slot(
             Box::pin(note).await
         }
         Stored::At(checkpoint) => {
-            migrations::apply(client, contract, report).await?;
+            make_tables(client, contract, options, report).await?;
             slot::check(client, contract, checkpoint, report).await
         }
         Stored::Recovering(_) => Err(catalog::recovery_is_unfinished(contract)),
@@ -396,7 +419,7 @@ async fn set_up_slot(
             if stored == Stored::Missing && options.backfill == Backfill::Refuse {
                 slot::refuse_rows(client, contract).await?;
             }
-            migrations::apply(client, contract, report).await?;
+            make_tables(client, contract, options, report).await?;
             check_rows(client, contract).await?;
             let made = create_publication(client, contract).await?;
             catalog::check_publication(client, contract).await?;
@@ -406,6 +429,17 @@ async fn set_up_slot(
             slot::create(client, replication, contract, is_new, backfill, report).await
         }
     }
+}
+
+/// The tables of our schema, and the partitions of the outbox.
+async fn make_tables(
+    client: &mut Client,
+    contract: &Contract,
+    options: &SetupOptions,
+    report: &mut Report,
+) -> Result<()> {
+    migrations::apply(client, contract, report).await?;
+    partitioned::apply(client, contract, options.partitioned, report).await
 }
 
 /// Refuses rows that would never be read from the table.
@@ -444,7 +478,7 @@ async fn set_up_polling(
         }
         Stored::At(_) | Stored::Missing => {}
     }
-    migrations::apply(client, contract, report).await?;
+    make_tables(client, contract, options, report).await?;
     check_rows(client, contract).await?;
     match &stored {
         Stored::At(checkpoint) if checkpoint.mode == Mode::Poll => {
@@ -507,6 +541,8 @@ impl SetupOptions {
             "fights --adopt: its rows do not say what was published; start with --backfill pending or none"
         } else if self.notify.is_some() {
             "fights --notify: only our own outbox has that trigger"
+        } else if self.partitioned.is_some() {
+            "fights --partitioned: only our own outbox is partitioned by it"
         } else if self.writer_role.is_some() {
             "fights --grant-writer-to: who writes to it, its own library says"
         } else {

@@ -2,7 +2,7 @@
 
 use clap::builder::BoolishValueParser;
 use clap::{Args, ValueEnum};
-use postbox::setup::{self, Backfill, Reading, SetupOptions};
+use postbox::setup::{self, Backfill, Reading, SetupOptions, Width};
 
 use super::arguments::{ContractArguments, DatabaseArguments, ModeArgument};
 
@@ -28,6 +28,12 @@ pub(super) struct SetupCommand {
     /// Without it that stays as it is. Commits that notify wait for each other.
     #[arg(long, env = "POSTBOX_NOTIFY", value_parser = BoolishValueParser::new(), value_name = "BOOL")]
     notify: Option<bool>,
+
+    /// Make the outbox partitioned by created_at, in UTC, before anybody writes to it; relays keep
+    /// partitions made ahead, a week or a day. Of one that is partitioned, the width of partitions to
+    /// come. Without it that stays as it is.
+    #[arg(long, env = "POSTBOX_PARTITIONED", value_name = "BY")]
+    partitioned: Option<WidthArgument>,
 
     /// Take over an outbox that came from another cluster, with a dump: what was not published there is
     /// published here. Writers wait meanwhile. The variable is true or false.
@@ -69,6 +75,14 @@ enum BackfillArgument {
     Pending,
 }
 
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum WidthArgument {
+    /// A partition for each day.
+    Day,
+    /// A partition for each hour.
+    Hour,
+}
+
 impl SetupCommand {
     pub(super) fn run(&self) -> anyhow::Result<()> {
         let contract = self.contract.resolve()?;
@@ -88,6 +102,10 @@ impl SetupCommand {
             },
             adopt: self.adopt,
             notify: self.notify,
+            partitioned: self.partitioned.map(|width| match width {
+                WidthArgument::Day => Width::Day,
+                WidthArgument::Hour => Width::Hour,
+            }),
         };
         if self.print {
             print!("{}", setup::print_sql(&contract, &options)?);

@@ -5,12 +5,13 @@ use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::Type;
 
-use super::{Report, SetupOptions, State, backfill};
+use super::{Report, SetupOptions, State, backfill, partitioned};
 use crate::catalog::{MAY_REPLICATE, Mode};
 use crate::cleanup::{CLAIMS_HAS, CLAIMS_RIGHTS};
 use crate::contract::Contract;
 use crate::database::sort;
 use crate::error::{Error, ErrorKind, Result};
+use crate::partitions;
 
 pub(super) const RELAY: &str = include_str!("../../sql/grant_relay.sql");
 pub(super) const WRITER: &str = include_str!("../../sql/grant_writer.sql");
@@ -36,7 +37,7 @@ const RELAY_HAS: &str = "SELECT has_database_privilege($1::text::name, current_d
      AND has_table_privilege($1::text::name, quote_ident(:'schema') || '.parked', 'DELETE') \
      AND has_table_privilege($1::text::name, quote_ident(:'schema') || '.cancellation', 'SELECT') \
      AND (SELECT bool_and(has_function_privilege($1::text::name, oid, 'EXECUTE')) FROM pg_proc \
-          WHERE proname IN ('publication_identity', 'is_settled') \
+          WHERE proname IN ('publication_identity', 'is_settled', 'make_partitions') \
             AND pronamespace = quote_ident(:'schema')::regnamespace)";
 const WRITER_HAS: &str = "SELECT has_schema_privilege($1::text::name, :'schema', 'USAGE') \
      AND has_table_privilege($1::text::name, quote_ident(:'schema') || '.outbox', 'INSERT') \
@@ -109,7 +110,18 @@ pub(super) async fn apply(
             };
             report.add(format!("replication by role \"{role}\""), state);
         }
-        let state = grant(client, contract, role, RELAY, RELAY_HAS).await?;
+        let partitions = match partitions::are_ours(client, contract).await? {
+            true => partitioned::GRANT,
+            false => "",
+        };
+        let state = grant(
+            client,
+            contract,
+            role,
+            &[RELAY, partitions].concat(),
+            RELAY_HAS,
+        )
+        .await?;
         report.add(format!("grants to relay role \"{role}\""), state);
         if !contract.outbox.is_ours() {
             let (file, has) = match contract.outbox.preset.tracking() {

@@ -4,19 +4,24 @@
 //! slot there is nothing that can be lost, so the checkpoint is written in one
 //! statement, together with the look at what is in the outbox.
 
+use std::time::{Duration, Instant};
+
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::Type;
 
 use super::slot::start::SEES_NOTHING;
 use super::slot::{object, taken_over};
-use super::{Backfill, Report, State};
+use super::{Backfill, PATIENCE_TIME, Report, State};
 use crate::catalog::{self, Checkpoint};
 use crate::contract::Contract;
 use crate::database::sort;
 use crate::error::{Error, ErrorKind, Result};
 
 pub(super) const XID_INDEX: &str = include_str!("../../sql/xid_index.sql");
+pub(super) const XID_INDEX_PARTITIONED: &str = include_str!("../../sql/xid_index_partitioned.sql");
+/// Statements that make the indexes of partitions that have none yet, and make them parts of it.
+pub(super) const PARTITION_INDEXES: &str = include_str!("../../sql/partition_indexes.sql");
 pub(super) const NOTIFY: &str = include_str!("../../sql/notify.sql");
 
 /// Checks what the checkpoint was made for, and makes the index if it is gone. Of a change
@@ -148,13 +153,11 @@ async fn make_index(client: &Client, contract: &Contract, report: &mut Report) -
         report.add(format!("index {index}"), State::AlreadyThere);
         return Ok(());
     }
-    if is_valid == Some(false) {
-        // Left by one that was cut short.
-        let drop = format!("DROP INDEX CONCURRENTLY {index}");
-        let dropped = client.batch_execute(&drop).await;
-        dropped.map_err(|error| sort(doing(), error))?;
-    }
-    let made = client.batch_execute(&contract.sql(XID_INDEX)).await;
+    let made = match is_partitioned(client, contract).await {
+        Ok(true) => make_partition_indexes(client, contract).await,
+        Ok(false) => make_plain_index(client, contract, is_valid.is_some()).await,
+        Err(error) => Err(error),
+    };
     made.map_err(|error| {
         if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) {
             let message = format!(
@@ -167,6 +170,62 @@ async fn make_index(client: &Client, contract: &Contract, report: &mut Report) -
         sort(doing(), error)
     })?;
     report.add(format!("index {index}"), State::Created);
+    Ok(())
+}
+
+/// Whoever has partitioned it.
+async fn is_partitioned(
+    client: &Client,
+    contract: &Contract,
+) -> Result<bool, tokio_postgres::Error> {
+    let sql = "SELECT relkind = 'p' FROM pg_class WHERE oid = to_regclass($1)";
+    let outbox = contract.table("outbox");
+    let rows = client.query_typed(sql, &[(&outbox, Type::TEXT)]).await?;
+    Ok(rows.first().is_some_and(|row| row.get(0)))
+}
+
+async fn make_plain_index(
+    client: &Client,
+    contract: &Contract,
+    is_left: bool,
+) -> Result<(), tokio_postgres::Error> {
+    if is_left {
+        // By one that was cut short.
+        let index = contract.table("outbox_xid_idx");
+        let drop = format!("DROP INDEX CONCURRENTLY {index}");
+        client.batch_execute(&drop).await?;
+    }
+    client.batch_execute(&contract.sql(XID_INDEX)).await
+}
+
+/// One of a partition after the other, each beside writers.
+async fn make_partition_indexes(
+    client: &Client,
+    contract: &Contract,
+) -> Result<(), tokio_postgres::Error> {
+    try_for_a_while(client, &contract.sql(XID_INDEX_PARTITIONED)).await?;
+    for row in client.query(&contract.sql(PARTITION_INDEXES), &[]).await? {
+        let statement: &str = row.get(0);
+        match statement.contains(" CONCURRENTLY ") {
+            true => client.batch_execute(statement).await?,
+            false => try_for_a_while(client, &format!("{statement};")).await?,
+        }
+    }
+    Ok(())
+}
+
+/// Writers wait behind a lock that is waited for: so it is for a moment, again and again.
+async fn try_for_a_while(client: &Client, sql: &str) -> Result<(), tokio_postgres::Error> {
+    let sql = format!("BEGIN; SET LOCAL lock_timeout = '500ms'; {sql} COMMIT");
+    let deadline = Instant::now() + PATIENCE_TIME;
+    while let Err(error) = client.batch_execute(&sql).await {
+        client.batch_execute("ROLLBACK").await?;
+        let is_late = Instant::now() > deadline;
+        if is_late || error.code() != Some(&SqlState::LOCK_NOT_AVAILABLE) {
+            return Err(error);
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
     Ok(())
 }
 

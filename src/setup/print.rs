@@ -4,8 +4,9 @@ use std::fmt::Write;
 
 use super::grants::{CLEANUP, OPERATOR, RELAY, WRITER};
 use super::migrations::{MIGRATIONS, SCHEMA};
-use super::polling::{NOTIFY, XID_INDEX};
-use super::{LOCK, PATIENCE, Reading, SetupOptions};
+use super::partitioned::{GRANT, MAKE, PARTITIONED, WIDTH};
+use super::polling::{NOTIFY, PARTITION_INDEXES, XID_INDEX, XID_INDEX_PARTITIONED};
+use super::{LOCK, PATIENCE, Reading, SetupOptions, Width};
 use crate::catalog::{Mode, PUBLICATION, SCHEMA_VERSION};
 use crate::contract::Contract;
 use crate::error::{Error, ErrorKind, Result};
@@ -61,6 +62,11 @@ pub fn print_sql(contract: &Contract, options: &SetupOptions) -> Result<String> 
         section(&mut script, &is_missing, &body);
     }
     script.push_str(REFUSE_NEWER);
+    if options.partitioned.is_some() {
+        let body = format!("BEGIN;\n{PARTITIONED}COMMIT;\n");
+        section(&mut script, IS_NOT_PARTITIONED, &body);
+        let _ = write!(script, "\n{WIDTH}{MAKE}");
+    }
     match mode {
         Mode::Wal => {
             section(&mut script, PUBLICATION_IS_MISSING, PUBLICATION);
@@ -70,17 +76,21 @@ pub fn print_sql(contract: &Contract, options: &SetupOptions) -> Result<String> 
         Mode::Poll => {
             // Who builds an index beside writers waits for all statements that have begun,
             // such as one that waits for the lock.
-            let _ = write!(
-                script,
-                "\nSELECT pg_advisory_unlock({LOCK});\n{XID_INDEX}SELECT pg_advisory_lock({LOCK});\n\n{POLLING}"
-            );
+            let _ = writeln!(script, "\nSELECT pg_advisory_unlock({LOCK});");
+            section(&mut script, IS_NOT_PARTITIONED, XID_INDEX);
+            let indexes = PARTITION_INDEXES.trim_end();
+            let body = format!("{XID_INDEX_PARTITIONED}{indexes} \\gexec\n");
+            section(&mut script, IS_PARTITIONED, &body);
+            let _ = write!(script, "SELECT pg_advisory_lock({LOCK});\n\n{POLLING}");
         }
     }
     if options.notify == Some(true) {
         section(&mut script, TRIGGER_IS_MISSING, NOTIFY);
     }
     let version = SCHEMA_VERSION.to_string();
+    let width = options.partitioned.map_or("", Width::name);
     let names = [
+        ("partitioned", width),
         ("backfill", options.backfill.name()),
         ("known_version", &version),
     ];
@@ -91,6 +101,9 @@ pub fn print_sql(contract: &Contract, options: &SetupOptions) -> Result<String> 
         }
         script.push('\n');
         script.push_str(&contract.sql_with(RELAY, &[("role", role)]));
+        let mut grant = String::new();
+        section(&mut grant, HAS_PARTITIONS, GRANT);
+        script.push_str(&contract.sql_with(&grant, &[("role", role)]));
     }
     for (role, grants) in [
         (&options.writer_role, WRITER),
@@ -124,6 +137,17 @@ SELECT NOT EXISTS (SELECT FROM pg_publication WHERE pubname = :'publication')
 const TRIGGER_IS_MISSING: &str = "\
 SELECT NOT EXISTS (SELECT FROM pg_trigger WHERE tgname = 'notify_relay'
     AND tgrelid = (quote_ident(:'schema') || '.outbox')::regclass) AS missing \\gset";
+
+const IS_NOT_PARTITIONED: &str = "\
+SELECT relkind <> 'p' AS missing FROM pg_class WHERE oid = to_regclass(quote_ident(:'schema') || '.outbox') \\gset";
+
+/// What is missing here is its index.
+const IS_PARTITIONED: &str = "\
+SELECT relkind = 'p' AS missing FROM pg_class WHERE oid = to_regclass(quote_ident(:'schema') || '.outbox') \\gset";
+
+/// Here, a right to them.
+const HAS_PARTITIONS: &str = "\
+SELECT to_regprocedure(quote_ident(:'schema') || '.make_partitions()') IS NOT NULL AS missing \\gset";
 
 const READ_VERSION: &str = "
 \\set version 0

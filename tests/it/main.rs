@@ -24,6 +24,7 @@ mod http;
 mod limits;
 mod parked;
 mod parking;
+mod partitions;
 mod poison;
 mod poll;
 mod produce_errors;

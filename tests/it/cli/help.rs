@@ -25,7 +25,7 @@ fn flags(help: &str) -> Vec<(&str, &str)> {
 }
 
 /// Flags that have no default: what they name only their users know.
-const WITHOUT_DEFAULT: [&str; 35] = [
+const WITHOUT_DEFAULT: [&str; 36] = [
     "dead-letter-topic",
     "mark",
     "table",
@@ -42,6 +42,7 @@ const WITHOUT_DEFAULT: [&str; 35] = [
     "backfill",
     "adopt",
     "notify",
+    "partitioned",
     "shards",
     "grant-operator-to",
     "relay",
@@ -75,7 +76,7 @@ fn http_is_for_this_machine_alone_unless_told_otherwise() {
 fn help_tells_of_each_flag_its_variable_its_default_and_its_unit() {
     for (command, count) in [
         ("relay", 39),
-        ("setup", 19),
+        ("setup", 20),
         ("cleanup", 14),
         ("demo", 6),
         ("parked list", 13),

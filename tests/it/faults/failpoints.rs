@@ -79,9 +79,11 @@ async fn assert_crashed(mut relay: Relay, step: &str) {
 }
 
 /// Steps that tests elsewhere cross: the taking over of a slot, in `setup::slot`, and what
-/// only polling and tables of others have, in `poll`, `claim` and `tables`; what waits, in
-/// `parking`; and cleaning up, in `cleanup`.
-const ELSEWHERE: [&str; 32] = [
+/// only polling, tables of others and partitions have, in `poll`, `claim`, `tables` and
+/// `partitions`; what waits, in `parking`; and cleaning up, in `cleanup`.
+const ELSEWHERE: [&str; 34] = [
+    "making_partitions",
+    "partitions_made",
     "taking_over",
     "renewing",
     "polling_begun",

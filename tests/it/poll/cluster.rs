@@ -159,7 +159,10 @@ async fn what_was_not_published_in_another_cluster_is_in_this_one() {
         original.insert("left", "{}").await;
 
         let restored = Fixture::with_postgres(&[]).await;
-        restored.setup(&["--mode", "poll"]).results();
+        // Of one, a partitioned outbox.
+        let partitioned = &["--partitioned", "hour"][..usize::from(mode == "wal") * 2];
+        let poll = [&["--mode", "poll"], partitioned].concat();
+        restored.setup(&poll).results();
         restore(&original, &restored).await;
         restored.insert("new", "{}").await;
         let mut relay = Relay::start(&restored, &flags);

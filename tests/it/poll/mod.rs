@@ -17,7 +17,7 @@ use postbox::oracle::{self, Load, Verdict};
 use crate::support::{Fixture, Relay, wait_until};
 
 /// The flags of a relay that polls.
-const POLL: [&str; 2] = ["--mode", "poll"];
+pub(crate) const POLL: [&str; 2] = ["--mode", "poll"];
 
 impl Fixture {
     /// On the servers that all tests share, set up for polling.
@@ -34,7 +34,7 @@ impl Fixture {
     }
 
     /// Waits until the checkpoint says that everything is delivered.
-    async fn wait_for_checkpoint(&self) {
+    pub(crate) async fn wait_for_checkpoint(&self) {
         let sql = "SELECT count(*) FROM postbox.outbox AS o, postbox.checkpoint AS c \
                    WHERE c.second_snapshot IS NOT NULL OR NOT pg_visible_in_snapshot(o.xid, c.snapshot)";
         wait_until("all is stored to be delivered", async || {
@@ -45,7 +45,7 @@ impl Fixture {
     }
 
     /// Waits until all is delivered, stops the relay, and asks the oracle.
-    async fn judge_polling(&self, relay: Relay) -> Verdict {
+    pub(crate) async fn judge_polling(&self, relay: Relay) -> Verdict {
         self.wait_for_checkpoint().await;
         relay.drain().await;
         self.verdict().await
@@ -53,7 +53,7 @@ impl Fixture {
 }
 
 /// Starts a relay that polls, with these flags besides, and waits until it does.
-async fn polling(fixture: &Fixture, flags: &[&str]) -> Relay {
+pub(crate) async fn polling(fixture: &Fixture, flags: &[&str]) -> Relay {
     let mut relay = Relay::start(fixture, &[&POLL, flags].concat());
     relay.wait_for_log("polling").await;
     relay

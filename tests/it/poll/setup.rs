@@ -1,5 +1,7 @@
 //! Setting polling up.
 
+use postbox::catalog::SCHEMA_VERSION;
+
 use super::{POLL, polling};
 use crate::support::{Fixture, Relay, run_script, wait_until};
 
@@ -9,13 +11,13 @@ async fn says_what_it_makes_and_finds() {
     let name = &fixture.contract.slot;
     let expected = format!(
         "schema \"postbox\": created\n\
-         tables of schema \"postbox\", version 1: created\n\
+         tables of schema \"postbox\", version {SCHEMA_VERSION}: created\n\
          index \"postbox\".\"outbox_xid_idx\": created\n\
          relay \"{name}\", which polls: created\n"
     );
     assert_eq!(fixture.setup(&POLL).results(), expected);
     let expected = format!(
-        "tables of schema \"postbox\", version 1: already there\n\
+        "tables of schema \"postbox\", version {SCHEMA_VERSION}: already there\n\
          index \"postbox\".\"outbox_xid_idx\": already there\n\
          relay \"{name}\", which polls: already there\n"
     );

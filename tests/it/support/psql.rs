@@ -1,4 +1,4 @@
-//! What our scripts use of psql: variables, `\gset`, `\if`, and that each
+//! What our scripts use of psql: variables, `\gset`, `\gexec`, `\if`, and that each
 //! statement is sent by itself. So that the scripts can be tested where there is
 //! no psql.
 
@@ -25,7 +25,8 @@ pub(crate) async fn run_script(client: &Client, script: &str) -> Result<(), toki
             [word, ..] if word.starts_with('\\') => panic!("psql's {word} is not known here"),
             [] | ["--", ..] => {}
             _ => {
-                let (text, gset) = match line.strip_suffix("\\gset") {
+                let gexec = line.strip_suffix("\\gexec");
+                let (text, gset) = match line.strip_suffix("\\gset").or(gexec) {
                     Some(text) => (text, true),
                     None => (line, false),
                 };
@@ -36,7 +37,9 @@ pub(crate) async fn run_script(client: &Client, script: &str) -> Result<(), toki
                 }
                 let sql = fill(&std::mem::take(&mut statement), &variables);
                 let answer = client.simple_query(&sql).await?;
-                if gset {
+                if gexec.is_some() {
+                    execute(client, &answer).await?;
+                } else if gset {
                     keep(&answer, &mut variables);
                 }
             }
@@ -44,6 +47,19 @@ pub(crate) async fn run_script(client: &Client, script: &str) -> Result<(), toki
     }
     assert_eq!(statement, "", "a statement without an end");
     assert!(conditions.is_empty(), "\\if without \\endif");
+    Ok(())
+}
+
+/// Rows are statements.
+async fn execute(
+    client: &Client,
+    answer: &[SimpleQueryMessage],
+) -> Result<(), tokio_postgres::Error> {
+    for message in answer {
+        if let SimpleQueryMessage::Row(row) = message {
+            client.simple_query(row.get(0).unwrap_or_default()).await?;
+        }
+    }
     Ok(())
 }
 
