@@ -47,6 +47,9 @@
 //! times as long as it works. Each batch reads the proof anew, under a lock that set-up does not share: no relay
 //! that is just being set up is overlooked.
 //!
+//! A partition goes as a whole, if all of its rows may (`partitions.rs`); rows of the default
+//! one are deleted.
+//!
 //! Of the outbox it goes through `seq` from the low end and never comes back within a run, so
 //! that rows it has deleted are passed over once. Old rows need not stand before young ones, as
 //! applications may set `created_at`: where a batch holds none that may go, it looks at a hundred
@@ -124,6 +127,8 @@ pub struct Line {
 pub enum Done {
     /// They were deleted.
     Removed,
+    /// They were dropped, with all of their rows.
+    Dropped,
     /// They were claimed by somebody who is gone, and can be claimed again.
     Released,
 }
@@ -134,6 +139,8 @@ impl fmt::Display for Report {
             let done = match (done, self.dry_run) {
                 (Done::Removed, false) => "rows removed",
                 (Done::Removed, true) => "rows to remove",
+                (Done::Dropped, false) => "partitions dropped",
+                (Done::Dropped, true) => "partitions to drop",
                 (Done::Released, false) => "stale claims released",
                 (Done::Released, true) => "stale claims to release",
             };
@@ -252,7 +259,7 @@ impl<'a> Run<'a> {
 
     /// Adds rows of a table, whose name metrics have as it is here.
     fn count(&mut self, table: &str, quoted: &str, done: Done, rows: u64) {
-        if rows > 0 && done == Done::Removed && !self.options.dry_run {
+        if rows > 0 && done != Done::Released && !self.options.dry_run {
             (self.counter)(table, rows);
         }
         let lines = &mut self.report.lines;

@@ -252,24 +252,59 @@ pub async fn drop_if(
     }
 }
 
+/// What would become of a partition: whether all of its rows may go, without a lock.
+///
+/// # Errors
+/// As [`drop_if`].
+pub async fn fate(
+    client: &Client,
+    contract: &Contract,
+    partition: &Partition,
+    may_go: &str,
+) -> Result<Fate> {
+    let looked = async {
+        client.batch_execute(SETTINGS).await?;
+        let is_needed = is_needed(contract, partition, may_go);
+        client.query_typed_one(&is_needed, &[]).await
+    };
+    match looked.await {
+        Ok(row) if row.get(0) => Ok(Fate::Needed),
+        Ok(_) => Ok(Fate::Dropped),
+        Err(error) => Err(sort(
+            format!("look at partition {}", partition.table),
+            error,
+        )),
+    }
+}
+
+/// A policy that hides rows must be an error, and a look may take long.
+const SETTINGS: &str = "SET LOCAL row_security = off; SET LOCAL statement_timeout = 0; SET LOCAL enable_seqscan = on; \
+                        SET LOCAL enable_bitmapscan = on";
+
+/// Whether a row of the partition may not go, in SQL. Of this partition alone, as its bounds
+/// are constants; by a role that may only read the outbox.
+fn is_needed(contract: &Contract, partition: &Partition, may_go: &str) -> String {
+    format!(
+        "SELECT EXISTS (SELECT FROM {} AS o WHERE o.created_at >= {} AND o.created_at < {} AND ({may_go}) IS NOT TRUE)",
+        contract.table("outbox"),
+        bound(&partition.since),
+        bound(&partition.until)
+    )
+}
+
+/// A bound of a partition, in SQL.
+fn bound(text: &str) -> String {
+    format!("{}::timestamp AT TIME ZONE 'UTC'", escape_literal(text))
+}
+
 async fn drop_held(
     client: &Client,
     contract: &Contract,
     partition: &Partition,
     may_go: &str,
 ) -> Result<Fate, tokio_postgres::Error> {
-    // A policy that hides rows must be an error.
-    let settings = "SET LOCAL row_security = off; SET LOCAL statement_timeout = 0; SET LOCAL enable_seqscan = on; \
-                    SET LOCAL enable_bitmapscan = on";
-    client.batch_execute(settings).await?;
-    // Of this partition alone, as its bounds are constants; by a role that may only read the outbox.
-    let bound = |text: &str| format!("{}::timestamp AT TIME ZONE 'UTC'", escape_literal(text));
-    let is_needed = format!(
-        "SELECT EXISTS (SELECT FROM {} AS o WHERE o.created_at >= {} AND o.created_at < {} AND ({may_go}) IS NOT TRUE)",
-        contract.table("outbox"),
-        bound(&partition.since),
-        bound(&partition.until)
-    );
+    client.batch_execute(SETTINGS).await?;
+    let is_needed = is_needed(contract, partition, may_go);
     // Of most that are needed still this is known without a lock.
     if client.query_typed_one(&is_needed, &[]).await?.get(0) {
         return Ok(Fate::Needed);

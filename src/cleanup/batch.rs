@@ -25,6 +25,9 @@ const LOCK: i64 = i64::from_be_bytes(*b"\0pbclean");
 /// How long the server may take for a batch: longer than for its statements.
 const ANSWER_MAX: Duration = Duration::from_secs(90);
 
+/// The same where there may be a hundred million rows.
+const LONG_ANSWER_MAX: Duration = Duration::from_secs(3600);
+
 /// How many times as long to pause as a batch took. With batches of 2,000 rows and pauses as long as they took, on
 /// two cores that had more to do, a tenth of 1,000 events a second took more than 38 ms to their consumer, and
 /// without a cleanup 3.
@@ -38,6 +41,19 @@ impl Run<'_> {
     /// so that others have most of the server. Both locks
     /// go with the transaction, also behind a pooler.
     pub(super) async fn batch<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
+        self.batch_within(ANSWER_MAX, work).await
+    }
+
+    /// The same for what looks at all the rows of a partition.
+    pub(super) async fn long_batch<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
+        self.batch_within(LONG_ANSWER_MAX, work).await
+    }
+
+    async fn batch_within<T>(
+        &self,
+        limit: Duration,
+        work: impl Future<Output = Result<T>>,
+    ) -> Result<T> {
         let until = Instant::now() + self.options.patience;
         let mut since = Instant::now();
         while !within(ANSWER_MAX, "clean up", begin(self.client)).await? {
@@ -48,7 +64,7 @@ impl Run<'_> {
             sleep(LOCK_INTERVAL).await;
             since = Instant::now();
         }
-        let done = within(ANSWER_MAX, "clean up", async {
+        let done = within(limit, "clean up", async {
             let done = work.await;
             failpoint!("cleaned");
             // What has failed is rolled back by this, too.

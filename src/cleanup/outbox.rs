@@ -9,10 +9,14 @@ use super::{Done, Run};
 use crate::contract::Contract;
 use crate::database::sort;
 use crate::error::{Error, ErrorKind, Result};
+use crate::partitions::{self, Fate, Partition};
 
 /// Who may clean our tables.
 pub(super) const RIGHTS: &str =
     "`postbox setup --grant-cleanup-to ROLE`, run by the owner, gives a role what it needs";
+
+/// How often it is tried to drop a partition that others use.
+const DROP_ATTEMPTS: usize = 10;
 
 /// How many places are looked at behind a batch that had nothing to go.
 const PROBES: i64 = 100;
@@ -23,14 +27,50 @@ pub(super) async fn clean(run: &mut Run<'_>) -> Result<()> {
     run.count("outbox", &outbox, Done::Removed, 0);
     match is_partitioned(run.client, run.contract).await? {
         false => clean_rows(run, &outbox).await,
-        // The place for it: what a partition needs to go is that all of its rows may, by
-        // `Proof::read` and `may_go`; then it is detached and dropped.
+        true if partitions::are_ours(run.client, run.contract).await? => {
+            drop_partitions(run).await?;
+            let rest = run.contract.table("outbox_default");
+            clean_rows(run, &rest).await
+        }
         true => {
             let message = format!(
-                "{outbox} is partitioned: its rows are not deleted one by one, and this version drops no partitions"
+                "{outbox} is partitioned, and not by `postbox setup --partitioned`: drop what is old by hand"
             );
             Err(Error::new(ErrorKind::Database, message))
         }
+    }
+}
+
+/// Drops partitions that are old, if all of their rows may go.
+async fn drop_partitions(run: &mut Run<'_>) -> Result<()> {
+    let outbox = run.contract.table("outbox");
+    run.count("partitions", &outbox, Done::Dropped, 0);
+    let old = partitions::older_than(run.client, run.contract, run.options.older_than).await?;
+    for partition in old {
+        for _ in 0..DROP_ATTEMPTS {
+            if !run.has_time() {
+                return Ok(());
+            }
+            match run.long_batch(drop(run, &partition)).await? {
+                Fate::Busy => {}
+                Fate::Dropped => {
+                    run.count("partitions", &outbox, Done::Dropped, 1);
+                    break;
+                }
+                Fate::Needed | Fate::Missing => break,
+            }
+        }
+    }
+    Ok(())
+}
+
+async fn drop(run: &Run<'_>, partition: &Partition) -> Result<Fate> {
+    let proof = Proof::read(run.client, run.contract, run.options.older_than).await?;
+    let may_go = may_go(run, &proof);
+    failpoint!("dropping_partition");
+    match run.options.dry_run {
+        true => partitions::fate(run.client, run.contract, partition, &may_go).await,
+        false => partitions::drop_if(run.client, run.contract, partition, &may_go).await,
     }
 }
 
@@ -55,7 +95,7 @@ struct Looked {
 async fn clean_rows(run: &mut Run<'_>, outbox: &str) -> Result<()> {
     let mut last = i64::MIN;
     while run.has_time() {
-        let looked = run.batch(look(run, last)).await?;
+        let looked = run.batch(look(run, outbox, last)).await?;
         run.count(
             "outbox",
             outbox,
@@ -71,9 +111,8 @@ async fn clean_rows(run: &mut Run<'_>, outbox: &str) -> Result<()> {
 }
 
 /// Deletes what may go of the next rows.
-async fn look(run: &Run<'_>, last: i64) -> Result<Looked> {
+async fn look(run: &Run<'_>, outbox: &str, last: i64) -> Result<Looked> {
     let client = run.client;
-    let outbox = run.contract.table("outbox");
     let retention = run.options.older_than;
     let proof = Proof::read(client, run.contract, retention).await?;
     let may_go = may_go(run, &proof);
@@ -95,7 +134,7 @@ async fn look(run: &Run<'_>, last: i64) -> Result<Looked> {
     let parameters = [(&last as _, Type::INT8), (&batch as _, Type::INT8)];
     failpoint!("cleaning");
     let row = client.query_typed_one(&sql, &parameters).await;
-    let row = row.map_err(|error| failed(&outbox, RIGHTS, error))?;
+    let row = row.map_err(|error| failed(outbox, RIGHTS, error))?;
     let mut looked = Looked {
         rows: row.get(0),
         seq: row.get(1),
@@ -103,7 +142,7 @@ async fn look(run: &Run<'_>, last: i64) -> Result<Looked> {
         has_more: false,
     };
     looked.has_more = match (looked.rows == batch, looked.removed, looked.seq) {
-        (true, 0, Some(seq)) => has_more(client, &outbox, &may_go, seq).await?,
+        (true, 0, Some(seq)) => has_more(client, outbox, &may_go, seq).await?,
         (is_whole, ..) => is_whole,
     };
     Ok(looked)

@@ -78,6 +78,7 @@ fn tell(report: &Report) {
         let (table, rows) = (&line.table, line.rows);
         match line.done {
             cleanup::Done::Removed => info!(table, rows, "removed old rows"),
+            cleanup::Done::Dropped => info!(table, partitions = rows, "dropped old partitions"),
             cleanup::Done::Released => info!(table, rows, "released stale claims"),
         }
     }

@@ -56,6 +56,11 @@ const OPERATOR_HAS: &str = "SELECT has_schema_privilege($1::text::name, :'schema
      AND (SELECT bool_and(has_function_privilege($1::text::name, oid, 'EXECUTE')) FROM pg_proc \
           WHERE proname = 'cancel' AND pronamespace = quote_ident(:'schema')::regnamespace)";
 
+const DROP_HAS: &str = "SELECT has_table_privilege($1::text::name, quote_ident(:'schema') || '.outbox_default', 'SELECT') \
+     AND has_table_privilege($1::text::name, quote_ident(:'schema') || '.outbox_default', 'DELETE') \
+     AND (SELECT bool_and(has_function_privilege($1::text::name, oid, 'EXECUTE')) FROM pg_proc \
+          WHERE proname IN ('partitions', 'hold_partition', 'drop_partition') \
+            AND pronamespace = quote_ident(:'schema')::regnamespace)";
 const CLEANUP_HAS: &str = "SELECT has_database_privilege($1::text::name, current_database(), 'CONNECT') \
      AND has_schema_privilege($1::text::name, :'schema', 'USAGE') \
      AND (SELECT bool_and(has_table_privilege($1::text::name, quote_ident(:'schema') || '.' || t, 'SELECT')) \
@@ -146,6 +151,14 @@ pub(super) async fn apply(
     if let Some(role) = &options.cleanup_role {
         let state = grant(client, contract, role, CLEANUP, CLEANUP_HAS).await?;
         report.add(format!("grants to cleanup role \"{role}\""), state);
+        if contract.outbox.is_ours() && partitions::are_ours(client, contract).await? {
+            let state = grant(client, contract, role, partitions::DROP_RIGHTS, DROP_HAS).await?;
+            let object = partitions::object(contract);
+            report.add(
+                format!("{object}: grants to cleanup role \"{role}\""),
+                state,
+            );
+        }
         if contract.outbox.preset.tracking().is_some() {
             let state = grant(client, contract, role, CLAIMS_RIGHTS, CLAIMS_HAS).await?;
             let table = contract.outbox.quoted();

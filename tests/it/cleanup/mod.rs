@@ -2,6 +2,7 @@
 
 mod claims;
 mod crash;
+mod partitions;
 mod relays;
 mod rights;
 mod rows;

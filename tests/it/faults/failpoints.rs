@@ -81,7 +81,7 @@ async fn assert_crashed(mut relay: Relay, step: &str) {
 /// Steps that tests elsewhere cross: the taking over of a slot, in `setup::slot`, and what
 /// only polling, tables of others and partitions have, in `poll`, `claim`, `tables` and
 /// `partitions`; what waits, in `parking`; and cleaning up, in `cleanup`.
-const ELSEWHERE: [&str; 34] = [
+const ELSEWHERE: [&str; 35] = [
     "making_partitions",
     "partitions_made",
     "taking_over",
@@ -112,6 +112,7 @@ const ELSEWHERE: [&str; 34] = [
     "parked",
     "settling",
     "settled",
+    "dropping_partition",
     "cleaning",
     "cleaned",
     "clean_committed",
