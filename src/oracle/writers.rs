@@ -78,6 +78,13 @@ impl Load {
     }
 }
 
+impl Load {
+    /// How many events of a thousand do not just go out.
+    fn odd_per_mille(&self) -> u64 {
+        self.poison_per_mille + self.bulky_per_mille + self.scheduled_per_mille
+    }
+}
+
 /// How long a transaction that pauses may stay open.
 pub const PAUSE_MAX: Duration = Duration::from_millis(300);
 
@@ -197,7 +204,8 @@ impl Writers {
 /// What a session writes by.
 struct Inserts {
     plain: Statement,
-    odd: Statement,
+    /// Tables of others may lack what it writes: it is only there if there are such events.
+    odd: Option<Statement>,
     large: Statement,
 }
 
@@ -223,7 +231,10 @@ async fn session(shared: &Shared, choices: &mut Choices) -> Result<()> {
         let client = &session.client;
         Ok(Inserts {
             plain: client.prepare(&insert(schema)).await?,
-            odd: client.prepare(&insert_odd(schema)).await?,
+            odd: match shared.load.odd_per_mille() {
+                0 => None,
+                _ => Some(client.prepare(&insert_odd(schema)).await?),
+            },
             large: client.prepare(&insert_large(schema)).await?,
         })
     };
@@ -306,15 +317,13 @@ impl Shared {
         let load = &self.load;
         let key = format!("{}-{key}", load.aggregate_type);
         let parameters: [&(dyn ToSql + Sync); 2] = [&key, &load.aggregate_type];
-        let odd = load.poison_per_mille + load.bulky_per_mille + load.scheduled_per_mille;
         // A load without odd events draws the same choices as ever.
-        let chosen = if odd > 0 { choices.below(1000) } else { 1000 };
-        if chosen >= odd {
-            return transaction
-                .execute(&inserts.plain, &parameters)
-                .await
-                .map(drop);
-        }
+        let chosen = inserts.odd.as_ref().map(|odd| (odd, choices.below(1000)));
+        let chosen = chosen.filter(|(_, chosen)| *chosen < load.odd_per_mille());
+        let Some((odd, chosen)) = chosen else {
+            let inserted = transaction.execute(&inserts.plain, &parameters).await;
+            return inserted.map(drop);
+        };
         let is_poison = chosen < load.poison_per_mille;
         let is_bulky = !is_poison && chosen < load.poison_per_mille + load.bulky_per_mille;
         let topic = is_poison.then_some("no topic's name");
@@ -323,8 +332,9 @@ impl Shared {
             let percent = choices.below(100) as f64 / 100.0;
             SCHEDULE_MAX.mul_f64(percent).as_secs_f64()
         });
-        let odd: [&(dyn ToSql + Sync); 5] = [&key, &load.aggregate_type, &topic, &bulk, &delay];
-        transaction.execute(&inserts.odd, &odd).await.map(drop)
+        let parameters: [&(dyn ToSql + Sync); 5] =
+            [&key, &load.aggregate_type, &topic, &bulk, &delay];
+        transaction.execute(odd, &parameters).await.map(drop)
     }
 
     async fn keep_rate(&self) {
