@@ -35,7 +35,9 @@ CREATE TABLE :"schema".parked (
 -- What is due is one look at this index, however much waits.
 CREATE INDEX parked_due ON :"schema".parked (relay, due_at) WHERE status IN ('scheduled', 'waiting');
 -- The rows of one key, in order.
-CREATE INDEX parked_queue ON :"schema".parked (relay, key, topic, number) WHERE status = 'waiting';
+-- A key may be longer than an entry of an index can be.
+CREATE INDEX parked_queue ON :"schema".parked (relay, hashtextextended(key, 0), hashtextextended(topic, 0), number)
+    WHERE status = 'waiting';
 CREATE INDEX parked_decided ON :"schema".parked (relay, number) WHERE status IN ('dead', 'skipped');
 
 COMMENT ON TABLE :"schema".parked IS
@@ -81,11 +83,13 @@ RETURN (
     SELECT CASE
         WHEN c.mode = 'wal' THEN c.second_snapshot IS NULL AND coalesce(parked.commit_lsn < c.lsn, true)
         WHEN parked.xid IS NULL THEN c.second_snapshot IS NULL
-        WHEN EXISTS (SELECT FROM :"schema".slice AS s WHERE s.name = c.name) THEN NOT EXISTS (
-            SELECT FROM :"schema".slice AS s
-            WHERE s.name = c.name AND NOT pg_visible_in_snapshot(parked.xid, s.snapshot)
-        )
-        ELSE pg_visible_in_snapshot(parked.xid, c.snapshot)
+        -- Of a relay that is divided, the slice of its key counts.
+        ELSE pg_visible_in_snapshot(parked.xid, coalesce(
+            (SELECT s.snapshot FROM :"schema".slice AS s
+             WHERE s.name = c.name
+               AND s.slice = get_byte(sha256(textsend(coalesce(parked.key, ''))), 0) & 63),
+            c.snapshot
+        ))
     END
     FROM :"schema".checkpoint AS c
     WHERE c.name = parked.relay

@@ -156,6 +156,16 @@ impl ParkedSettings {
     }
 }
 
+/// That two rows are of one topic and key, in SQL, by the index of what waits: which has their
+/// hashes, as a key may be longer than an entry of an index can be.
+pub(crate) fn same_key(one: &str, other: &str) -> String {
+    format!(
+        "hashtextextended({one}.key, 0) = hashtextextended({other}.key, 0) \
+         AND hashtextextended({one}.topic, 0) = hashtextextended({other}.topic, 0) \
+         AND {one}.key = {other}.key AND {one}.topic = {other}.topic"
+    )
+}
+
 /// When a row is due.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Due {

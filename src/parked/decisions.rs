@@ -22,6 +22,7 @@ use tokio_postgres::{Client, IsolationLevel, Transaction};
 
 use super::event::{Parked, check_ids, refused, select};
 use super::filter::{Filter, Status};
+use super::same_key;
 use crate::contract::Contract;
 use crate::error::Result;
 
@@ -226,8 +227,7 @@ fn lock() -> String {
          ), heads AS (
              SELECT head.id, k.relay FROM keys AS k CROSS JOIN LATERAL (
                  SELECT q.id FROM :\"schema\".parked AS q
-                 WHERE q.status = 'waiting' AND q.relay = k.relay AND q.key = k.key
-                   AND q.topic = k.topic AND ({}) IS NOT TRUE
+                 WHERE q.status = 'waiting' AND q.relay = k.relay AND {} AND ({}) IS NOT TRUE
                  ORDER BY q.number LIMIT 1
              ) AS head
          )
@@ -238,6 +238,7 @@ fn lock() -> String {
              ORDER BY p.number, p.relay FOR UPDATE OF p
          ) AS locked",
         Filter::condition("p"),
+        same_key("q", "k"),
         Filter::condition("q")
     )
 }

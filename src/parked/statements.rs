@@ -9,6 +9,7 @@
 //! `ORDER BY … LIMIT 1`, which only the index of its key answers; and rows that are named by
 //! their ids have their status compared as an expression, which no partial index is good for.
 
+use super::same_key;
 use crate::catalog::Slices;
 use crate::contract::Contract;
 
@@ -28,6 +29,7 @@ pub(super) struct Statements {
     pub(super) refuse: String,
     pub(super) untry: String,
     pub(super) hold_topics: String,
+    pub(super) await_topic: String,
     pub(super) free_topic: String,
     pub(super) join: String,
     pub(super) postpone: String,
@@ -36,6 +38,9 @@ pub(super) struct Statements {
     pub(super) letters: String,
     pub(super) sent_letters: String,
 }
+
+/// Whether the event of the row `p` was cancelled.
+const IS_CANCELLED: &str = "EXISTS (SELECT FROM :\"schema\".cancellation AS c WHERE c.id = p.id)";
 
 /// The columns of a row that is taken, of the table `p`.
 const TAKEN: &str = "p.id, p.status, p.topic, p.key, p.attempts::bigint, p.error, p.commit_lsn, \
@@ -78,6 +83,8 @@ impl Statements {
             )
         });
         let sql = |text: &str| contract.sql(text);
+        let same_as_b = same_key("b", "p");
+        let same_as_head = same_key("p", "h");
         let due = format!(
             "p.relay = $1 AND p.status IN ('scheduled', 'waiting') AND p.due_at <= now(){ours}"
         );
@@ -99,14 +106,20 @@ impl Statements {
                  ON CONFLICT (id, relay) DO UPDATE SET number = excluded.number, {} RETURNING p.id, p.xmax = 0",
                 kept.join(", ")
             )),
-            keys: sql("SELECT DISTINCT topic, key FROM :\"schema\".parked \
-                 WHERE relay = $1 AND status = 'waiting' AND topic IS NOT NULL AND key IS NOT NULL"),
-            topics: sql(
-                "SELECT topic, coalesce(min(error), '') FROM :\"schema\".parked \
-                 WHERE relay = $1 AND status = 'waiting' AND awaits_topic AND topic IS NOT NULL GROUP BY topic",
-            ),
-            decided: sql("SELECT id FROM :\"schema\".parked AS p \
-                 WHERE relay = $1 AND status IN ('dead', 'skipped') AND NOT :\"schema\".is_settled(p)"),
+            keys: sql(&format!(
+                "SELECT DISTINCT topic, key FROM :\"schema\".parked AS p \
+                 WHERE relay = $1 AND status = 'waiting' AND topic IS NOT NULL AND key IS NOT NULL{ours}"
+            )),
+            topics: sql(&format!(
+                "SELECT topic, coalesce(min(error), '') FROM :\"schema\".parked AS p \
+                 WHERE relay = $1 AND status = 'waiting' AND awaits_topic AND topic IS NOT NULL{ours} GROUP BY topic"
+            )),
+            // Those that may be read again are the newest; to look at each of a hundred thousand takes
+            // longer than a lease.
+            decided: sql("SELECT id FROM (SELECT * FROM :\"schema\".parked AS p \
+                                 WHERE relay = $1 AND status IN ('dead', 'skipped') \
+                                 ORDER BY number DESC LIMIT 10000) AS p \
+                 WHERE NOT :\"schema\".is_settled(p)"),
             count: sql(&format!(
                 "SELECT w.rows, d.rows, w.bytes + d.bytes, w.oldest \
                  FROM (SELECT count(*) AS rows, coalesce(sum(octet_length(message)), 0)::bigint AS bytes, \
@@ -129,7 +142,7 @@ impl Statements {
                      SELECT p.id, p.topic, p.key, p.number, p.attempts, p.due_at FROM :\"schema\".parked AS p \
                      WHERE {due} AND p.status = 'waiting' AND NOT p.awaits_topic AND :\"schema\".is_settled(p) \
                        AND (SELECT b.number FROM :\"schema\".parked AS b \
-                            WHERE b.relay = p.relay AND b.status = 'waiting' AND b.key = p.key AND b.topic = p.topic \
+                            WHERE b.relay = p.relay AND b.status = 'waiting' AND {same_as_b} \
                               AND b.number < p.number ORDER BY b.number LIMIT 1) IS NULL \
                      ORDER BY p.due_at LIMIT $2 \
                  ), run AS ( \
@@ -138,8 +151,8 @@ impl Statements {
                          WHERE p.relay = $1 AND p.id = h.id \
                          UNION ALL \
                          (SELECT p.id, p.number, octet_length(p.message) FROM :\"schema\".parked AS p \
-                          WHERE h.attempts = 0 AND p.relay = $1 AND p.status = 'waiting' AND p.key = h.key \
-                            AND p.topic = h.topic AND p.number > h.number AND NOT p.awaits_topic \
+                          WHERE h.attempts = 0 AND p.relay = $1 AND p.status = 'waiting' AND {same_as_head} \
+                            AND p.number > h.number AND NOT p.awaits_topic \
                             AND :\"schema\".is_settled(p) ORDER BY p.number LIMIT $3 - 1) \
                      ) AS r \
                  ), fits AS ( \
@@ -148,7 +161,7 @@ impl Statements {
                      UPDATE :\"schema\".parked AS p SET taken_at = now() FROM fits \
                      WHERE p.relay = $1 AND p.id = fits.id AND fits.before < $4 AND p.status || '' = 'waiting' \
                      RETURNING p.* \
-                 ) SELECT {TAKEN} FROM taken AS p ORDER BY p.number"
+                 ) SELECT {TAKEN}, {IS_CANCELLED} FROM taken AS p ORDER BY p.number"
             )),
             // OFFSET 0: no lock is taken of a row that is not among them.
             lock_scheduled: sql(&format!(
@@ -161,7 +174,7 @@ impl Statements {
                  WHERE pg_try_advisory_xact_lock(hashtextextended(d.id, 0))"
             )),
             take_scheduled: sql(&format!(
-                "SELECT {TAKEN}, EXISTS (SELECT FROM :\"schema\".cancellation AS c WHERE c.id = p.id) \
+                "SELECT {TAKEN}, {IS_CANCELLED} \
                  FROM :\"schema\".parked AS p \
                  WHERE p.relay = $1 AND p.id = ANY ($2) AND p.status || '' = 'scheduled' ORDER BY p.due_at, p.number"
             )),
@@ -170,7 +183,9 @@ impl Statements {
                  WHERE p.relay = $1 AND p.status IN ('scheduled', 'waiting') \
                    AND p.due_at < 'infinity'{ours} ORDER BY p.due_at LIMIT 1"
             )),
-            forget: sql("DELETE FROM :\"schema\".parked WHERE relay = $1 AND id = ANY ($2)"),
+            // What a person skipped meanwhile stays as that.
+            forget: sql("DELETE FROM :\"schema\".parked \
+                 WHERE relay = $1 AND id = ANY ($2) AND status || '' IN ('scheduled', 'waiting')"),
             refuse: sql("UPDATE :\"schema\".parked AS p \
                  SET attempts = attempts + 1, error = r.why, tried_at = now(), taken_at = NULL, \
                      topic = coalesce(r.topic, p.topic), key = coalesce(r.key, p.key), \
@@ -181,17 +196,23 @@ impl Statements {
                  WHERE p.relay = $1 AND p.id = r.id AND p.status || '' IN ('scheduled', 'waiting')"),
             untry: sql("UPDATE :\"schema\".parked SET taken_at = NULL \
                  WHERE relay = $1 AND id = ANY ($2) AND taken_at IS NOT NULL"),
-            hold_topics: sql("UPDATE :\"schema\".parked AS p \
+            hold_topics: sql(&format!(
+                "UPDATE :\"schema\".parked AS p \
                  SET awaits_topic = true, due_at = 'infinity', error = t.why, taken_at = NULL \
                  FROM unnest($2::text[], $3::text[]) AS t (topic, why) \
-                 WHERE p.relay = $1 AND p.status = 'waiting' AND p.topic = t.topic"),
-            free_topic: sql(
+                 WHERE p.relay = $1 AND p.status = 'waiting' AND p.topic = t.topic{ours}"
+            )),
+            await_topic: sql("UPDATE :\"schema\".parked AS p \
+                 SET topic = a.topic, awaits_topic = true, due_at = 'infinity', taken_at = NULL \
+                 FROM unnest($2::text[], $3::text[]) AS a (id, topic) \
+                 WHERE p.relay = $1 AND p.id = a.id AND p.status || '' = 'waiting'"),
+            free_topic: sql(&format!(
                 "UPDATE :\"schema\".parked AS p SET awaits_topic = false, due_at = CASE WHEN EXISTS ( \
                      SELECT FROM :\"schema\".parked AS b \
-                     WHERE b.relay = p.relay AND b.status = 'waiting' AND b.key = p.key AND b.topic = p.topic \
+                     WHERE b.relay = p.relay AND b.status = 'waiting' AND {same_as_b} \
                        AND b.number < p.number) THEN 'infinity' ELSE now() END \
-                 WHERE p.relay = $1 AND p.status = 'waiting' AND p.awaits_topic AND p.topic = $2 RETURNING p.id",
-            ),
+                 WHERE p.relay = $1 AND p.status = 'waiting' AND p.awaits_topic AND p.topic = $2{ours} RETURNING p.id",
+            )),
             join: sql("UPDATE :\"schema\".parked AS p \
                  SET status = 'waiting', due_at = 'infinity', topic = j.topic, key = j.key, number = DEFAULT \
                  FROM unnest($2::text[], $3::text[], $4::text[]) AS j (id, topic, key) \
@@ -201,20 +222,24 @@ impl Statements {
                  FROM unnest($2::text[], $3::text[]) AS e (id, time) \
                  WHERE p.relay = $1 AND p.id = e.id AND p.status || '' = 'waiting'",
             ),
-            promote: sql("UPDATE :\"schema\".parked AS p SET due_at = now() \
+            promote: sql(&format!(
+                "UPDATE :\"schema\".parked AS p SET due_at = now() \
                  FROM unnest($2::text[], $3::text[]) AS k (topic, key) \
                  CROSS JOIN LATERAL ( \
                      SELECT f.id FROM :\"schema\".parked AS f \
-                     WHERE f.relay = $1 AND f.status = 'waiting' AND f.key = k.key AND f.topic = k.topic \
+                     WHERE f.relay = $1 AND f.status = 'waiting' AND {} \
                      ORDER BY f.number LIMIT 1) AS head \
-                 WHERE p.relay = $1 AND p.id = head.id AND p.due_at = 'infinity' AND NOT p.awaits_topic"),
-            still_held: sql(
+                 WHERE p.relay = $1 AND p.id = head.id AND p.due_at = 'infinity' AND NOT p.awaits_topic",
+                same_key("f", "k")
+            )),
+            still_held: sql(&format!(
                 "SELECT k.topic, k.key FROM unnest($2::text[], $3::text[]) AS k (topic, key) \
                  CROSS JOIN LATERAL ( \
                      SELECT 1 FROM :\"schema\".parked AS p \
-                     WHERE p.relay = $1 AND p.status = 'waiting' AND p.key = k.key AND p.topic = k.topic \
+                     WHERE p.relay = $1 AND p.status = 'waiting' AND {} \
                      ORDER BY p.number LIMIT 1) AS held",
-            ),
+                same_key("p", "k")
+            )),
             letters: sql(&format!(
                 "SELECT {TAKEN} FROM ( \
                      SELECT *, sum(octet_length(message)) OVER (ORDER BY number) - octet_length(message) AS before \

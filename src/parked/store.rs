@@ -14,7 +14,7 @@ use super::statements::Statements;
 use super::{Due, NewRow, Status, Taken};
 use crate::catalog::Slices;
 use crate::contract::Contract;
-use crate::database::{Database, Session, query_after, sort};
+use crate::database::{Database, Session, despite_deadlocks, query_after, sort};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pgoutput::Column;
 use crate::source::{Place, Row};
@@ -82,6 +82,14 @@ impl Count {
         }
     }
 
+    /// So much less.
+    pub(crate) fn take(&mut self, less: &Self) {
+        self.scheduled -= less.scheduled;
+        self.waiting -= less.waiting;
+        self.dead -= less.dead;
+        self.bytes -= less.bytes;
+    }
+
     /// So much more.
     pub(crate) fn add(&mut self, more: &Self) {
         self.scheduled += more.scheduled;
@@ -101,6 +109,8 @@ pub(crate) struct Outcome {
     pub(crate) untried: Vec<String>,
     /// They wait for their topic, with all others of it: its name, and why.
     pub(crate) topics: Vec<(String, String)>,
+    /// They wait for this topic, each of them.
+    pub(crate) awaiting: Vec<(String, String)>,
     /// Scheduled events that join the queue of their key, with its topic and key.
     pub(crate) joining: Vec<(String, Option<String>, Option<String>)>,
     /// Events whose time has not come after all.
@@ -401,6 +411,11 @@ impl Store {
             .iter()
             .map(|(.., key)| key.as_deref())
             .collect();
+        let (awaiting, awaited): (Vec<&str>, Vec<&str>) = outcome
+            .awaiting
+            .iter()
+            .map(|(id, topic)| (&**id, &**topic))
+            .unzip();
         let (early, times): (Vec<&str>, Vec<String>) = outcome
             .early
             .iter()
@@ -430,6 +445,11 @@ impl Store {
             (&joining_topics, Type::TEXT_ARRAY),
             (&joining_keys, Type::TEXT_ARRAY),
         ];
+        let wait = [
+            relay.clone(),
+            (&awaiting, Type::TEXT_ARRAY),
+            (&awaited, Type::TEXT_ARRAY),
+        ];
         let postpone = [
             relay.clone(),
             (&early, Type::TEXT_ARRAY),
@@ -442,25 +462,33 @@ impl Store {
             (&left_keys, Type::TEXT_ARRAY),
         ];
         let s = &self.statements;
-        let steps: [(bool, &str, &[(&(dyn ToSql + Sync), Type)]); 7] = [
+        let steps: [(bool, &str, &[(&(dyn ToSql + Sync), Type)]); 8] = [
             (outcome.gone.is_empty(), &s.forget, &forget),
             (joining.is_empty(), &s.join, &join),
             (refused.is_empty(), &s.refuse, &refuse),
             (outcome.untried.is_empty(), &s.untry, &untry),
+            (awaiting.is_empty(), &s.await_topic, &wait),
             (held.is_empty(), &s.hold_topics, &hold),
             (early.is_empty(), &s.postpone, &postpone),
             (left_topics.is_empty(), &s.promote, &promote),
         ];
         failpoint!("settling");
-        let settled = async {
+        let settled = despite_deadlocks(async || {
             client.batch_execute(BEGIN).await?;
-            for (is_idle, sql, parameters) in steps {
-                if !is_idle {
-                    client.query_typed(sql, parameters).await?;
+            let stepped = async {
+                for (is_idle, sql, parameters) in steps {
+                    if !is_idle {
+                        client.query_typed(sql, parameters).await?;
+                    }
                 }
-            }
-            client.batch_execute("COMMIT").await
-        };
+                Ok(())
+            };
+            let stepped: Result<(), tokio_postgres::Error> = stepped.await;
+            // What has failed is rolled back by this, too.
+            let ended = client.batch_execute("COMMIT").await;
+            stepped?;
+            ended
+        });
         let settled: Result<(), tokio_postgres::Error> = settled.await;
         failpoint!("settled");
         settled.map_err(|error| sort(doing, error))
@@ -518,7 +546,8 @@ impl Store {
     ) -> Result<Vec<tokio_postgres::Row>> {
         let mut all: Vec<(&(dyn ToSql + Sync), Type)> = vec![(&self.relay, Type::TEXT)];
         all.extend_from_slice(parameters);
-        let rows = query_after(BEGIN, &self.session.client, sql, &all).await;
+        // With who decides about the same rows.
+        let rows = despite_deadlocks(|| query_after(BEGIN, &self.session.client, sql, &all)).await;
         rows.map_err(|error| sort(doing, error))
     }
 }

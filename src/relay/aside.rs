@@ -92,6 +92,8 @@ struct Sender {
     counted_at: Option<Instant>,
     /// Whether copies of dead letters may have to be sent.
     owes_letters: bool,
+    /// Not before this.
+    letters_at: Option<Instant>,
     rest: watch::Receiver<bool>,
     state: Arc<State>,
 }
@@ -116,10 +118,11 @@ impl Aside {
             refreshed_at: None,
             counted_at: None,
             owes_letters: true,
+            letters_at: None,
             rest: told_to_rest,
             state: Arc::clone(&state),
             marker,
-            courier: Courier::new(tools),
+            courier: Courier::new(tools, rest.subscribe()),
         };
         let mut task = JoinSet::new();
         task.spawn(async move {
@@ -178,6 +181,7 @@ impl Sender {
         }
         self.refresh().await?;
         self.probe()?;
+        self.take_answers().await?;
         let due = self.store.next_due().await?;
         let sent = match due {
             Some(Duration::ZERO) => self.look().await?,
@@ -188,8 +192,8 @@ impl Sender {
             // There may be more.
             Some(false) => Ok(()),
             Some(true) => self.wait(AWAY_PAUSE, false).await,
-            None if self.write_letters().await? => self.wait(AWAY_PAUSE, false).await,
             None => {
+                self.write_letters().await?;
                 let pause = due.map_or(LOOK_MAX, |due| due.clamp(UNSETTLED_PAUSE, LOOK_MAX));
                 self.wait(pause, true).await
             }

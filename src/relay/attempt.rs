@@ -168,6 +168,8 @@ impl<'r> Attempt<'r> {
             }
             None => (None, None),
         };
+        // From here on the table and what is held say so.
+        relay.refused_topics.clear();
         let parks = parking.is_some() && settings.parked.on_poison != OnPoison::Stop;
         Self {
             parking,

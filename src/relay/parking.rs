@@ -63,10 +63,10 @@ struct Written {
     sequences: Vec<u64>,
     /// Topics and keys of rows that wait.
     keys: Vec<(String, String)>,
-    /// How much was added.
+    /// How much of it is new.
     added: Count,
-    /// How many rows there were.
-    rows: i64,
+    /// How much was written.
+    all: Count,
 }
 
 /// What the stream and the aside both know.
@@ -91,8 +91,8 @@ pub(super) struct Holds {
     /// From which size on records of a topic were too large.
     too_large: HashMap<String, usize>,
     count: Count,
-    /// Rows that are being written.
-    pending: i64,
+    /// What is being written.
+    pending: Count,
 }
 
 /// A key of which an event waits.
@@ -115,10 +115,13 @@ impl Parking {
         too_large: HashMap<String, usize>,
     ) -> Result<Self> {
         let held = store.held(true).await?;
+        // Those that are scheduled are counted beside the stream: they may be very many.
+        let count = store.count(0).await?;
         let shared = Arc::new(Shared::default());
         shared.change(|holds| {
             holds.begin(held, refused_topics);
             holds.too_large = too_large;
+            holds.count = count;
         });
         Ok(Self {
             store: Arc::new(store),
@@ -207,7 +210,11 @@ impl Parking {
                 }
             }
             Reason::Refused(why) => NewRow {
-                due: Due::In(self.settings.backoff(1)),
+                // Behind another it has its turn when that is gone.
+                due: match self.is_held(&new) {
+                    true => Due::Never,
+                    false => Due::In(self.settings.backoff(1)),
+                },
                 attempts: 1,
                 error: Some(why),
                 ..new
@@ -228,6 +235,11 @@ impl Parking {
                 ..new
             },
         })
+    }
+
+    fn is_held(&self, row: &NewRow) -> bool {
+        let name = row.topic.as_deref().zip(row.key.as_deref());
+        name.is_some_and(|(topic, key)| self.shared.with(|holds| holds.has_key(topic, key)))
     }
 
     /// Says what happens to a row.
@@ -256,23 +268,24 @@ impl Parking {
     /// Refuses one more row of this status where there are as many as may be.
     pub(super) fn check_room(&self, status: Status, bytes: usize) -> Result<()> {
         let (count, pending) = self.shared.with(|holds| (holds.count, holds.pending));
-        let is_over = |number: i64, max: u64| (number + pending).unsigned_abs() >= max;
+        let scheduled = count.scheduled + pending.scheduled;
+        let parked = count.waiting + count.dead + pending.waiting + pending.dead;
+        let parked_bytes = count.bytes + pending.bytes;
+        let is_over = |number: i64, max: u64| number.unsigned_abs() >= max;
         let settings = &self.settings;
         let message = match status {
-            Status::Scheduled if is_over(count.scheduled, settings.scheduled_max) => format!(
-                "{} events are scheduled, as many as --scheduled-max allows: raise it, or cancel some by `postbox cancel`",
-                count.scheduled + pending
+            Status::Scheduled if is_over(scheduled, settings.scheduled_max) => format!(
+                "{scheduled} events are scheduled, as many as --scheduled-max allows: raise it, or cancel some by \
+                 `postbox cancel`"
             ),
             Status::Scheduled => return Ok(()),
-            _ if is_over(count.waiting + count.dead, settings.rows_max) => format!(
-                "{} events are parked, as many as --parked-max allows: `postbox parked list` shows why; mend that \
-                 and have them tried again, skip them, or raise it",
-                count.waiting + count.dead + pending
+            _ if is_over(parked, settings.rows_max) => format!(
+                "{parked} events are parked, as many as --parked-max allows: `postbox parked list` shows why; mend that \
+                 and have them tried again, skip them, or raise it"
             ),
-            _ if count.bytes.unsigned_abs() + bytes as u64 > settings.bytes_max => format!(
-                "{} bytes are parked, and one more event would be above --parked-bytes-max: `postbox parked list` \
-                 shows why; mend that and have them tried again, skip them, or raise it",
-                count.bytes
+            _ if parked_bytes.unsigned_abs() + bytes as u64 > settings.bytes_max => format!(
+                "{parked_bytes} bytes are parked, and one more event would be above --parked-bytes-max: `postbox parked \
+                 list` shows why; mend that and have them tried again, skip them, or raise it"
             ),
             _ => return Ok(()),
         };
@@ -282,7 +295,7 @@ impl Parking {
     /// Parks a row, which stands in the window under this number.
     pub(super) fn park(&mut self, sequence: u64, row: NewRow) {
         self.shared.change(|holds| {
-            holds.pending += 1;
+            holds.pending.count(&row);
             if let (Status::Waiting, Some(topic), Some(key)) = (row.status, &row.topic, &row.key) {
                 let keys = holds.keys.entry(topic.clone()).or_default();
                 let hold = keys.entry(key.clone()).or_default();
@@ -306,10 +319,10 @@ impl Parking {
             sequences,
             keys,
             added,
-            rows,
+            all,
         } = joined(written)?;
         self.shared.change(|holds| {
-            holds.pending -= rows;
+            holds.pending.take(&all);
             holds.count.add(&added);
             for (topic, key) in &keys {
                 if let Some(hold) = holds.hold(topic, key) {
@@ -347,17 +360,19 @@ impl Parking {
                 }
             };
             let new = parked.await?;
-            let mut added = Count::default();
-            for row in rows.iter().filter(|row| new.contains(&row.id)) {
-                added.count(row);
+            let (mut added, mut all) = (Count::default(), Count::default());
+            for row in &rows {
+                all.count(row);
+                if new.contains(&row.id) {
+                    added.count(row);
+                }
             }
-            let count = i64::try_from(rows.len()).unwrap_or(i64::MAX);
             let waiting = rows.into_iter().filter(|row| row.status == Status::Waiting);
             Ok(Written {
                 sequences,
                 keys: waiting.filter_map(|row| row.topic.zip(row.key)).collect(),
                 added,
-                rows: count,
+                all,
             })
         });
     }

@@ -1,12 +1,14 @@
 //! A producer for what waits, and what makes records of rows that were laid by.
 
 use std::collections::{HashMap, HashSet};
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use rdkafka::error::RDKafkaErrorCode;
+use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep};
 
 use super::Tools;
 use crate::envelope::{Encoder, Record};
@@ -24,6 +26,9 @@ use crate::timestamp::Timestamp;
 /// How long a delivery may take before the brokers count as away.
 const REPORT_MAX: Duration = Duration::from_secs(30);
 
+/// The same for a relay that is told to stop.
+const REST_MAX: Duration = Duration::from_secs(5);
+
 /// After how long without anything to send the producer is closed.
 const IDLE_MAX: Duration = Duration::from_secs(30);
 
@@ -33,6 +38,7 @@ pub(super) struct Courier {
     maker: Maker,
     metrics: Arc<Metrics>,
     reports: Vec<Report>,
+    rest: watch::Receiver<bool>,
 }
 
 /// A producer that is made when it is needed.
@@ -67,12 +73,12 @@ pub(super) enum Sent {
 pub(super) struct Resolved {
     /// Those that they refuse, and why.
     pub(super) refused: HashMap<String, String>,
-    /// Why they could not be asked.
-    pub(super) away: Option<String>,
+    /// Those that cannot be asked about, or have no leader, and why.
+    pub(super) away: HashMap<String, String>,
 }
 
 impl Courier {
-    pub(super) fn new(tools: Tools) -> Self {
+    pub(super) fn new(tools: Tools, rest: watch::Receiver<bool>) -> Self {
         Self {
             publisher: Lazy {
                 publisher: None,
@@ -86,6 +92,7 @@ impl Courier {
             },
             metrics: tools.metrics,
             reports: Vec::new(),
+            rest,
         }
     }
 
@@ -114,6 +121,24 @@ impl Courier {
         Ok(self.publisher.get()?.resolve(topic, Duration::ZERO))
     }
 
+    /// Asks once about a topic, and says why it is not known, if so.
+    pub(super) async fn why_unknown(&mut self, topic: &str) -> Result<Option<String>> {
+        let publisher = self.publisher.get()?;
+        if publisher.knows(topic) {
+            return Ok(None);
+        }
+        match publisher.resolve(topic, Duration::ZERO).await {
+            Ok(found) => {
+                publisher.admit(&found);
+                Ok(None)
+            }
+            Err(error) if error.kind() == ErrorKind::Event || error.kind().is_transient() => {
+                Ok(Some(error.chain()))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
     /// Asks about topics that were not asked about of late. Nothing may be on its way.
     pub(super) async fn resolve(&mut self, topics: HashSet<String>) -> Result<Resolved> {
         let publisher = self.publisher.get()?;
@@ -136,8 +161,8 @@ impl Courier {
                 (name, Err(error)) if error.kind() == ErrorKind::Event => {
                     resolved.refused.insert(name, error.chain());
                 }
-                (_, Err(error)) if error.kind().is_transient() => {
-                    resolved.away = Some(error.chain());
+                (name, Err(error)) if error.kind().is_transient() => {
+                    resolved.away.insert(name, error.chain());
                 }
                 (_, Err(error)) => return Err(error),
             }
@@ -158,13 +183,23 @@ impl Courier {
         let mut reports = std::mem::take(&mut self.reports);
         let publisher = self.publisher.get()?;
         publisher.push();
-        let deadline = Instant::now() + REPORT_MAX;
-        while reports.is_empty() {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if timeout(left, publisher.reported()).await.is_err() {
-                return Ok(None);
+        let rest = &mut self.rest;
+        let told_to_rest = async {
+            // Whoever could tell it is gone, and this with them.
+            let _ = rest.wait_for(|rests| *rests).await;
+            sleep(REST_MAX).await;
+        };
+        let mut given_up = pin!(async {
+            tokio::select! {
+                () = sleep(REPORT_MAX) => {}
+                () = told_to_rest => {}
             }
-            publisher.take_reports(&mut reports)?;
+        });
+        while reports.is_empty() {
+            tokio::select! {
+                () = &mut given_up => return Ok(None),
+                () = publisher.reported() => publisher.take_reports(&mut reports)?,
+            }
         }
         Ok(Some(reports))
     }
@@ -172,6 +207,9 @@ impl Courier {
     /// Sends a row with nothing else on its way.
     pub(super) async fn send_alone(&mut self, taken: &Taken) -> Result<Sent> {
         if let Err(sent) = self.hand_over(taken, 0) {
+            if let Sent::Away(_) = sent {
+                self.forget();
+            }
             return Ok(sent);
         }
         let Some(code) = (match self.report().await? {
@@ -195,6 +233,9 @@ impl Courier {
     pub(super) async fn send_record(&mut self, record: &Record<'_>) -> Result<Sent> {
         let publisher = self.publisher.get()?;
         if let Err(sent) = hand_over(publisher, record, 0) {
+            if let Sent::Away(_) = sent {
+                self.forget();
+            }
             return Ok(sent);
         }
         let Some(code) = (match self.report().await? {

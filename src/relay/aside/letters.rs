@@ -5,8 +5,9 @@
 //! what no broker takes is kept in the table alone.
 
 use std::borrow::Cow;
-use std::collections::HashSet;
+use std::time::Duration;
 
+use tokio::time::Instant;
 use tracing::{error, warn};
 
 use super::Sender;
@@ -16,23 +17,26 @@ use crate::error::Result;
 use crate::parked::Taken;
 use crate::pgoutput::{self, Message, Value};
 
+/// How long not to try again, as others wait meanwhile.
+const LETTERS_PAUSE: Duration = Duration::from_secs(30);
+
 impl Sender {
-    /// Sends what is owed. Says whether it has to wait.
-    pub(super) async fn write_letters(&mut self) -> Result<bool> {
+    /// Sends what is owed, unless its topic was refused a moment ago.
+    pub(super) async fn write_letters(&mut self) -> Result<()> {
         let Some(topic) = self.settings.dead_letter_topic.clone() else {
-            return Ok(false);
+            return Ok(());
         };
-        if !std::mem::take(&mut self.owes_letters) {
-            return Ok(false);
+        let may_write = self.letters_at.is_none_or(|at| at <= Instant::now());
+        if !may_write || !std::mem::take(&mut self.owes_letters) {
+            return Ok(());
         }
         let letters = self.store.letters().await?;
         if letters.is_empty() {
-            return Ok(false);
+            return Ok(());
         }
         // There may be more.
         self.owes_letters = true;
-        let mut resolved = self.courier.resolve(HashSet::from([topic.clone()])).await?;
-        let mut waits_for = resolved.away.or(resolved.refused.remove(&topic));
+        let mut waits_for = self.courier.why_unknown(&topic).await?;
         let mut sent = Vec::new();
         for taken in letters {
             if waits_for.is_some() {
@@ -52,10 +56,12 @@ impl Sender {
             sent.push(taken.id);
         }
         self.store.sent_letters(&sent).await?;
+        self.letters_at = None;
         if let Some(why) = &waits_for {
             warn!("copies of dead letters wait for their topic: {why}");
+            self.letters_at = Some(Instant::now() + LETTERS_PAUSE);
         }
-        Ok(waits_for.is_some())
+        Ok(())
     }
 
     async fn write_letter(&mut self, taken: &Taken, topic: &str) -> Result<Sent> {

@@ -13,6 +13,7 @@ use tracing::{debug, info};
 
 use super::Sender;
 use crate::error::{Result, joined};
+use crate::parked::OnPoison;
 use crate::publisher::Topic;
 
 /// How soon a topic that was refused is asked about; each further time after twice as long.
@@ -75,12 +76,17 @@ impl Sender {
         let now = Instant::now();
         let topics = &mut self.topics;
         for topic in held {
+            // Where nothing waits for it, the stream itself tries it next.
+            let pause = match self.settings.on_poison {
+                OnPoison::Skip => PROBE_MAX,
+                OnPoison::Park | OnPoison::Stop => PROBE_MIN,
+            };
             let probe = topics.probes.entry(topic.clone()).or_insert(Probe {
-                at: now + PROBE_MIN,
-                pause: PROBE_MIN,
+                at: now + pause,
+                pause,
                 is_on_its_way: false,
             });
-            if probe.is_on_its_way || probe.at > now || topics.trials.contains(&topic) {
+            if probe.is_on_its_way || probe.at > now {
                 continue;
             }
             probe.is_on_its_way = true;
@@ -105,7 +111,17 @@ impl Sender {
         } else if self.store.free_topic(&topic).await? {
             self.topics.trials.insert(topic);
         } else {
+            // What was on trial has gone, or is refused for itself.
+            self.topics.trials.remove(&topic);
             self.shared.change(|holds| holds.free_topic(&topic));
+        }
+        Ok(())
+    }
+
+    /// The answers that have come.
+    pub(super) async fn take_answers(&mut self) -> Result<()> {
+        while let Some(answer) = self.topics.probing.try_join_next() {
+            self.probed(joined(answer)?).await?;
         }
         Ok(())
     }

@@ -129,7 +129,11 @@ impl Sender {
                 self.settle(taken, sent, outcome);
             }
         }
-        Ok(away)
+        for mut lane in lanes.extract_if(.., |lane| away.contains_key(&lane.topic)) {
+            self.close(&mut lane, outcome);
+        }
+        // What goes to others is sent.
+        Ok(away.into_values().next().filter(|_| lanes.is_empty()))
     }
 
     /// Sends what was never refused, of each key one after another. What was on its way when
@@ -159,7 +163,11 @@ impl Sender {
                         on_their_way.insert(sequence, number);
                         sequence += 1;
                     }
-                    Err(Sent::Away(why)) => return Ok(Some(why)),
+                    Err(Sent::Away(why)) => {
+                        // It may have been refused one of those that are on their way.
+                        self.courier.forget();
+                        return Ok(Some(why));
+                    }
                     Err(sent) => {
                         let taken = lanes[number].rows.pop_front();
                         self.close(&mut lanes[number], outcome);
@@ -294,11 +302,15 @@ impl Sender {
                 if !outcome.topics.iter().any(|(held, _)| *held == topic) {
                     debug!(topic, "its events wait until the brokers take them: {why}");
                     outcome.topics.push((topic.clone(), why.clone()));
-                    self.shared.hold_topic(topic, why);
+                    self.shared.hold_topic(topic.clone(), why);
                 }
                 match taken.status {
                     Status::Scheduled => outcome.joining.push((taken.id, taken.topic, taken.key)),
-                    _ => outcome.untried.push(taken.id),
+                    _ => {
+                        // Its route may be another by now: the next of its queue has its turn.
+                        outcome.keys.extend(name);
+                        outcome.awaiting.push((taken.id, topic));
+                    }
                 }
             }
             Sent::Early(time) => {

@@ -33,6 +33,8 @@ impl Attempt<'_> {
     /// Ends it with what carrying events came to.
     pub(super) async fn part(mut self, mut result: Result<Ended>) -> Result<Ended> {
         if let Err(error) = &result {
+            // Nothing more leaves here, and what is on its way is sent again.
+            self.aside = None;
             // Before leave is taken, which takes a while.
             self.relay.health.stopped(error);
             self.take_leave(error.kind()).await;
