@@ -54,6 +54,8 @@ pub(super) struct Attempt<'r> {
     resolving: JoinSet<Result<Topic>>,
     resolving_name: Option<String>,
     refused_topics: RefusedTopics,
+    /// When the brokers last did not know a topic.
+    topic_refused_at: Option<Instant>,
     probing: JoinSet<Result<()>>,
     /// Writes a last fence, when the relay is told to stop.
     fencing: JoinSet<Option<String>>,
@@ -201,6 +203,7 @@ impl<'r> Attempt<'r> {
             resolving: JoinSet::new(),
             resolving_name: None,
             refused_topics: RefusedTopics::default(),
+            topic_refused_at: None,
             probing: JoinSet::new(),
             fencing: JoinSet::new(),
             last_fence: None,

@@ -1,6 +1,7 @@
 //! Which column of a table is which field of an event.
 
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use crate::event::{Event, Payload};
 use crate::pgoutput::{Column, Relation, Tuple, Value};
@@ -18,8 +19,7 @@ pub(super) struct Columns {
     payload: PayloadType,
     /// Times without a zone: they are in UTC, as others take them too.
     local_times: Vec<Field>,
-    /// Whether each row that names a time is sent by it; else those whose time lies behind
-    /// their commit.
+    /// Whether each row that names a time is sent by it; else those whose time is to come.
     schedules_all: bool,
     /// Whether each row must name an aggregate and a type.
     names_aggregate_and_type: bool,
@@ -288,7 +288,7 @@ impl Columns {
                 .unwrap_or(committed_at),
             scheduled_at: self
                 .time(&fields, Field::ScheduledAt)?
-                .filter(|at| self.schedules_all || *at > committed_at),
+                .filter(|at| self.schedules_all || is_to_come(*at, committed_at)),
             placed: self.placed(row)?,
         })
     }
@@ -409,6 +409,12 @@ impl Columns {
         }
         Ok(fields)
     }
+}
+
+/// Whether a row of others is to be sent later: they name a time for each row, that of its
+/// creation for most. When a row of a copy was committed nobody knows.
+fn is_to_come(time: Timestamp, committed_at: Timestamp) -> bool {
+    time > committed_at && time > Timestamp::from(SystemTime::now())
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use tracing::{error, warn};
 use super::Attempt;
 use crate::error::{Error, ErrorKind, Result};
 use crate::parked::OnPoison;
-use crate::publisher::{Fit, Topic};
+use crate::publisher::{Fit, Topic, UNKNOWN_MAX};
 use crate::relay::parking::{Address, Reason};
 use crate::relay::window::Stop;
 use crate::source::{Row, Source, Unreadable};
@@ -24,9 +24,12 @@ fn poison(
     Error::new(ErrorKind::Event, message).caused_by(why)
 }
 
-/// How long the stream waits for a topic that is not known: one that is made on demand mostly
-/// is by then. Events of others are parked, or put off.
+/// How long the stream waits for a topic that is not known where one was refused of late. Else
+/// it waits as long as it takes to make one on demand: these brokers may do so.
 const TOPIC_PATIENCE: Duration = Duration::from_secs(1);
+
+/// How long that is.
+const OF_LATE: Duration = Duration::from_secs(60);
 
 impl Attempt<'_> {
     /// Sends a row, parks it, or holds it until it can be sent.
@@ -108,9 +111,11 @@ impl Attempt<'_> {
 
     /// Asks about the topic of a row, which is held meanwhile.
     fn resolve(&mut self, topic: String, row: Row) {
-        let patience = match self.refused_topics.knows(&topic) {
-            true => Duration::ZERO,
-            false => TOPIC_PATIENCE,
+        let is_of_late = |at: Instant| at.elapsed() < OF_LATE;
+        let patience = match self.topic_refused_at.is_some_and(is_of_late) {
+            _ if self.refused_topics.knows(&topic) => Duration::ZERO,
+            true => TOPIC_PATIENCE,
+            false => UNKNOWN_MAX,
         };
         let resolved = self.window.publisher.resolve(&topic, patience);
         self.resolving.spawn(resolved);
@@ -200,6 +205,7 @@ impl Attempt<'_> {
             }
             (Err(error), Some(_)) if error.kind() == ErrorKind::Event => {
                 let name = self.resolving_name.take().unwrap_or_default();
+                self.topic_refused_at = Some(Instant::now());
                 let why = error.chain();
                 let row = self.held.take().expect("it was just seen");
                 match &self.parking {
