@@ -162,13 +162,16 @@ impl Encoder {
     /// Where the record of an event would go, and what it would be kept in order by, though
     /// there may never be one.
     pub fn address(&self, event: &Event<'_>) -> (Option<String>, Option<String>) {
-        let mut topic = String::new();
-        let routed = match event.topic {
-            Some(named) => Ok(topic.push_str(named)),
-            None => self.route.write(event, &mut topic),
+        let topic = match event.topic {
+            Some(named) => Some(named.to_owned()),
+            None => {
+                let mut routed = String::new();
+                let written = self.route.write(event, &mut routed);
+                written.ok().map(|()| routed)
+            }
         };
         let key = event.key().filter(|_| self.is_keyed);
-        (routed.ok().map(|()| topic), key.map(str::to_owned))
+        (topic, key.map(str::to_owned))
     }
 
     /// The record of an event.

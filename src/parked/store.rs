@@ -37,6 +37,9 @@ const RUN_MAX: i64 = 64;
 /// After so many bytes of rows no more are taken at once.
 const TAKE_BYTES: i64 = 16 << 20;
 
+/// A parameter of a statement.
+type Parameter<'p> = (&'p (dyn ToSql + Sync), Type);
+
 /// A session, and what is done by it.
 #[derive(Clone)]
 pub(crate) struct Store {
@@ -462,7 +465,7 @@ impl Store {
             (&left_keys, Type::TEXT_ARRAY),
         ];
         let s = &self.statements;
-        let steps: [(bool, &str, &[(&(dyn ToSql + Sync), Type)]); 8] = [
+        let steps: [(bool, &str, &[Parameter<'_>]); 8] = [
             (outcome.gone.is_empty(), &s.forget, &forget),
             (joining.is_empty(), &s.join, &join),
             (refused.is_empty(), &s.refuse, &refuse),
