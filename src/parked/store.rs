@@ -12,7 +12,7 @@ use tokio_postgres::types::{PgLsn, ToSql, Type};
 
 use super::statements::Statements;
 use super::{Due, NewRow, Status, Taken};
-use crate::catalog::Slices;
+use crate::catalog::{self, Slices, System};
 use crate::contract::Contract;
 use crate::database::{Database, Session, despite_deadlocks, query_after, sort};
 use crate::error::{Error, ErrorKind, Result};
@@ -135,15 +135,22 @@ pub(crate) struct Refused {
 }
 
 impl Store {
-    /// Opens a session.
+    /// Opens a session on the server that was checked: what is parked on another is lost to
+    /// this one.
     ///
     /// # Errors
     /// If Postgres cannot be reached.
-    pub(crate) async fn open(database: &Database, contract: &Contract) -> Result<Self> {
+    pub(crate) async fn open(
+        database: &Database,
+        contract: &Contract,
+        system: &System,
+    ) -> Result<Self> {
         let relay = contract.slot.clone();
         let session = database
             .connect_pooled(&format!("postbox {relay} parked"))
             .await?;
+        let found = catalog::system(&session.client).await?;
+        system.check_same(&found, "open a session to park events by")?;
         Ok(Self {
             session: Arc::new(session),
             statements: Arc::new(Statements::new(contract, Slices::ALL, "true")),

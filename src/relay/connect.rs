@@ -21,7 +21,7 @@ use super::division::Division;
 use super::marks::Marks;
 use super::parking::Parking;
 use super::{Relay, RelaySettings};
-use crate::catalog::{self, Checkpoint, LEASE, Mode, Stored};
+use crate::catalog::{self, Checkpoint, LEASE, Mode, Stored, System};
 use crate::contract::Contract;
 use crate::database::{Session, sort, within};
 use crate::error::{Error, ErrorKind, Result};
@@ -144,7 +144,7 @@ async fn connect_to_slot(relay: &mut Relay) -> Result<Connected> {
         None => None,
     };
     let publisher = reach_brokers(relay).await?;
-    let stores = open_stores(settings).await?;
+    let stores = open_stores(settings, &checked.system).await?;
     let mut stream = open_stream(relay, &session, &checked).await?;
     failpoint!("opened");
     let claimed = catalog::claim(&session.client, &settings.contract, &checked);
@@ -221,7 +221,7 @@ async fn connect_to_table(relay: &mut Relay) -> Result<Connected> {
         interval_max: settings.poll_interval_max,
         heartbeat_interval: settings.heartbeat_interval,
     };
-    let stores = open_stores(settings).await?;
+    let stores = open_stores(settings, &checked.system).await?;
     let mut poller = Poller::open(&settings.database, poll).await?;
     failpoint!("opened");
     if let Some(division) = division {
@@ -339,11 +339,11 @@ async fn connect_to_claims(relay: &mut Relay, claims: &ClaimSettings) -> Result<
 }
 
 /// A session to park rows by, and one to send them by: neither waits for the other.
-async fn open_stores(settings: &RelaySettings) -> Result<(Store, Store)> {
+async fn open_stores(settings: &RelaySettings, system: &System) -> Result<(Store, Store)> {
     let (database, contract) = (&settings.database, &settings.contract);
     Ok((
-        Store::open(database, contract).await?,
-        Store::open(database, contract).await?,
+        Store::open(database, contract, system).await?,
+        Store::open(database, contract, system).await?,
     ))
 }
 
