@@ -31,8 +31,8 @@
 //!   them, and get a new number: a row before them may be parked only this time.
 //! - A producer that was refused one record sends no more. So what waits is tried by a
 //!   producer of its own, and the stream never ends for it.
-//! - A relay that was frozen may write when another is at work, which has parked on. So each
-//!   write names the epoch of its checkpoint.
+//! - A relay that was frozen may park when another is at work, which has parked on. So that
+//!   names the epoch of its checkpoint. What it sends and settles costs repetitions alone.
 
 pub mod decisions;
 pub mod event;
@@ -133,6 +133,11 @@ impl ParkedSettings {
             "it is scheduled for {time}, further ahead than --max-schedule allows, {} days",
             self.schedule_max.as_secs() / 86_400
         ))
+    }
+
+    /// Whether what cannot go out is parked, and does not end the relay.
+    pub(crate) fn parks(&self) -> bool {
+        self.on_poison != OnPoison::Stop
     }
 
     /// After how many refusals an event is a dead letter.

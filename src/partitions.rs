@@ -86,10 +86,6 @@ pub enum Fate {
 /// it: SQL for psql.
 pub const DROP_RIGHTS: &str = include_str!("../sql/grant_drop_partitions.sql");
 
-/// How often a lock is asked for, and how long to wait in between.
-const ATTEMPTS: usize = 10;
-const ATTEMPT_PAUSE: Duration = Duration::from_millis(500);
-
 /// What a new partition must not be in the way of, the default partition is searched for: rarely it has
 /// rows, and never should it have so many that this takes long. What another has made meanwhile is seen.
 const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL statement_timeout = 5000";
@@ -168,53 +164,6 @@ async fn find(
     };
     Ok(rows.iter().map(partition).collect())
 }
-
-/// Drops the partitions all of whose rows may go, each in a transaction of its own, and says what became
-/// of each that is as old. Not cancel-safe: it may leave its transaction open.
-///
-/// # Errors
-/// As [`drop_if`]. What was dropped before stays so.
-pub async fn drop_older_than(
-    client: &Client,
-    contract: &Contract,
-    age: Duration,
-    may_go: &str,
-) -> Result<Vec<(Partition, Fate)>> {
-    let mut fates = Vec::new();
-    for partition in older_than(client, contract, age).await? {
-        let fate = try_to_drop(client, contract, &partition, may_go).await?;
-        fates.push((partition, fate));
-    }
-    Ok(fates)
-}
-
-async fn try_to_drop(
-    client: &Client,
-    contract: &Contract,
-    partition: &Partition,
-    may_go: &str,
-) -> Result<Fate> {
-    let doing = || format!("drop partition {}", partition.table);
-    for attempt in 1..=ATTEMPTS {
-        let begun = client.batch_execute(BEGIN_DROP).await;
-        begun.map_err(|error| sort(doing(), error))?;
-        let fate = drop_if(client, contract, partition, may_go).await;
-        // What has failed is rolled back by this, too.
-        let ended = client.batch_execute("COMMIT").await;
-        let fate = fate?;
-        ended.map_err(|error| sort(doing(), error))?;
-        if fate != Fate::Busy {
-            return Ok(fate);
-        }
-        if attempt < ATTEMPTS {
-            tokio::time::sleep(ATTEMPT_PAUSE).await;
-        }
-    }
-    Ok(Fate::Busy)
-}
-
-/// Each statement sees what was committed by its beginning: all that was written before a lock.
-const BEGIN_DROP: &str = "BEGIN ISOLATION LEVEL READ COMMITTED";
 
 /// Drops a partition if all of its rows may go, in the transaction that is open, which must be READ
 /// COMMITTED. It takes as long as it takes to look at all of its rows. If it is [`Fate::Busy`], the

@@ -347,26 +347,31 @@ impl Shared {
     }
 }
 
-/// One event: the key's version is locked and raised first, so that versions
-/// rise in commit order.
+/// One event.
 fn insert(schema: &str) -> String {
-    let outbox = format!("{}.outbox", escape_identifier(schema));
-    let oracle = oracle_schema(schema);
-    format!(
-        "WITH raised AS (
-             INSERT INTO {oracle}.key AS k VALUES ($1, 1)
-             ON CONFLICT (key) DO UPDATE SET version = k.version + 1 RETURNING version
-         ), event AS (
-             INSERT INTO {outbox} (aggregate_type, aggregate_id, event_type, payload)
-             SELECT $2, $1, 'order_changed', json_build_object('version', version, 'status', 'paid') FROM raised
-             RETURNING id
-         )
-         INSERT INTO {oracle}.ledger SELECT event.id, $1, raised.version FROM event, raised"
+    insert_one(
+        schema,
+        "payload",
+        "json_build_object('version', version, 'status', 'paid')",
+        "true",
     )
 }
 
 /// One event that cannot go out, or may be too large, or is scheduled.
 fn insert_odd(schema: &str) -> String {
+    insert_one(
+        schema,
+        "payload, topic, scheduled_at",
+        "json_build_object('version', version, 'bulk', (
+             SELECT string_agg(gen_random_uuid()::text, '') FROM generate_series(1, $4::integer / 36))),
+         $3::text, clock_timestamp() + $5::float8 * interval '1 s'",
+        "$5 IS NULL",
+    )
+}
+
+/// One event with these values besides: the key's version is locked and raised first, so that
+/// versions rise in commit order.
+fn insert_one(schema: &str, columns: &str, values: &str, is_ordered: &str) -> String {
     let outbox = format!("{}.outbox", escape_identifier(schema));
     let oracle = oracle_schema(schema);
     format!(
@@ -374,14 +379,10 @@ fn insert_odd(schema: &str) -> String {
              INSERT INTO {oracle}.key AS k VALUES ($1, 1)
              ON CONFLICT (key) DO UPDATE SET version = k.version + 1 RETURNING version
          ), event AS (
-             INSERT INTO {outbox} (aggregate_type, aggregate_id, event_type, payload, topic, scheduled_at)
-             SELECT $2, $1, 'order_changed',
-                 json_build_object('version', version, 'bulk', (
-                     SELECT string_agg(gen_random_uuid()::text, '') FROM generate_series(1, $4::integer / 36))),
-                 $3::text, clock_timestamp() + $5::float8 * interval '1 s'
-             FROM raised RETURNING id
+             INSERT INTO {outbox} (aggregate_type, aggregate_id, event_type, {columns})
+             SELECT $2, $1, 'order_changed', {values} FROM raised RETURNING id
          )
-         INSERT INTO {oracle}.ledger SELECT event.id, $1, raised.version, $5 IS NULL FROM event, raised"
+         INSERT INTO {oracle}.ledger SELECT event.id, $1, raised.version, {is_ordered} FROM event, raised"
     )
 }
 

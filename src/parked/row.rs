@@ -8,6 +8,7 @@ use std::sync::LazyLock;
 
 use tokio_postgres::Row;
 
+use super::Taken;
 use crate::outbox::DEFAULT_SCHEMA;
 use crate::pgoutput::{self, Message, Value};
 use crate::table::{Preset, Table};
@@ -42,6 +43,18 @@ impl StoredRow {
             message: row.try_get("message")?,
             names: row.try_get("column_names")?,
         })
+    }
+
+    /// A row that the relay has taken.
+    pub(crate) fn of(taken: &Taken) -> Self {
+        Self {
+            message: taken.row.bytes.to_vec(),
+            names: taken
+                .columns
+                .iter()
+                .map(|column| column.name.clone())
+                .collect(),
+        }
     }
 
     /// Its columns, in the order of the table.

@@ -32,7 +32,7 @@ use self::topics::Topics;
 use super::marks::Marker;
 use super::parking::Shared;
 use crate::envelope::Encoder;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Result, joined};
 use crate::metrics::Metrics;
 use crate::parked::store::Store;
 use crate::parked::{ParkedSettings, Status, Taken};
@@ -66,7 +66,7 @@ pub(super) struct Tools {
 
 /// The task that does it. Dropped, it ends at once.
 pub(super) struct Aside {
-    task: JoinSet<Error>,
+    task: JoinSet<Result<()>>,
     rest: watch::Sender<bool>,
     state: Arc<State>,
 }
@@ -127,9 +127,7 @@ impl Aside {
         let mut task = JoinSet::new();
         task.spawn(async move {
             loop {
-                if let Err(error) = sender.step().await {
-                    return error;
-                }
+                sender.step().await?;
             }
         });
         Self { task, rest, state }
@@ -152,12 +150,7 @@ impl Aside {
     async fn news(&mut self) -> Result<()> {
         tokio::select! {
             () = self.state.rested.notified() => Ok(()),
-            Some(ended) = self.task.join_next() => Err(match ended {
-                Ok(error) => error,
-                Err(error) => {
-                    Error::new(ErrorKind::Unexpected, "a task ended").caused_by(error)
-                }
-            }),
+            Some(ended) = self.task.join_next() => joined(ended),
         }
     }
 }

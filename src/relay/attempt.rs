@@ -27,7 +27,6 @@ use super::window::{Progress, Window};
 use crate::envelope::Encoder;
 use crate::error::{Error, ErrorKind, Result, joined};
 use crate::health::{SILENCE_MAX, Server};
-use crate::parked::OnPoison;
 use crate::parked::store::Store;
 use crate::publisher::Topic;
 use crate::source::{Item, Mark, Row, Source};
@@ -172,7 +171,7 @@ impl<'r> Attempt<'r> {
         };
         // From here on the table and what is held say so.
         relay.refused_topics.clear();
-        let parks = parking.is_some() && settings.parked.on_poison != OnPoison::Stop;
+        let parks = parking.is_some() && settings.parked.parks();
         Self {
             parking,
             aside,

@@ -37,7 +37,6 @@ pub(super) struct Courier {
     publisher: Lazy,
     maker: Maker,
     metrics: Arc<Metrics>,
-    reports: Vec<Report>,
     rest: watch::Receiver<bool>,
 }
 
@@ -91,7 +90,6 @@ impl Courier {
                 settings: tools.settings,
             },
             metrics: tools.metrics,
-            reports: Vec::new(),
             rest,
         }
     }
@@ -180,7 +178,7 @@ impl Courier {
 
     /// The reports that arrive next; `None` if none does for long.
     pub(super) async fn reports(&mut self) -> Result<Option<Vec<Report>>> {
-        let mut reports = std::mem::take(&mut self.reports);
+        let mut reports = Vec::new();
         let publisher = self.publisher.get()?;
         publisher.push();
         let rest = &mut self.rest;
@@ -206,17 +204,10 @@ impl Courier {
 
     /// Sends a row with nothing else on its way.
     pub(super) async fn send_alone(&mut self, taken: &Taken) -> Result<Sent> {
-        if let Err(sent) = self.hand_over(taken, 0) {
-            if let Sent::Away(_) = sent {
-                self.forget();
-            }
-            return Ok(sent);
-        }
-        let Some(code) = (match self.report().await? {
+        let handed = self.hand_over(taken, 0);
+        let code = match self.outcome(handed).await? {
             Ok(code) => code,
             Err(sent) => return Ok(sent),
-        }) else {
-            return Ok(Sent::Delivered);
         };
         let failures = &self.metrics.failures;
         failures.with_label_values(&[&format!("{code:?}")]).inc();
@@ -231,32 +222,36 @@ impl Courier {
 
     /// Sends a record with nothing else on its way, to a topic that was resolved.
     pub(super) async fn send_record(&mut self, record: &Record<'_>) -> Result<Sent> {
-        let publisher = self.publisher.get()?;
-        if let Err(sent) = hand_over(publisher, record, 0) {
-            if let Sent::Away(_) = sent {
-                self.forget();
-            }
-            return Ok(sent);
-        }
-        let Some(code) = (match self.report().await? {
+        let handed = hand_over(self.publisher.get()?, record, 0);
+        let code = match self.outcome(handed).await? {
             Ok(code) => code,
             Err(sent) => return Ok(sent),
-        }) else {
-            return Ok(Sent::Delivered);
         };
         let sent = refusal(self.publisher.get()?, record, code);
         self.renew()?;
         Ok(sent)
     }
 
-    /// What the report says of the one that is on its way.
-    async fn report(&mut self) -> Result<Result<Option<RDKafkaErrorCode>, Sent>> {
-        let Some(reports) = self.reports().await? else {
-            self.forget();
-            let why = "a delivery is not acknowledged".to_owned();
-            return Ok(Err(Sent::Away(why)));
+    /// By which code the brokers refused the only one that was handed over, or what became of
+    /// it else.
+    async fn outcome(
+        &mut self,
+        handed: Result<(), Sent>,
+    ) -> Result<Result<RDKafkaErrorCode, Sent>> {
+        let sent = match handed {
+            Ok(()) => match self.reports().await? {
+                Some(reports) => match reports.last().and_then(|report| report.error) {
+                    Some(code) => return Ok(Ok(code)),
+                    None => Sent::Delivered,
+                },
+                None => Sent::Away("a delivery is not acknowledged".to_owned()),
+            },
+            Err(sent) => sent,
         };
-        Ok(Ok(reports.last().and_then(|report| report.error)))
+        if let Sent::Away(_) = sent {
+            self.forget();
+        }
+        Ok(Err(sent))
     }
 
     /// What is on its way is reported as failed.
@@ -277,7 +272,6 @@ impl Courier {
     /// Whatever is on its way is nobody's any more.
     pub(super) fn forget(&mut self) {
         self.publisher.publisher = None;
-        self.reports.clear();
     }
 
     /// Closes the producer if nothing was sent for a while.

@@ -15,7 +15,7 @@ use super::courier::Sent;
 use crate::envelope::{Header, Record};
 use crate::error::Result;
 use crate::parked::Taken;
-use crate::pgoutput::{self, Message, Value};
+use crate::parked::row::StoredRow;
 
 /// How long not to try again, as others wait meanwhile.
 const LETTERS_PAUSE: Duration = Duration::from_secs(30);
@@ -104,17 +104,13 @@ fn owned(headers: &[Header<'_>]) -> Vec<Header<'static>> {
 
 /// A row as it was read: an object of its columns, as text.
 fn row_as_json(taken: &Taken) -> Vec<u8> {
-    let mut object = serde_json::Map::new();
-    if let Ok(Message::Insert(insert)) = pgoutput::decode(&taken.row.bytes) {
-        for (column, value) in taken.columns.iter().zip(insert.row.values()) {
-            let value = match value {
-                Value::Text(text) | Value::Binary(text) => {
-                    String::from_utf8_lossy(text).into_owned().into()
-                }
-                Value::Null | Value::Unchanged => serde_json::Value::Null,
-            };
-            object.insert(column.name.clone(), value);
-        }
-    }
+    let row = StoredRow::of(taken);
+    let columns = row.columns().unwrap_or_default().into_iter();
+    let object: serde_json::Map<_, _> = columns
+        .map(|column| {
+            let text = column.value.map(String::from_utf8_lossy);
+            (column.name.to_owned(), text.into())
+        })
+        .collect();
     serde_json::Value::from(object).to_string().into_bytes()
 }

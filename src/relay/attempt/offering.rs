@@ -8,7 +8,6 @@ use tracing::{error, warn};
 
 use super::Attempt;
 use crate::error::{Error, ErrorKind, Result};
-use crate::parked::OnPoison;
 use crate::publisher::{Fit, Topic, UNKNOWN_MAX};
 use crate::relay::parking::{Address, Reason};
 use crate::relay::window::Stop;
@@ -133,7 +132,7 @@ impl Attempt<'_> {
     ) -> Result<()> {
         let error = poison(&self.source, row, why.clone());
         if self.parking.is_some() {
-            if self.relay.settings.parked.on_poison == OnPoison::Stop {
+            if !self.parks() {
                 return Err(error);
             }
             return self.park(row, address, Reason::Refused(why));
@@ -247,6 +246,6 @@ impl Attempt<'_> {
 
     /// Whether rows that cannot go out are parked.
     fn parks(&self) -> bool {
-        self.parking.is_some() && self.relay.settings.parked.on_poison != OnPoison::Stop
+        self.parking.is_some() && self.relay.settings.parked.parks()
     }
 }

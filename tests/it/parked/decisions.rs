@@ -35,6 +35,20 @@ fn skip(fixture: &Fixture, flags: &[&str]) -> Output {
 }
 
 /// One key's queue, a command, and what becomes of each.
+/// A dead event, one that the relay is sending just now, and one behind it.
+async fn insert_one_being_sent(fixture: &Fixture) {
+    insert(fixture, Row::new("a", "dead")).await;
+    insert(
+        fixture,
+        Row {
+            taken: Some("1s"),
+            ..Row::head("b", "0s")
+        },
+    )
+    .await;
+    insert(fixture, Row::new("c", "waiting")).await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_key_keeps_its_order_wherever_the_decision_falls() {
     let fixture = Fixture::new().await;
@@ -224,16 +238,7 @@ async fn what_awaits_its_topic_is_left_to_the_relay() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_being_sent_is_left_as_it_is() {
     let fixture = Fixture::new().await;
-    insert(&fixture, Row::new("a", "dead")).await;
-    insert(
-        &fixture,
-        Row {
-            taken: Some("1s"),
-            ..Row::head("b", "0s")
-        },
-    )
-    .await;
-    insert(&fixture, Row::new("c", "waiting")).await;
+    insert_one_being_sent(&fixture).await;
     for (command, flags) in [("retry", &["b"][..]), ("skip", &["b", "--reason", "r"])] {
         let output = fixture.parked(&[&[command], flags].concat());
         assert_eq!(output.code, 3, "{output:?}");
@@ -331,16 +336,7 @@ async fn a_decision_says_who_when_and_why() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_dry_run_says_what_would_be_done_and_does_nothing() {
     let fixture = Fixture::new().await;
-    insert(&fixture, Row::new("a", "dead")).await;
-    insert(
-        &fixture,
-        Row {
-            taken: Some("1s"),
-            ..Row::head("b", "0s")
-        },
-    )
-    .await;
-    insert(&fixture, Row::new("c", "waiting")).await;
+    insert_one_being_sent(&fixture).await;
     let rows = "SELECT p::text FROM postbox.parked AS p ORDER BY number";
     let all = async || -> Vec<String> {
         let rows = fixture.client.query(rows, &[]).await.unwrap();

@@ -56,7 +56,7 @@ async fn a_role_that_may_clean_up_drops_partitions_and_no_other_tables() {
         "GRANT USAGE ON SCHEMA postbox TO \"{role}\"; GRANT SELECT ON postbox.outbox TO \"{role}\""
     );
     fixture.client.batch_execute(&base).await.unwrap();
-    let refused = partitions::drop_older_than(&client, &fixture.contract, Duration::ZERO, "true");
+    let refused = fixture.drop_older_than(&client, Duration::ZERO, "true");
     assert_eq!(refused.await.unwrap_err().kind(), ErrorKind::Rights);
     let rights = partitions::DROP_RIGHTS
         .replace(":\"schema\"", "postbox")

@@ -61,11 +61,34 @@ impl Fixture {
         age: Duration,
     ) -> Vec<(String, Fate)> {
         let may_go = format!("pg_visible_in_snapshot(o.xid, '{snapshot}')");
-        let fates = partitions::drop_older_than(client, &self.contract, age, &may_go).await;
-        let fates = fates.unwrap().into_iter();
-        fates
-            .map(|(partition, fate)| (partition.table, fate))
-            .collect()
+        self.drop_older_than(client, age, &may_go).await.unwrap()
+    }
+
+    /// Drops old partitions whose rows may go, each in a transaction of its own, as often as it
+    /// takes.
+    async fn drop_older_than(
+        &self,
+        client: &Client,
+        age: Duration,
+        may_go: &str,
+    ) -> postbox::Result<Vec<(String, Fate)>> {
+        let mut fates = Vec::new();
+        for partition in partitions::older_than(client, &self.contract, age).await? {
+            let mut fate = Fate::Busy;
+            for _ in 0..10 {
+                let begin = "BEGIN ISOLATION LEVEL READ COMMITTED";
+                client.batch_execute(begin).await.unwrap();
+                let dropped = partitions::drop_if(client, &self.contract, &partition, may_go).await;
+                client.batch_execute("COMMIT").await.unwrap();
+                fate = dropped?;
+                if fate != Fate::Busy {
+                    break;
+                }
+                tokio::time::sleep(Duration::from_millis(500)).await;
+            }
+            fates.push((partition.table, fate));
+        }
+        Ok(fates)
     }
 
     /// Waits until the slot is past this place.
