@@ -32,8 +32,9 @@ CREATE TABLE :"schema".parked (
     CONSTRAINT status_is_known CHECK (status IN ('scheduled', 'waiting', 'dead', 'skipped')),
     CONSTRAINT skipped_by_somebody CHECK (status <> 'skipped' OR decided_by IS NOT NULL)
 );
--- What is due is one look at this index, however much waits.
-CREATE INDEX parked_due ON :"schema".parked (relay, due_at) WHERE status IN ('scheduled', 'waiting');
+-- What is due is one look at an index, however much waits.
+CREATE INDEX parked_scheduled ON :"schema".parked (relay, due_at) WHERE status = 'scheduled';
+CREATE INDEX parked_waiting ON :"schema".parked (relay, due_at) WHERE status = 'waiting';
 -- The rows of one key, in order.
 -- A key may be longer than an entry of an index can be.
 CREATE INDEX parked_queue ON :"schema".parked (relay, hashtextextended(key, 0), hashtextextended(topic, 0), number)

@@ -23,7 +23,7 @@ use std::str::FromStr;
 
 use serde::de::IgnoredAny;
 
-use crate::event::{Event, Payload};
+use crate::event::{Event, Outline, Payload};
 use crate::table::Placement;
 
 /// What a record's value looks like.
@@ -78,6 +78,9 @@ pub enum Refused {
     #[error("the column \"payload\" is a bytea that is not printed in hexadecimal")]
     Hex,
 }
+
+/// The topic and the key of an event, as far as they are known.
+pub(crate) type Address = (Option<String>, Option<String>);
 
 /// A record, ready to be sent. It borrows from the event and from the encoder.
 #[derive(Debug)]
@@ -161,7 +164,7 @@ impl Encoder {
 
     /// Where the record of an event would go, and what it would be kept in order by, though
     /// there may never be one.
-    pub fn address(&self, event: &Event<'_>) -> (Option<String>, Option<String>) {
+    pub(crate) fn address(&self, event: &Event<'_>) -> Address {
         let topic = match event.topic {
             Some(named) => Some(named.to_owned()),
             None => {
@@ -172,6 +175,17 @@ impl Encoder {
         };
         let key = event.key().filter(|_| self.is_keyed);
         (topic, key.map(str::to_owned))
+    }
+
+    /// The same of a row that is no event, as far as it can be read.
+    pub(crate) fn address_of(&self, outline: &Outline) -> Address {
+        let aggregate_type = outline.aggregate_type.as_deref();
+        let routed = || {
+            self.route
+                .topic_if(aggregate_type, outline.event_type.as_deref())
+        };
+        let key = outline.key.clone().filter(|_| self.is_keyed);
+        (outline.topic.clone().or_else(routed), key)
     }
 
     /// The record of an event.

@@ -43,6 +43,23 @@ pub struct Event<'a> {
     pub placed: Vec<Option<&'a str>>,
 }
 
+/// What can be read of a row that may be no event.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Outline {
+    /// Its event's id.
+    pub(crate) id: Option<String>,
+    /// The topic that it names.
+    pub(crate) topic: Option<String>,
+    /// The kind of thing that it is about.
+    pub(crate) aggregate_type: Option<String>,
+    /// What is kept in order.
+    pub(crate) key: Option<String>,
+    /// What happened.
+    pub(crate) event_type: Option<String>,
+    /// The transaction that wrote it, with its epoch; only of our own outbox.
+    pub(crate) xid: Option<String>,
+}
+
 /// A body, by the type of the column it came from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Payload<'a> {

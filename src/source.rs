@@ -14,7 +14,6 @@ mod pause;
 pub mod poll;
 pub mod wal;
 
-pub(crate) use columns::Outline;
 pub use columns::Unreadable;
 pub use messages::{HEARTBEAT_PREFIX, Messages, Outbox};
 
@@ -26,7 +25,7 @@ use tokio_postgres::types::PgLsn;
 
 use crate::catalog::{Gap, Standing};
 use crate::error::Result;
-use crate::event::Event;
+use crate::event::{Event, Outline};
 use crate::pgoutput::Column;
 use crate::timestamp::Timestamp;
 use claim::Claimer;

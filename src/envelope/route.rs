@@ -92,6 +92,20 @@ impl Route {
         topic
     }
 
+    /// The same, if those are known that it needs.
+    pub(super) fn topic_if(
+        &self,
+        aggregate_type: Option<&str>,
+        event_type: Option<&str>,
+    ) -> Option<String> {
+        let parts = self.0.iter().map(|part| match part {
+            Part::Text(text) => Some(&**text),
+            Part::AggregateType => aggregate_type,
+            Part::EventType => event_type,
+        });
+        parts.collect()
+    }
+
     fn write_of(&self, aggregate_type: &str, event_type: &str, topic: &mut String) {
         for part in &self.0 {
             topic.push_str(match part {

@@ -9,7 +9,7 @@
 //! `ORDER BY … LIMIT 1`, which only the index of its key answers; and rows that are named by
 //! their ids have their status compared as an expression, which no partial index is good for.
 
-use super::same_key;
+use super::{Status, same_key};
 use crate::catalog::Slices;
 use crate::contract::Contract;
 
@@ -24,7 +24,8 @@ pub(super) struct Statements {
     pub(super) take_waiting: String,
     pub(super) lock_scheduled: String,
     pub(super) take_scheduled: String,
-    pub(super) next: String,
+    pub(super) next_scheduled: String,
+    pub(super) next_waiting: String,
     pub(super) forget: String,
     pub(super) refuse: String,
     pub(super) untry: String,
@@ -85,9 +86,15 @@ impl Statements {
         let sql = |text: &str| contract.sql(text);
         let same_as_b = same_key("b", "p");
         let same_as_head = same_key("p", "h");
-        let due = format!(
-            "p.relay = $1 AND p.status IN ('scheduled', 'waiting') AND p.due_at <= now(){ours}"
-        );
+        let due = format!("p.relay = $1 AND p.due_at <= now(){ours}");
+        let next = |status: Status| {
+            sql(&format!(
+                "SELECT (extract(epoch FROM p.due_at - clock_timestamp()) * 1000)::bigint FROM :\"schema\".parked AS p \
+                 WHERE p.relay = $1 AND p.status = '{status}' \
+                   AND p.due_at < 'infinity'{ours} ORDER BY p.due_at LIMIT 1",
+                status = status.name()
+            ))
+        };
         Self {
             park: sql(&format!(
                 "INSERT INTO :\"schema\".parked AS p (id, relay, status, due_at, topic, key, event_type, \
@@ -131,7 +138,7 @@ impl Statements {
             )),
             count_scheduled: sql(&format!(
                 "SELECT count(*) FROM :\"schema\".parked AS p \
-                 WHERE relay = $1 AND status IN ('scheduled', 'waiting') AND status = 'scheduled'{ours}"
+                 WHERE relay = $1 AND status = 'scheduled'{ours}"
             )),
             release_taken: sql(&format!(
                 "UPDATE :\"schema\".parked AS p SET taken_at = NULL \
@@ -178,11 +185,8 @@ impl Statements {
                  FROM :\"schema\".parked AS p \
                  WHERE p.relay = $1 AND p.id = ANY ($2) AND p.status || '' = 'scheduled' ORDER BY p.due_at, p.number"
             )),
-            next: sql(&format!(
-                "SELECT (extract(epoch FROM p.due_at - clock_timestamp()) * 1000)::bigint FROM :\"schema\".parked AS p \
-                 WHERE p.relay = $1 AND p.status IN ('scheduled', 'waiting') \
-                   AND p.due_at < 'infinity'{ours} ORDER BY p.due_at LIMIT 1"
-            )),
+            next_scheduled: next(Status::Scheduled),
+            next_waiting: next(Status::Waiting),
             // What a person skipped meanwhile stays as that.
             forget: sql("DELETE FROM :\"schema\".parked \
                  WHERE relay = $1 AND id = ANY ($2) AND status || '' IN ('scheduled', 'waiting')"),
@@ -214,7 +218,8 @@ impl Statements {
                  WHERE p.relay = $1 AND p.status = 'waiting' AND p.awaits_topic AND p.topic = $2{ours} RETURNING p.id",
             )),
             join: sql("UPDATE :\"schema\".parked AS p \
-                 SET status = 'waiting', due_at = 'infinity', topic = j.topic, key = j.key, number = DEFAULT \
+                 SET status = 'waiting', due_at = CASE WHEN j.key IS NULL THEN now() ELSE 'infinity' END, \
+                     topic = j.topic, key = j.key, number = DEFAULT \
                  FROM unnest($2::text[], $3::text[], $4::text[]) AS j (id, topic, key) \
                  WHERE p.relay = $1 AND p.id = j.id AND p.status || '' = 'scheduled'"),
             postpone: sql(

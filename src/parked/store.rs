@@ -208,15 +208,15 @@ impl Store {
         })
     }
 
-    /// How much is waiting or dead, beside so many events that are scheduled.
-    pub(crate) async fn count(&self, scheduled: i64) -> Result<Count> {
+    /// How much is waiting or dead. What is scheduled is not counted.
+    pub(crate) async fn count(&self) -> Result<Count> {
         let rows = self.run("count what is parked", &self.statements.count, &[]);
         let rows = rows.await?;
         let Some(row) = rows.first() else {
             return Ok(Count::default());
         };
         Ok(Count {
-            scheduled,
+            scheduled: 0,
             waiting: row.get(0),
             dead: row.get(1),
             bytes: row.get(2),
@@ -378,16 +378,20 @@ impl Store {
         taken.iter().map(taken_of).collect()
     }
 
-    /// How long it is until something is due; zero if something is.
-    pub(crate) async fn next_due(&self) -> Result<Option<Duration>> {
+    /// How long it is until a scheduled event is due; zero if one is.
+    pub(crate) async fn next_scheduled(&self) -> Result<Option<Duration>> {
+        self.next_due(&self.statements.next_scheduled).await
+    }
+
+    /// The same of those that wait for another try.
+    pub(crate) async fn next_waiting(&self) -> Result<Option<Duration>> {
+        self.next_due(&self.statements.next_waiting).await
+    }
+
+    async fn next_due(&self, statement: &str) -> Result<Option<Duration>> {
         let relay: [(&(dyn ToSql + Sync), Type); 1] = [(&self.relay, Type::TEXT)];
-        let next = self
-            .session
-            .client
-            .query_typed(&self.statements.next, &relay);
-        let next = next
-            .await
-            .map_err(|error| sort("look what is due", error))?;
+        let next = self.session.client.query_typed(statement, &relay).await;
+        let next = next.map_err(|error| sort("look what is due", error))?;
         let millis: Option<i64> = next.first().and_then(|row| row.get(0));
         Ok(millis.map(|millis| Duration::from_millis(millis.max(0).unsigned_abs())))
     }

@@ -15,7 +15,7 @@ use tracing::info;
 
 use super::Relay;
 use super::aside::{self, Aside, Tools};
-use super::connect::{Connected, PROBE_TIMEOUT, connect, outbox};
+use super::connect::{Connected, PROBE_TIMEOUT, Stores, connect, outbox};
 use super::control::{Control, Hold, walsender_is_ending};
 use super::division::{DRAIN_MAX, Watch, served};
 use super::gather::Gather;
@@ -27,7 +27,6 @@ use super::window::{Progress, Window};
 use crate::envelope::Encoder;
 use crate::error::{Error, ErrorKind, Result, joined};
 use crate::health::{SILENCE_MAX, Server};
-use crate::parked::store::Store;
 use crate::publisher::Topic;
 use crate::source::{Item, Mark, Row, Source};
 
@@ -44,7 +43,7 @@ pub(super) struct Attempt<'r> {
     parking: Option<Parking>,
     aside: Option<Aside>,
     /// What they do it by.
-    stores: Option<(Store, Store)>,
+    stores: Option<Stores>,
     /// A row that waits: for its topic, for smaller batches, for the first record of
     /// its partition, or to be sent alone.
     held: Option<Row>,
@@ -152,23 +151,22 @@ impl<'r> Attempt<'r> {
                 .keyed(settings.contract.outbox.is_keyed())
                 .timed(settings.contract.outbox.preset.times_records())
         };
-        let stores = connected.parked.as_ref();
-        let stores = stores.map(|(parking, store)| (parking.store(), store.clone()));
-        let (parking, aside) = match connected.parked {
-            Some((parking, store)) => {
-                let tools = Tools {
+        let marker = connected.marks.as_ref().map(Marks::marker);
+        let (parking, stores) = connected.parked.unzip();
+        let aside = parking
+            .as_ref()
+            .zip(stores.clone())
+            .map(|(parking, stores)| {
+                Aside::start(stores.schedule, stores.queue, || Tools {
                     encoder: encoder(),
                     outbox: outbox(relay),
                     kafka: settings.kafka.clone(),
                     settings: settings.parked.clone(),
                     metrics: metrics.clone(),
-                };
-                let marker = connected.marks.as_ref().map(Marks::marker);
-                let aside = Aside::start(store, Arc::clone(&parking.shared), tools, marker);
-                (Some(parking), Some(aside))
-            }
-            None => (None, None),
-        };
+                    marker: marker.clone(),
+                    shared: Arc::clone(&parking.shared),
+                })
+            });
         // From here on the table and what is held say so.
         relay.refused_topics.clear();
         let parks = parking.is_some() && settings.parked.parks();

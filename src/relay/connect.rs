@@ -42,15 +42,25 @@ pub(super) struct Connected {
     pub(super) publisher: Publisher,
     pub(super) source: Source,
     pub(super) marks: Option<Marks>,
-    /// What parks rows, and what sends them: a session each. None with claims.
-    pub(super) parked: Option<(Parking, Store)>,
+    /// What parks rows, and by which sessions. None with claims.
+    pub(super) parked: Option<(Parking, Stores)>,
+}
+
+/// Sessions on the table of parked events: none waits for another.
+#[derive(Clone)]
+pub(super) struct Stores {
+    /// To park rows by.
+    pub(super) parking: Store,
+    /// To send what is scheduled by.
+    pub(super) schedule: Store,
+    /// To try by what waits for another try.
+    pub(super) queue: Store,
 }
 
 /// What an attempt that ends only to serve other slices leaves to the next. Nothing needs to
 /// be connected to anew, which may take longer than the leases of its slices last.
 pub(super) struct Kept {
-    /// To park rows, and to send them.
-    pub(super) stores: (Store, Store),
+    pub(super) stores: Stores,
     pub(super) session: Arc<Session>,
     pub(super) checked: Checkpoint,
     pub(super) publisher: Publisher,
@@ -338,28 +348,29 @@ async fn connect_to_claims(relay: &mut Relay, claims: &ClaimSettings) -> Result<
     })
 }
 
-/// A session to park rows by, and one to send them by: neither waits for the other.
-async fn open_stores(settings: &RelaySettings, system: &System) -> Result<(Store, Store)> {
-    let (database, contract) = (&settings.database, &settings.contract);
-    Ok((
-        Store::open(database, contract, system).await?,
-        Store::open(database, contract, system).await?,
-    ))
+async fn open_stores(settings: &RelaySettings, system: &System) -> Result<Stores> {
+    let open = || Store::open(&settings.database, &settings.contract, system);
+    Ok(Stores {
+        parking: open().await?,
+        schedule: open().await?,
+        queue: open().await?,
+    })
 }
 
 /// Knows what is parked, now that this relay is the one at work.
-async fn begin_parking(
-    relay: &Relay,
-    (parking, aside): (Store, Store),
-    hold: &Hold,
-) -> Result<(Parking, Store)> {
+async fn begin_parking(relay: &Relay, stores: Stores, hold: &Hold) -> Result<(Parking, Stores)> {
     let settings = &relay.settings;
     let fence = hold.fence().unwrap_or_else(|| "true".to_owned());
     let serving = |store: Store| store.serving(&settings.contract, hold.slices(), &fence);
+    let stores = Stores {
+        parking: serving(stores.parking),
+        schedule: serving(stores.schedule),
+        queue: serving(stores.queue),
+    };
     let (topics, too_large) = (relay.refused_topics.clone(), relay.too_large.clone());
-    let parking = serving(parking);
-    let parking = Parking::begin(parking, settings.parked.clone(), topics, too_large).await?;
-    Ok((parking, serving(aside)))
+    let store = stores.parking.clone();
+    let parking = Parking::begin(store, settings.parked.clone(), topics, too_large).await?;
+    Ok((parking, stores))
 }
 
 pub(super) fn outbox(relay: &Relay) -> Outbox {

@@ -171,6 +171,7 @@ impl Marks {
 }
 
 /// Marks rows that were parked, once they are sent.
+#[derive(Clone)]
 pub(super) struct Marker {
     session: Arc<Session>,
     statement: Arc<String>,

@@ -17,7 +17,7 @@ use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tracing::{debug, error, warn};
 
-use crate::envelope::Record;
+use crate::envelope::{Address, Encoder, Record};
 use crate::error::{Error, ErrorKind, Result, joined};
 use crate::event::Event;
 use crate::metrics::ParkedMetrics;
@@ -38,9 +38,6 @@ pub(super) struct Parking {
     rows: VecDeque<(u64, NewRow)>,
     writing: JoinSet<Result<Written>>,
 }
-
-/// The topic and the key of an event, as far as they are known.
-pub(super) type Address = (Option<String>, Option<String>);
 
 /// Why a row is not sent now.
 #[derive(Debug, Clone)]
@@ -75,8 +72,10 @@ pub(super) struct Shared {
     holds: Mutex<Holds>,
     /// Whether anything is held back at all: for each event to look would be too dear.
     is_holding: AtomicBool,
-    /// Something may be due.
-    pub(super) wake: Notify,
+    /// Something may be due of what is scheduled.
+    pub(super) wake_schedule: Notify,
+    /// Something may be due of what waits for another try.
+    pub(super) wake_queue: Notify,
 }
 
 /// What is held back.
@@ -116,7 +115,7 @@ impl Parking {
     ) -> Result<Self> {
         let held = store.held(true).await?;
         // Those that are scheduled are counted beside the stream: they may be very many.
-        let count = store.count(0).await?;
+        let count = store.count().await?;
         let shared = Arc::new(Shared::default());
         shared.change(|holds| {
             holds.begin(held, refused_topics);
@@ -135,11 +134,6 @@ impl Parking {
     /// From which size on records of a topic were too large.
     pub(super) fn too_large(&self) -> HashMap<String, usize> {
         self.shared.with(|holds| holds.too_large.clone())
-    }
-
-    /// What rows are written by.
-    pub(super) fn store(&self) -> Store {
-        Store::clone(&self.store)
     }
 
     /// Why an event is not to be sent though nothing is wrong with it, if so.
@@ -169,14 +163,14 @@ impl Parking {
     /// What is written of a row; nothing if not even its columns are known.
     pub(super) fn row(
         &self,
-        source: &Source,
+        (source, encoder): (&Source, &Encoder),
         row: &Row,
         address: Option<Address>,
         reason: Reason,
     ) -> Option<NewRow> {
         let (outline, columns) = source.outline(row)?;
         let place = || format!("{}/{}", row.place.commit_lsn, row.place.ordinal);
-        let (topic, key) = address.unwrap_or((outline.topic, outline.key));
+        let (topic, key) = address.unwrap_or_else(|| encoder.address_of(&outline));
         let new = NewRow {
             id: outline.id.unwrap_or_else(place),
             event_type: outline.event_type,
@@ -262,7 +256,7 @@ impl Parking {
     /// The brokers take nothing of this topic.
     pub(super) fn hold_topic(&self, topic: String, why: String) {
         self.shared.hold_topic(topic, why);
-        self.shared.wake.notify_one();
+        self.shared.wake_queue.notify_one();
     }
 
     /// Refuses one more row of this status where there are as many as may be.
@@ -332,7 +326,12 @@ impl Parking {
                 }
             }
         });
-        self.shared.wake.notify_one();
+        if all.scheduled > 0 {
+            self.shared.wake_schedule.notify_one();
+        }
+        if all.waiting + all.dead > 0 {
+            self.shared.wake_queue.notify_one();
+        }
         self.write();
         Ok(sequences)
     }
@@ -519,13 +518,10 @@ impl Holds {
         }
     }
 
-    /// How much there is, as it was counted.
-    pub(super) fn count(&mut self, count: Count) {
-        self.count = count;
-    }
-
-    /// How much there is.
-    pub(super) fn counted(&self) -> Count {
+    /// How much there is, as it was counted but for what is scheduled. Says how much that is.
+    pub(super) fn count(&mut self, count: Count) -> Count {
+        let scheduled = self.count.scheduled;
+        self.count = Count { scheduled, ..count };
         self.count
     }
 
@@ -535,7 +531,8 @@ impl Holds {
     }
 
     /// Scheduled events have gone.
-    pub(super) fn unschedule(&mut self, events: i64) {
+    pub(super) fn unschedule(&mut self, events: usize) {
+        let events = i64::try_from(events).unwrap_or(i64::MAX);
         self.count.scheduled = (self.count.scheduled - events).max(0);
     }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use crate::event::{Event, Payload};
+use crate::event::{Event, Outline, Payload};
 use crate::pgoutput::{Column, Relation, Tuple, Value};
 use crate::table::{Table, Tracking};
 use crate::timestamp::{Timestamp, TimestampError};
@@ -31,21 +31,6 @@ pub(super) struct Columns {
     described: Arc<[Column]>,
     /// A column that every event needs and this table does not have.
     missing: Option<String>,
-}
-
-/// What can be read of a row that may be no event.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct Outline {
-    /// Its event's id.
-    pub(crate) id: Option<String>,
-    /// The topic that it names.
-    pub(crate) topic: Option<String>,
-    /// What is kept in order.
-    pub(crate) key: Option<String>,
-    /// What happened.
-    pub(crate) event_type: Option<String>,
-    /// The transaction that wrote it, with its epoch; only of our own outbox.
-    pub(crate) xid: Option<String>,
 }
 
 /// A column that becomes a header.
@@ -320,6 +305,7 @@ impl Columns {
         Outline {
             id: take(Field::Id),
             topic: take(Field::Topic),
+            aggregate_type: take(Field::AggregateType),
             key: take(Field::PartitionKey).or_else(|| take(Field::AggregateId)),
             event_type: take(Field::EventType),
             xid: self.xid.and_then(|column| {

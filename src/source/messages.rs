@@ -44,10 +44,10 @@ use pgwire_replication::client::ReplicationEvent;
 use postgres_protocol::escape::escape_identifier;
 use tokio_postgres::types::PgLsn;
 
-use super::columns::{Columns, Outline, Unreadable};
+use super::columns::{Columns, Unreadable};
 use super::{Item, Mark, Place, Position, Row};
 use crate::error::{Error, ErrorKind, Result};
-use crate::event::Event;
+use crate::event::{Event, Outline};
 use crate::pgoutput::{self, Column, Message, Relation};
 use crate::table::Table;
 use crate::timestamp::Timestamp;

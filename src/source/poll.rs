@@ -35,7 +35,7 @@ use tokio::time::Instant;
 use tokio_postgres::types::{PgLsn, Type};
 
 use super::catch_up::{CatchUp, Step};
-use super::columns::{Outline, Unreadable};
+use super::columns::Unreadable;
 use super::gap::GapReader;
 use super::messages::{Messages, Outbox};
 use super::pages::{Answer, Pages};
@@ -44,7 +44,7 @@ use super::{Item, Mark, Position, Row};
 use crate::catalog::{Checkpoint, Gap, Slices, Standing, System};
 use crate::database::{Database, Session, sort};
 use crate::error::{Result, joined};
-use crate::event::Event;
+use crate::event::{Event, Outline};
 use crate::pgoutput::Column;
 
 /// How the table is asked.

@@ -29,7 +29,7 @@ use pgwire_replication::Lsn;
 use pgwire_replication::client::ReplicationClient;
 use tokio_postgres::types::PgLsn;
 
-use super::columns::{Outline, Unreadable};
+use super::columns::Unreadable;
 use super::gap::GapReader;
 use super::messages::{Messages, Outbox};
 use super::pages::Pages;
@@ -37,7 +37,7 @@ use super::{FORMATS, Item, Mark, Row};
 use crate::catalog::{self, Gap, System};
 use crate::database::{self, Database};
 use crate::error::{Error, ErrorKind, Result};
-use crate::event::Event;
+use crate::event::{Event, Outline};
 use crate::pgoutput::Column;
 
 /// What a stream reads, and how.

@@ -17,8 +17,7 @@ use crate::metrics::Metrics;
 use crate::parked::{ParkedSettings, Status, Taken};
 use crate::publisher::codes::explain;
 use crate::publisher::{
-    BATCH_BYTES, Fit, KafkaSettings, Publisher, Report, SendError, Topic, UNKNOWN_MAX, Verdict,
-    verdict,
+    BATCH_BYTES, Fit, KafkaSettings, Publisher, Report, SendError, Topic, Verdict, verdict,
 };
 use crate::source::Messages;
 use crate::timestamp::Timestamp;
@@ -137,13 +136,18 @@ impl Courier {
         }
     }
 
-    /// Asks about topics that were not asked about of late. Nothing may be on its way.
-    pub(super) async fn resolve(&mut self, topics: HashSet<String>) -> Result<Resolved> {
+    /// Asks about topics that were not asked about of late. One that there is not is waited for
+    /// so long. Nothing may be on its way.
+    pub(super) async fn resolve(
+        &mut self,
+        topics: HashSet<String>,
+        patience: Duration,
+    ) -> Result<Resolved> {
         let publisher = self.publisher.get()?;
         let mut resolving = JoinSet::new();
         for topic in topics {
             if !publisher.knows(&topic) {
-                let resolved = publisher.resolve(&topic, UNKNOWN_MAX);
+                let resolved = publisher.resolve(&topic, patience);
                 resolving.spawn(async move { Ok((topic, resolved.await)) });
             }
         }

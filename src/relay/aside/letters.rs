@@ -10,8 +10,8 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tracing::{error, warn};
 
-use super::Sender;
 use super::courier::Sent;
+use super::queue::Queue;
 use crate::envelope::{Header, Record};
 use crate::error::Result;
 use crate::parked::Taken;
@@ -20,23 +20,23 @@ use crate::parked::row::StoredRow;
 /// How long not to try again, as others wait meanwhile.
 const LETTERS_PAUSE: Duration = Duration::from_secs(30);
 
-impl Sender {
+impl Queue {
     /// Sends what is owed, unless its topic was refused a moment ago.
     pub(super) async fn write_letters(&mut self) -> Result<()> {
-        let Some(topic) = self.settings.dead_letter_topic.clone() else {
+        let Some(topic) = self.sender.settings.dead_letter_topic.clone() else {
             return Ok(());
         };
         let may_write = self.letters_at.is_none_or(|at| at <= Instant::now());
         if !may_write || !std::mem::take(&mut self.owes_letters) {
             return Ok(());
         }
-        let letters = self.store.letters().await?;
+        let letters = self.sender.store.letters().await?;
         if letters.is_empty() {
             return Ok(());
         }
         // There may be more.
         self.owes_letters = true;
-        let mut waits_for = self.courier.why_unknown(&topic).await?;
+        let mut waits_for = self.sender.courier.why_unknown(&topic).await?;
         let mut sent = Vec::new();
         for taken in letters {
             if waits_for.is_some() {
@@ -55,7 +55,7 @@ impl Sender {
             }
             sent.push(taken.id);
         }
-        self.store.sent_letters(&sent).await?;
+        self.sender.store.sent_letters(&sent).await?;
         self.letters_at = None;
         if let Some(why) = &waits_for {
             warn!("copies of dead letters wait for their topic: {why}");
@@ -65,7 +65,7 @@ impl Sender {
     }
 
     async fn write_letter(&mut self, taken: &Taken, topic: &str) -> Result<Sent> {
-        let (value, own) = match self.courier.record(taken) {
+        let (value, own) = match self.sender.courier.record(taken) {
             Ok(record) => (record.value.map(<[u8]>::to_vec), owned(&record.headers)),
             Err(_) => (Some(row_as_json(taken)), Vec::new()),
         };
@@ -78,7 +78,7 @@ impl Sender {
             header("postbox_topic", taken.topic.as_deref()),
             header("postbox_event", Some(&taken.id)),
             header("postbox_attempts", Some(&taken.attempts.to_string())),
-            header("postbox_relay", Some(self.store.relay())),
+            header("postbox_relay", Some(self.sender.store.relay())),
         ];
         let record = Record {
             topic,
@@ -87,7 +87,7 @@ impl Sender {
             headers: own.into_iter().chain(why).collect(),
             timestamp_millis: None,
         };
-        self.courier.send_record(&record).await
+        self.sender.courier.send_record(&record).await
     }
 }
 

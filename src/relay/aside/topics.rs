@@ -11,7 +11,8 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tracing::{debug, info};
 
-use super::Sender;
+use super::queue::Queue;
+use super::tries::Tried;
 use crate::error::{Result, joined};
 use crate::parked::OnPoison;
 use crate::publisher::Topic;
@@ -39,23 +40,23 @@ struct Probe {
 }
 
 impl Topics {
-    /// Whether what waits for this topic is to be tried.
-    pub(super) fn is_on_trial(&self, topic: &str) -> bool {
-        self.trials.contains(topic)
+    /// Topics whose events are to be tried though they are held.
+    pub(super) fn trials(&self) -> &HashSet<String> {
+        &self.trials
     }
 
-    /// An event of this topic was delivered.
-    pub(super) fn delivered(&mut self, topic: &str) {
-        if self.trials.remove(topic) {
-            info!(topic, "the brokers take events of this topic by now");
-            self.probes.remove(topic);
-            self.freed.push(topic.to_owned());
+    /// Rows were tried: those of a topic on trial say whether it is free.
+    pub(super) fn tried(&mut self, tried: &Tried) {
+        for (topic, _) in &tried.outcome.topics {
+            self.trials.remove(topic);
         }
-    }
-
-    /// One was refused.
-    pub(super) fn refused(&mut self, topic: &str) {
-        self.trials.remove(topic);
+        for topic in &tried.delivered {
+            if self.trials.remove(topic) {
+                info!(topic, "the brokers take events of this topic by now");
+                self.probes.remove(topic);
+                self.freed.push(topic.clone());
+            }
+        }
     }
 
     /// The next answer about a topic. Cancel-safe.
@@ -67,17 +68,18 @@ impl Topics {
     }
 }
 
-impl Sender {
+impl Queue {
     /// Asks about topics that are held, each in its time.
     pub(super) fn probe(&mut self) -> Result<()> {
         let held: Vec<String> = self
+            .sender
             .shared
             .with(|holds| holds.topics().keys().cloned().collect());
         let now = Instant::now();
         let topics = &mut self.topics;
         for topic in held {
             // Where nothing waits for it, the stream itself tries it next.
-            let pause = match self.settings.on_poison {
+            let pause = match self.sender.settings.on_poison {
                 OnPoison::Skip => PROBE_MAX,
                 OnPoison::Park | OnPoison::Stop => PROBE_MIN,
             };
@@ -90,7 +92,7 @@ impl Sender {
                 continue;
             }
             probe.is_on_its_way = true;
-            let resolved = self.courier.probe(&topic)?;
+            let resolved = self.sender.courier.probe(&topic)?;
             topics
                 .probing
                 .spawn(async move { Ok((topic, resolved.await)) });
@@ -108,12 +110,12 @@ impl Sender {
         }
         if let Err(error) = found {
             debug!("{}", error.chain());
-        } else if self.store.free_topic(&topic).await? {
+        } else if self.sender.store.free_topic(&topic).await? {
             self.topics.trials.insert(topic);
         } else {
             // What was on trial has gone, or is refused for itself.
             self.topics.trials.remove(&topic);
-            self.shared.change(|holds| holds.free_topic(&topic));
+            self.sender.shared.change(|holds| holds.free_topic(&topic));
         }
         Ok(())
     }
@@ -129,9 +131,9 @@ impl Sender {
     /// The stream sends to topics again of which one was delivered.
     pub(super) async fn free_topics(&mut self) -> Result<()> {
         for topic in std::mem::take(&mut self.topics.freed) {
-            self.shared.change(|holds| holds.free_topic(&topic));
+            self.sender.shared.change(|holds| holds.free_topic(&topic));
             // What was parked meanwhile.
-            self.store.free_topic(&topic).await?;
+            self.sender.store.free_topic(&topic).await?;
         }
         Ok(())
     }

@@ -1,7 +1,9 @@
-//! Tries rows that are due, and says what became of each.
+//! Sends rows that are due, and says what became of each.
 
 use std::collections::{HashMap, HashSet, VecDeque};
+use std::time::{Duration, Instant};
 
+use rdkafka::error::RDKafkaErrorCode;
 use tracing::{debug, error, info, warn};
 
 use super::Sender;
@@ -9,6 +11,36 @@ use super::courier::{Resolved, Sent};
 use crate::error::Result;
 use crate::parked::store::{Outcome, Refused};
 use crate::parked::{Status, Taken};
+use crate::publisher::codes::explain;
+use crate::publisher::{UNKNOWN_MAX, Verdict, verdict};
+
+/// For how long rows that were taken are tried, so that the last report is here, or is no
+/// longer waited for, before somebody may decide about them again.
+const TRY_MAX: Duration = Duration::from_secs(20);
+
+/// What became of rows that were taken.
+#[derive(Default)]
+pub(super) struct Tried {
+    /// What is to be stored.
+    pub(super) outcome: Outcome,
+    /// Topics of which one was delivered.
+    pub(super) delivered: HashSet<String>,
+    /// The id of each event that was delivered, and when it was created, in microseconds since
+    /// 1970; where rows are marked in their own table.
+    pub(super) to_mark: Vec<(String, i64)>,
+    /// No broker could be asked.
+    pub(super) is_away: bool,
+}
+
+/// How rows went that were sent together.
+enum Together {
+    /// None was refused.
+    Passed,
+    /// One was, or cannot be told from one that was.
+    Refused,
+    /// The brokers did not say, and why.
+    Away(String),
+}
 
 /// The rows of one key that are sent one after another.
 struct Lane {
@@ -26,30 +58,82 @@ fn name_of(taken: &Taken) -> Option<Name> {
 }
 
 impl Sender {
-    /// Sends rows, and says what became of each, and whether no broker could be asked.
-    pub(super) async fn send(&mut self, rows: Vec<Taken>) -> Result<(Outcome, bool)> {
-        let mut outcome = Outcome::default();
-        let mut lanes = self.lanes(rows, &mut outcome);
-        let mut away = self.resolve(&mut lanes, &mut outcome).await?;
-        if away.is_none() {
-            away = self.send_many(&mut lanes, &mut outcome).await?;
+    /// Sends scheduled events. What is refused, or may be, joins the queue of its key.
+    pub(super) async fn send_on_time(&mut self, rows: Vec<Taken>) -> Result<Tried> {
+        let mut tried = Tried::default();
+        let mut lanes = self.lanes(rows, &HashSet::new(), &mut tried);
+        let topics = self.resolve(&lanes, Duration::ZERO).await?;
+        for lane in lanes.extract_if(.., |lane| topics.refused.contains_key(&lane.topic)) {
+            join(lane, &mut tried);
         }
-        if away.is_none() {
-            away = self.send_alone(&mut lanes, &mut outcome).await?;
+        lanes.retain(|lane| !topics.away.contains_key(&lane.topic));
+        let went = match topics.away.into_values().next() {
+            Some(why) if lanes.is_empty() => Together::Away(why),
+            _ => self.send_together(&mut lanes, &mut tried).await?,
+        };
+        match went {
+            Together::Passed => {}
+            Together::Refused => {
+                for lane in lanes.into_iter().filter(|lane| lane.is_suspect) {
+                    join(lane, &mut tried);
+                }
+            }
+            // They stay as they are.
+            Together::Away(why) => tried.is_away_because(&why),
         }
-        for taken in lanes.into_iter().flat_map(|lane| lane.rows) {
-            if taken.status == Status::Waiting {
-                outcome.untried.push(taken.id);
+        Ok(tried)
+    }
+
+    /// Tries again what waits. Topics on trial are not held.
+    pub(super) async fn try_again(
+        &mut self,
+        rows: Vec<Taken>,
+        trials: &HashSet<String>,
+    ) -> Result<Tried> {
+        let began = Instant::now();
+        let mut tried = Tried::default();
+        let mut lanes = self.lanes(rows, trials, &mut tried);
+        let topics = self.resolve(&lanes, UNKNOWN_MAX).await?;
+        for lane in lanes.extract_if(.., |lane| topics.refused.contains_key(&lane.topic)) {
+            let why = &topics.refused[&lane.topic];
+            for taken in lane.rows {
+                let sent = Sent::TopicRefused(lane.topic.clone(), why.clone());
+                self.settle(taken, sent, &mut tried);
             }
         }
-        if let Some(why) = &away {
-            debug!(why, "parked events wait for the brokers");
+        for lane in lanes.extract_if(.., |lane| topics.away.contains_key(&lane.topic)) {
+            leave(lane, &mut tried);
         }
-        Ok((outcome, away.is_some()))
+        // What goes to others is sent.
+        let mut away = topics
+            .away
+            .into_values()
+            .next()
+            .filter(|_| lanes.is_empty());
+        if away.is_none() {
+            away = match self.send_together(&mut lanes, &mut tried).await? {
+                Together::Away(why) => Some(why),
+                Together::Passed | Together::Refused => {
+                    self.send_alone(&mut lanes, began, &mut tried).await?
+                }
+            };
+        }
+        for lane in lanes {
+            leave(lane, &mut tried);
+        }
+        if let Some(why) = away {
+            tried.is_away_because(&why);
+        }
+        Ok(tried)
     }
 
     /// The rows by their keys, each in its order, without those that cannot be sent now.
-    fn lanes(&mut self, rows: Vec<Taken>, outcome: &mut Outcome) -> Vec<Lane> {
+    fn lanes(
+        &mut self,
+        rows: Vec<Taken>,
+        trials: &HashSet<String>,
+        tried: &mut Tried,
+    ) -> Vec<Lane> {
         let mut lanes: Vec<Lane> = Vec::new();
         let mut numbers: HashMap<Name, usize> = HashMap::new();
         let mut stopped: HashSet<Name> = HashSet::new();
@@ -57,7 +141,7 @@ impl Sender {
             if taken.is_cancelled {
                 self.metrics.parked.cancelled.inc();
                 info!(id = taken.id, "cancelled: it is not sent");
-                outcome.gone.push(taken.id);
+                tried.outcome.gone.push(taken.id);
                 continue;
             }
             let address = self.courier.address(&taken);
@@ -70,30 +154,35 @@ impl Sender {
             let name = name_of(&taken);
             // Behind one of its key that is not sent now.
             if name.as_ref().is_some_and(|name| stopped.contains(name)) {
-                outcome.untried.push(taken.id);
+                tried.outcome.untried.push(taken.id);
                 continue;
             }
             let topic = match address {
                 Ok((topic, _)) => topic,
                 Err(sent) => {
                     stopped.extend(name);
-                    self.settle(taken, sent, outcome);
+                    self.settle(taken, sent, tried);
                     continue;
                 }
             };
-            let why = self.why_topic_waits(&topic);
-            let is_held = |(topic, key): &Name| self.shared.with(|holds| holds.has_key(topic, key));
-            match (taken.status, why) {
+            let held = self
+                .shared
+                .with(|holds| holds.topics().get(&topic).cloned());
+            let held = held.filter(|_| !trials.contains(&topic));
+            let has_queue =
+                |(topic, key): &Name| self.shared.with(|holds| holds.has_key(topic, key));
+            match (taken.status, held) {
+                (Status::Scheduled, held) => {
+                    if held.is_some() || name.as_ref().is_some_and(has_queue) {
+                        tried.join(taken);
+                        continue;
+                    }
+                }
                 (_, Some(why)) => {
-                    let sent = Sent::TopicRefused(topic, why);
-                    self.settle(taken, sent, outcome);
+                    self.settle(taken, Sent::TopicRefused(topic, why), tried);
                     continue;
                 }
-                (Status::Scheduled, None) if name.as_ref().is_some_and(is_held) => {
-                    outcome.joining.push((taken.id, taken.topic, taken.key));
-                    continue;
-                }
-                _ => {}
+                (_, None) => {}
             }
             let number = name.map(|name| *numbers.entry(name).or_insert(lanes.len()));
             match number.filter(|number| *number < lanes.len()) {
@@ -108,44 +197,21 @@ impl Sender {
         lanes
     }
 
-    fn why_topic_waits(&self, topic: &str) -> Option<String> {
-        let why = self.shared.with(|holds| holds.topics().get(topic).cloned());
-        why.filter(|_| !self.topics.is_on_trial(topic))
-    }
-
-    /// Takes out what goes to topics that the brokers refuse. Says why they could not be
-    /// asked, if so.
-    async fn resolve(
-        &mut self,
-        lanes: &mut Vec<Lane>,
-        outcome: &mut Outcome,
-    ) -> Result<Option<String>> {
+    /// Asks about the topics that are not known. One that there is not is waited for so long.
+    async fn resolve(&mut self, lanes: &[Lane], patience: Duration) -> Result<Resolved> {
         let topics = lanes.iter().map(|lane| lane.topic.clone()).collect();
-        let Resolved { refused, away } = self.courier.resolve(topics).await?;
-        for lane in lanes.extract_if(.., |lane| refused.contains_key(&lane.topic)) {
-            let why = &refused[&lane.topic];
-            for taken in lane.rows {
-                let sent = Sent::TopicRefused(lane.topic.clone(), why.clone());
-                self.settle(taken, sent, outcome);
-            }
-        }
-        for mut lane in lanes.extract_if(.., |lane| away.contains_key(&lane.topic)) {
-            self.close(&mut lane, outcome);
-        }
-        // What goes to others is sent.
-        Ok(away.into_values().next().filter(|_| lanes.is_empty()))
+        self.courier.resolve(topics, patience).await
     }
 
     /// Sends what was never refused, of each key one after another. What was on its way when
     /// one was refused is suspect.
-    async fn send_many(
-        &mut self,
-        lanes: &mut [Lane],
-        outcome: &mut Outcome,
-    ) -> Result<Option<String>> {
+    async fn send_together(&mut self, lanes: &mut [Lane], tried: &mut Tried) -> Result<Together> {
+        let began = Instant::now();
         let mut on_their_way: HashMap<u64, usize> = HashMap::new();
         let mut sequence = 0;
-        let mut has_failed = false;
+        // By which code first, and whether the brokers refused one.
+        let mut failed: Option<RDKafkaErrorCode> = None;
+        let mut is_refused = false;
         let mut ready: Vec<usize> = (0..lanes.len())
             .filter(|number| !lanes[*number].is_suspect)
             .collect();
@@ -154,8 +220,9 @@ impl Sender {
                 let Some(taken) = lanes[number].rows.front() else {
                     continue;
                 };
-                if has_failed || taken.attempts > 0 {
-                    lanes[number].is_suspect |= taken.attempts > 0;
+                lanes[number].is_suspect |= taken.attempts > 0;
+                let is_late = began.elapsed() > TRY_MAX;
+                if failed.is_some() || is_late || lanes[number].is_suspect {
                     continue;
                 }
                 match self.courier.hand_over(taken, sequence) {
@@ -166,15 +233,9 @@ impl Sender {
                     Err(Sent::Away(why)) => {
                         // It may have been refused one of those that are on their way.
                         self.courier.forget();
-                        return Ok(Some(why));
+                        return Ok(Together::Away(why));
                     }
-                    Err(sent) => {
-                        let taken = lanes[number].rows.pop_front();
-                        self.close(&mut lanes[number], outcome);
-                        if let Some(taken) = taken {
-                            self.settle(taken, sent, outcome);
-                        }
-                    }
+                    Err(sent) => self.stop(&mut lanes[number], sent, tried),
                 }
             }
             if on_their_way.is_empty() {
@@ -183,77 +244,90 @@ impl Sender {
             let Some(reports) = self.courier.reports().await? else {
                 let lost = on_their_way.len();
                 self.courier.forget();
-                return Ok(Some(format!("{lost} deliveries are not acknowledged")));
+                return Ok(Together::Away(format!(
+                    "{lost} deliveries are not acknowledged"
+                )));
             };
             for report in reports {
                 let Some(number) = on_their_way.remove(&report.sequence) else {
                     continue;
                 };
                 let lane = &mut lanes[number];
-                if report.error.is_some() {
+                if let Some(code) = report.error {
                     lane.is_suspect = true;
-                    if !std::mem::replace(&mut has_failed, true) {
+                    is_refused |= matches!(verdict(code), Verdict::Row | Verdict::Topic);
+                    if failed.is_none() {
+                        failed = Some(code);
                         self.courier.purge();
                     }
                 } else if let Some(taken) = lane.rows.pop_front() {
-                    self.settle(taken, Sent::Delivered, outcome);
+                    self.settle(taken, Sent::Delivered, tried);
                     ready.push(number);
                 }
             }
         }
-        if has_failed {
-            self.courier.renew()?;
-        }
-        Ok(None)
+        let Some(code) = failed else {
+            return Ok(Together::Passed);
+        };
+        self.courier.renew()?;
+        Ok(match is_refused {
+            true => Together::Refused,
+            false => Together::Away(explain(code)),
+        })
     }
 
     /// Sends the first of each suspect key, with nothing else on its way.
     async fn send_alone(
         &mut self,
         lanes: &mut [Lane],
-        outcome: &mut Outcome,
+        began: Instant,
+        tried: &mut Tried,
     ) -> Result<Option<String>> {
         for lane in lanes.iter_mut().filter(|lane| lane.is_suspect) {
             let Some(taken) = lane.rows.front() else {
                 continue;
             };
-            let sent = self.courier.send_alone(taken).await?;
-            if let Sent::Away(why) = sent {
-                return Ok(Some(why));
+            if began.elapsed() > TRY_MAX {
+                break;
             }
-            if let Some(taken) = lane.rows.pop_front() {
-                self.settle(taken, sent, outcome);
+            match self.courier.send_alone(taken).await? {
+                Sent::Away(why) => return Ok(Some(why)),
+                // Those behind it have their turn with the next look, if it is theirs.
+                sent => self.stop(lane, sent, tried),
             }
-            // Those behind it have their turn with the next look, if it is theirs.
-            self.close(lane, outcome);
         }
         Ok(None)
     }
 
-    /// What is left of a lane is not tried.
-    fn close(&self, lane: &mut Lane, outcome: &mut Outcome) {
-        let waiting = lane.rows.drain(..);
-        let waiting = waiting.filter(|taken| taken.status == Status::Waiting);
-        outcome.untried.extend(waiting.map(|taken| taken.id));
+    /// Of a lane the first was tried, and the others are not.
+    fn stop(&mut self, lane: &mut Lane, sent: Sent, tried: &mut Tried) {
+        if let Some(taken) = lane.rows.pop_front() {
+            self.settle(taken, sent, tried);
+        }
+        let rest = lane.rows.drain(..).map(|taken| taken.id);
+        tried.outcome.untried.extend(rest);
     }
 
     /// Says what is to be stored of a row.
-    fn settle(&mut self, taken: Taken, sent: Sent, outcome: &mut Outcome) {
+    fn settle(&mut self, taken: Taken, sent: Sent, tried: &mut Tried) {
         let name = name_of(&taken);
+        let outcome = &mut tried.outcome;
         match sent {
             Sent::Delivered => {
-                if let Some(name) = &taken.topic {
-                    if self.shared.with(|holds| holds.has_too_large(name))
+                if let Some(topic) = &taken.topic {
+                    if self.shared.with(|holds| holds.has_too_large(topic))
                         && let Ok(record) = self.courier.record(&taken)
                     {
                         let size = record.size();
-                        self.shared.change(|holds| holds.passed(name, size));
+                        self.shared.change(|holds| holds.passed(topic, size));
                     }
-                    self.topics.delivered(name);
-                    self.metrics.topic(name).events.inc();
+                    self.metrics.topic(topic).events.inc();
+                    tried.delivered.insert(topic.clone());
                 }
                 self.metrics.parked.sent.inc();
-                self.remember(&taken);
+                if self.marker.is_some() {
+                    tried.to_mark.extend(self.courier.identity(&taken));
+                }
                 if taken.attempts > 0 {
                     info!(
                         "event {} was sent after {} attempts in vain",
@@ -277,7 +351,6 @@ impl Sender {
                          `postbox parked show {id}` shows it: {why}"
                     );
                     self.metrics.parked.dead_letters.inc();
-                    self.owes_letters |= owes_letter;
                     outcome.keys.extend(name);
                 } else {
                     let seconds = backoff.as_secs_f32();
@@ -297,28 +370,48 @@ impl Sender {
                     owes_letter,
                 });
             }
+            Sent::TopicRefused(..) if taken.status == Status::Scheduled => tried.join(taken),
             Sent::TopicRefused(topic, why) => {
-                self.topics.refused(&topic);
                 if !outcome.topics.iter().any(|(held, _)| *held == topic) {
                     debug!(topic, "its events wait until the brokers take them: {why}");
                     outcome.topics.push((topic.clone(), why.clone()));
                     self.shared.hold_topic(topic.clone(), why);
                 }
-                match taken.status {
-                    Status::Scheduled => outcome.joining.push((taken.id, taken.topic, taken.key)),
-                    _ => {
-                        // Its route may be another by now: the next of its queue has its turn.
-                        outcome.keys.extend(name);
-                        outcome.awaiting.push((taken.id, topic));
-                    }
-                }
+                // Its route may be another by now: the next of its queue has its turn.
+                outcome.keys.extend(name);
+                outcome.awaiting.push((taken.id, topic));
             }
             Sent::Early(time) => {
                 outcome.early.push((taken.id, time));
                 outcome.keys.extend(name);
             }
-            Sent::Away(_) if taken.status == Status::Waiting => outcome.untried.push(taken.id),
-            Sent::Away(_) => {}
+            Sent::Away(_) => outcome.untried.push(taken.id),
         }
     }
+}
+
+impl Tried {
+    /// A scheduled event joins the queue of its key, as one that was never refused.
+    fn join(&mut self, taken: Taken) {
+        let joining = &mut self.outcome.joining;
+        joining.push((taken.id, taken.topic, taken.key));
+    }
+
+    fn is_away_because(&mut self, why: &str) {
+        debug!(why, "parked events wait for the brokers");
+        self.is_away = true;
+    }
+}
+
+/// What is left of a lane of scheduled events joins the queue of its key.
+fn join(lane: Lane, tried: &mut Tried) {
+    for taken in lane.rows {
+        tried.join(taken);
+    }
+}
+
+/// What is left of a lane is not tried.
+fn leave(lane: Lane, tried: &mut Tried) {
+    let rest = lane.rows.into_iter().map(|taken| taken.id);
+    tried.outcome.untried.extend(rest);
 }

@@ -7,9 +7,10 @@ use tokio::time::Instant;
 use tracing::{error, warn};
 
 use super::Attempt;
+use crate::envelope::Address;
 use crate::error::{Error, ErrorKind, Result};
 use crate::publisher::{Fit, Topic, UNKNOWN_MAX};
-use crate::relay::parking::{Address, Reason};
+use crate::relay::parking::Reason;
 use crate::relay::window::Stop;
 use crate::source::{Row, Source, Unreadable};
 
@@ -157,7 +158,7 @@ impl Attempt<'_> {
             return Err(Error::new(ErrorKind::Unexpected, message));
         };
         let is_decided = matches!(reason, Reason::Decided);
-        let Some(new) = parking.row(&self.source, row, address, reason) else {
+        let Some(new) = parking.row((&self.source, &self.encoder), row, address, reason) else {
             return Err(poison(&self.source, row, "its columns are not known"));
         };
         if !is_decided {

@@ -74,6 +74,26 @@ async fn a_relay_that_has_parked_as_much_as_may_be_stops_and_loses_nothing() {
 }
 
 /// Whatever it is that makes no event of it.
+/// Its topic is known by the route, though there will never be a record.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_row_that_is_no_event_holds_its_key() {
+    let fixture = Fixture::new().await;
+    let relay = Relay::streaming(&fixture, &["--retry-backoff-min", "1h"]).await;
+    let insert = "INSERT INTO postbox.outbox (aggregate_type, aggregate_id, event_type, created_at) \
+                  VALUES ($1, 'a', 'changed', 'infinity')";
+    fixture
+        .client
+        .execute(insert, &[&fixture.topic])
+        .await
+        .unwrap();
+    fixture.insert("a", "{}").await;
+    fixture.insert("b", "{}").await;
+    fixture.wait_for_confirmation().await;
+    assert_eq!(parked(&fixture).await, ["waiting a 1", "waiting a 0"]);
+    assert_eq!(fixture.keys().await, ["b"]);
+    relay.drain().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_row_that_is_no_event_is_parked_as_it_is() {
     let fixture = Fixture::new().await;

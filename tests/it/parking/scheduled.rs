@@ -2,8 +2,11 @@
 
 use std::time::Duration;
 
-use super::{SOON, wait_for_parked};
-use crate::support::{Fixture, Relay, wait_until};
+use super::refused::raise_limit;
+use super::topics::create;
+use super::{SOON, parked, wait_for_parked};
+use crate::poison::{create_topic, incompressible};
+use crate::support::{Fixture, Relay, connect, wait_until};
 
 async fn schedule(fixture: &Fixture, key: &str, payload: &str, delay: &str) -> String {
     let sql = "SELECT postbox.emit($1, $2, 'changed', $3::text::json, scheduled_at => clock_timestamp() + $4::text::interval)::text";
@@ -29,6 +32,66 @@ async fn a_scheduled_event_goes_out_in_its_time_and_holds_nobody() {
     // That the test itself looks takes its time, too.
     assert!((0.0..3.0).contains(&late), "{late}");
     wait_for_parked(&fixture, &[]).await;
+    relay.drain().await;
+}
+
+/// Whatever is tried again, and however long that takes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_scheduled_event_does_not_wait_for_those_that_are_tried_again() {
+    let fixture = Fixture::new().await;
+    create_topic(&fixture, "2000").await;
+    let relay = Relay::streaming(&fixture, &SOON).await;
+    fixture.insert("a", &incompressible(5000)).await;
+    fixture.wait_for_confirmation().await;
+    // Somebody takes his time to decide about it.
+    let mut deciding = connect(&fixture.database_url).await;
+    let deciding = deciding.transaction().await.unwrap();
+    let lock = "SELECT FROM postbox.parked FOR UPDATE";
+    assert_eq!(deciding.query(lock, &[]).await.unwrap().len(), 1);
+    let waits = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND application_name LIKE 'postbox % parked'";
+    wait_until("its queue waits", async || {
+        !fixture.client.query(waits, &[]).await.unwrap().is_empty()
+    })
+    .await;
+    schedule(&fixture, "b", "1", "1 s").await;
+    wait_until("it is sent", async || fixture.keys().await == ["b"]).await;
+    deciding.rollback().await.unwrap();
+    relay.drain().await;
+}
+
+/// An event whose topic there is not yet, and one that joins another of its key, leave the
+/// schedule and wait as any other would.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_scheduled_event_that_cannot_go_out_in_its_time_joins_the_queue_of_its_key() {
+    let mut fixture = Fixture::with_servers(&[], &["auto.create.topics.enable=false"]).await;
+    let there = fixture.topic.clone();
+    create_topic(&fixture, "2000").await;
+    let missing = format!("{there}-missing");
+    let flags = [&SOON[..], &["--max-attempts", "1000"]].concat();
+    let relay = Relay::streaming(&fixture, &flags).await;
+    fixture.insert("a", &incompressible(5000)).await;
+    schedule(&fixture, "a", "1", "1 s").await;
+    schedule(&fixture, "b", "1", "1 s").await;
+    schedule(&fixture, "c", &incompressible(5000), "1 s").await;
+    fixture.topic.clone_from(&missing);
+    for key in ["a", "b", "c"] {
+        schedule(&fixture, key, "1", "1 s").await;
+    }
+    fixture.topic.clone_from(&there);
+    wait_until("all but one wait for their topic, or another", async || {
+        let parked = parked(&fixture).await;
+        parked.len() == 6 && parked.iter().all(|line| line.starts_with("waiting"))
+    })
+    .await;
+    assert_eq!(fixture.keys().await, ["b"]);
+    raise_limit(&fixture).await;
+    create(&fixture, &missing).await;
+    wait_for_parked(&fixture, &[]).await;
+    wait_until("all are sent", async || fixture.keys().await.len() == 4).await;
+    let keys = fixture.keys().await;
+    assert_eq!(keys.iter().filter(|key| *key == "a").count(), 2, "{keys:?}");
+    fixture.topic.clone_from(&missing);
+    assert_eq!(fixture.keys().await, ["a", "b", "c"]);
     relay.drain().await;
 }
 

@@ -6,7 +6,7 @@ use super::{SOON, parked, wait_for_parked};
 use crate::poison::admin;
 use crate::support::{Fixture, Relay, wait_until};
 
-async fn create(fixture: &Fixture, name: &str) {
+pub(super) async fn create(fixture: &Fixture, name: &str) {
     let topic = NewTopic::new(name, 1, TopicReplication::Fixed(1));
     let created = admin(fixture)
         .create_topics(&[topic], &AdminOptions::new())

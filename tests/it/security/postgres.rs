@@ -79,7 +79,12 @@ async fn a_stream_trusts_no_more_than_a_session() {
     ] {
         other.present(&identity).await;
         let (first, second) = (&postgres.fixture, &other.fixture);
-        proxy.pass_on_in_turn(&[&first.postgres_address(), &second.postgres_address()]);
+        let (trusted, stranger) = (first.postgres_address(), second.postgres_address());
+        // The stream is the last: after the control session, one that looks for partitions,
+        // and three on the parked events.
+        let mut in_turn = vec![&*trusted; 5];
+        in_turn.push(&stranger);
+        proxy.pass_on_in_turn(&in_turn);
         let expected = [
             "stream from slot",
             "the server's certificate is not trusted",
