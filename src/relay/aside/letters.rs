@@ -17,8 +17,37 @@ use crate::error::Result;
 use crate::parked::Taken;
 use crate::parked::row::StoredRow;
 
-/// How long not to try again, as others wait meanwhile.
-const LETTERS_PAUSE: Duration = Duration::from_secs(30);
+/// How soon to try again, as others wait meanwhile; each further time after twice as long.
+const PAUSE_MIN: Duration = Duration::from_secs(1);
+const PAUSE_MAX: Duration = Duration::from_secs(60);
+
+/// What is known of what is owed.
+pub(super) struct Letters {
+    may_be_owed: bool,
+    /// Not before this.
+    at: Option<Instant>,
+    pause: Duration,
+}
+
+impl Letters {
+    /// Some may be owed since before.
+    pub(super) fn new() -> Self {
+        Self {
+            may_be_owed: true,
+            at: None,
+            pause: PAUSE_MIN,
+        }
+    }
+
+    /// Some may be owed.
+    pub(super) fn look(&mut self) {
+        self.may_be_owed = true;
+    }
+
+    fn may_write(&mut self) -> bool {
+        self.at.is_none_or(|at| at <= Instant::now()) && std::mem::take(&mut self.may_be_owed)
+    }
+}
 
 impl Queue {
     /// Sends what is owed, unless its topic was refused a moment ago.
@@ -26,8 +55,7 @@ impl Queue {
         let Some(topic) = self.sender.settings.dead_letter_topic.clone() else {
             return Ok(());
         };
-        let may_write = self.letters_at.is_none_or(|at| at <= Instant::now());
-        if !may_write || !std::mem::take(&mut self.owes_letters) {
+        if !self.letters.may_write() {
             return Ok(());
         }
         let letters = self.sender.store.letters().await?;
@@ -35,7 +63,7 @@ impl Queue {
             return Ok(());
         }
         // There may be more.
-        self.owes_letters = true;
+        self.letters.look();
         let mut waits_for = self.sender.courier.why_unknown(&topic).await?;
         let mut sent = Vec::new();
         for taken in letters {
@@ -56,10 +84,14 @@ impl Queue {
             sent.push(taken.id);
         }
         self.sender.store.sent_letters(&sent).await?;
-        self.letters_at = None;
-        if let Some(why) = &waits_for {
-            warn!("copies of dead letters wait for their topic: {why}");
-            self.letters_at = Some(Instant::now() + LETTERS_PAUSE);
+        let letters = &mut self.letters;
+        match &waits_for {
+            None => *letters = Letters::new(),
+            Some(why) => {
+                warn!("copies of dead letters wait for their topic: {why}");
+                letters.at = Some(Instant::now() + letters.pause);
+                letters.pause = (letters.pause * 2).min(PAUSE_MAX);
+            }
         }
         Ok(())
     }

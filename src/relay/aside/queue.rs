@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::letters::Letters;
 use super::topics::Topics;
 use super::{AWAY_PAUSE, Sender, UNSETTLED_PAUSE};
 use crate::error::Result;
@@ -30,10 +31,7 @@ pub(super) struct Queue {
     pub(super) topics: Topics,
     refreshed_at: Option<Instant>,
     counted_at: Option<Instant>,
-    /// Whether copies of dead letters may have to be sent.
-    pub(super) owes_letters: bool,
-    /// Not before this.
-    pub(super) letters_at: Option<Instant>,
+    pub(super) letters: Letters,
 }
 
 impl Queue {
@@ -43,8 +41,7 @@ impl Queue {
             topics: Topics::default(),
             refreshed_at: None,
             counted_at: None,
-            owes_letters: true,
-            letters_at: None,
+            letters: Letters::new(),
         }
     }
 
@@ -99,7 +96,9 @@ impl Queue {
         if !outcome.early.is_empty() {
             sender.shared.wake_schedule.notify_one();
         }
-        self.owes_letters |= outcome.refused.iter().any(|refused| refused.owes_letter);
+        if outcome.refused.iter().any(|refused| refused.owes_letter) {
+            self.letters.look();
+        }
         self.topics.tried(&tried);
         self.free_topics().await?;
         Ok(Some(tried.is_away))
@@ -116,11 +115,10 @@ impl Queue {
         let Sender {
             store,
             shared,
-            settings,
             metrics,
             ..
         } = &self.sender;
-        self.owes_letters = settings.dead_letter_topic.is_some();
+        self.letters.look();
         let has_decided = shared.with(|holds| holds.has_decided());
         let held = store.held(has_decided).await?;
         if self
