@@ -137,11 +137,13 @@ async fn restamp(
     ];
     let rows: i64 = transaction.query_typed_one(&sql, &parameters).await?.get(0);
     // What waits is behind a relay like its row in the outbox, of which it is a copy; positions
-    // in the WAL mean nothing here.
+    // in the WAL mean nothing here. Joined, as no index of the outbox is by text.
     let sql = contract.sql(
-        "UPDATE :\"schema\".parked AS p SET commit_lsn = NULL, xid = coalesce( \
-             (SELECT max(o.xid) FROM :\"schema\".outbox AS o WHERE o.id::text = p.id), '3') \
-         WHERE p.relay = :'slot'",
+        "UPDATE :\"schema\".parked AS p SET commit_lsn = NULL, xid = coalesce(f.xid, '3') \
+         FROM (SELECT w.id, max(o.xid) AS xid \
+               FROM :\"schema\".parked AS w LEFT JOIN :\"schema\".outbox AS o ON o.id::text = w.id \
+               WHERE w.relay = :'slot' GROUP BY w.id) AS f \
+         WHERE p.relay = :'slot' AND p.id = f.id",
     );
     transaction.batch_execute(&sql).await?;
     let snapshot = without(now, own);
