@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-matrix campaign trials fuzz bench bench-soak bench-compare bench-poll bench-claim bench-cleanup bench-micro bench-report lint
+.PHONY: help demo test test-matrix campaign trials fuzz bench bench-soak bench-compare bench-poll bench-claim bench-cleanup bench-schedule bench-micro bench-report lint
 
 VERSIONS ?= 14 15 16 17 18
 # Tests wait for servers a third of the time.
@@ -76,6 +76,9 @@ bench-claim: ## Measure postbox beside omni-box, on omni-box's table: TRIALS, RO
 
 bench-cleanup: ## Measure what removing old rows costs writers and the relay: TRIALS, and ROWS that are old, by default ten million.
 	@$(measure) clean --runs $(call runs,cleanup) $(if $(TRIALS),--trials $(TRIALS)) $(if $(ROWS),--old $(ROWS))
+
+bench-schedule: ## Measure how late scheduled events are, and what ROWS of them that wait cost, by default a million: TRIALS.
+	@$(measure) schedule --runs $(call runs,schedule) $(if $(TRIALS),--trials $(TRIALS)) $(if $(ROWS),--scheduled $(ROWS))
 
 bench-micro: ## Measure what an event costs in the pure parts of its way.
 	@dev/bootstrap build

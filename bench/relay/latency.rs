@@ -106,7 +106,13 @@ fn load(rate: usize) -> String {
     format!("{rate} events/s")
 }
 
-fn set_latencies(run: &mut Run, rate: usize, sent: &[Instant], arrived: &[Option<Instant>]) {
+/// `sent` is from when on it counts.
+pub(crate) fn set_latencies(
+    run: &mut Run,
+    rate: usize,
+    sent: &[Instant],
+    arrived: &[Option<Instant>],
+) {
     let warm_up = rate * WARM_UP.as_secs() as usize;
     let mut latencies: Vec<f64> = sent
         .iter()

@@ -24,6 +24,7 @@ mod report;
 mod rest;
 mod rig;
 mod runs;
+mod schedule;
 mod soak;
 
 use std::path::{Path, PathBuf};
@@ -79,6 +80,14 @@ enum Command {
         /// Old rows, of which each trial takes some millions.
         #[arg(long, default_value_t = 10_000_000)]
         old: i64,
+    },
+    /// postbox with scheduled events, few and very many.
+    Schedule {
+        #[command(flatten)]
+        options: Options,
+        /// Events that wait for next month.
+        #[arg(long, default_value_t = 1_000_000)]
+        scheduled: i64,
     },
     /// postbox at half of what this machine can write and carry.
     Soak {
@@ -146,6 +155,9 @@ fn main() {
             }
             Command::Clean { options, old } => {
                 clean::run(&options.runs, options.trials, old).await;
+            }
+            Command::Schedule { options, scheduled } => {
+                schedule::run(&options.runs, options.trials, scheduled).await;
             }
             Command::Soak { runs, minutes } => soak(&runs, minutes).await,
             Command::Report { files } => report::print(&files),
