@@ -1,8 +1,14 @@
 //! Events that cannot go out, or must not yet: what they hold up, and what becomes of them.
 
+mod away;
 mod crash;
+mod decided;
+mod divided;
+mod letters;
 mod policies;
+mod queue;
 mod refused;
+mod restart;
 mod scheduled;
 mod topics;
 

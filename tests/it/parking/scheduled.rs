@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::{SOON, wait_for_parked};
 use crate::support::{Fixture, Relay, wait_until};
 
-async fn schedule(fixture: &Fixture, key: &str, payload: &str, delay: &str) -> String {
+pub(super) async fn schedule(fixture: &Fixture, key: &str, payload: &str, delay: &str) -> String {
     let sql = "SELECT postbox.emit($1, $2, 'changed', $3::text::json, scheduled_at => clock_timestamp() + $4::text::interval)::text";
     let row = fixture
         .client
