@@ -7,7 +7,7 @@ use postbox::parked::decisions::{Decision, decide};
 use tokio_postgres::Client;
 
 use super::queue::{Row, states};
-use crate::support::{Fixture, Output, PATIENCE, connect};
+use crate::support::{Fixture, Output, PATIENCE, connect, run};
 
 async fn insert(fixture: &Fixture, row: Row<'_>) {
     row.insert(&fixture.client, &fixture.contract).await;
@@ -34,7 +34,6 @@ fn skip(fixture: &Fixture, flags: &[&str]) -> Output {
     fixture.parked(&[&["skip", "--reason", "too old"], flags].concat())
 }
 
-/// One key's queue, a command, and what becomes of each.
 /// A dead event, one that the relay is sending just now, and one behind it.
 async fn insert_one_being_sent(fixture: &Fixture) {
     insert(fixture, Row::new("a", "dead")).await;
@@ -49,6 +48,7 @@ async fn insert_one_being_sent(fixture: &Fixture) {
     insert(fixture, Row::new("c", "waiting")).await;
 }
 
+/// One key's queue, a command, and what becomes of each.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_key_keeps_its_order_wherever_the_decision_falls() {
     let fixture = Fixture::new().await;
@@ -596,4 +596,26 @@ async fn an_operator_can_look_and_decide_and_nothing_else() {
         let code = refused.code().unwrap().code();
         assert_eq!(code, "42501", "{statement}");
     }
+}
+
+/// Of two that wait for each other, Postgres ends one: here it is the decision.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_decision_that_the_relay_locks_out_is_taken_after_it() {
+    let fixture = Fixture::new().await;
+    fixture.end_others_at_deadlocks().await;
+    for id in ["a", "b"] {
+        insert(&fixture, Row::new(id, "dead").key(id)).await;
+    }
+    let relay = connect(&fixture.database_url).await;
+    let lock = |id: &str| format!("SELECT FROM postbox.parked WHERE id = '{id}' FOR UPDATE");
+    let begin = format!("SET deadlock_timeout = '10min'; BEGIN; {}", lock("b"));
+    relay.batch_execute(&begin).await.unwrap();
+    let mut retry = fixture.parked_command(&["retry", "--all"]);
+    let retry = tokio::task::spawn_blocking(move || run(&mut retry));
+    fixture.wait_for_lock().await;
+    relay.batch_execute(&lock("a")).await.unwrap();
+    relay.batch_execute("COMMIT").await.unwrap();
+    retry.await.unwrap().results();
+    let expected = ["a waiting due", "b waiting due"];
+    assert_eq!(states(&fixture.client, &fixture.contract).await, expected);
 }

@@ -2,24 +2,9 @@
 
 use std::time::Duration;
 
-use rdkafka::admin::{AdminOptions, AlterConfig, ResourceSpecifier};
-
-use crate::poison::{admin, create_topic, incompressible};
+use crate::parking::{LARGE, RARELY, SMALL, ids, limit, sent};
+use crate::poison::{create_topic, incompressible};
 use crate::support::{Fixture, Relay, wait_until};
-
-const SMALL: &str = "2000";
-
-/// Nothing is tried twice by itself.
-const RARELY: [&str; 4] = ["--retry-backoff-min", "1h", "--retry-backoff-max", "1h"];
-
-async fn raise_limit(fixture: &Fixture) {
-    let raise = AlterConfig::new(ResourceSpecifier::Topic(&fixture.topic))
-        .set("max.message.bytes", "1000000");
-    let altered = admin(fixture)
-        .alter_configs(&[raise], &AdminOptions::new())
-        .await;
-    altered.unwrap().remove(0).unwrap();
-}
 
 async fn parked(fixture: &Fixture) -> Vec<String> {
     let sql = "SELECT concat_ws(' ', status, attempts, CASE WHEN due_at = 'infinity' THEN 'behind' END) \
@@ -31,18 +16,6 @@ async fn parked(fixture: &Fixture) -> Vec<String> {
 async fn wait_for(fixture: &Fixture, lines: &[&str]) {
     let what = format!("parked: {lines:?}");
     wait_until(&what, async || parked(fixture).await == lines).await;
-}
-
-/// The ids of the key's events, in order.
-async fn ids(fixture: &Fixture) -> Vec<String> {
-    let sql = "SELECT id::text FROM postbox.outbox ORDER BY seq";
-    let rows = fixture.client.query(sql, &[]).await.unwrap();
-    rows.iter().map(|row| row.get(0)).collect()
-}
-
-async fn sent(fixture: &Fixture) -> Vec<String> {
-    let records = fixture.records().await;
-    records.iter().map(|record| record.id.to_string()).collect()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -85,7 +58,7 @@ async fn a_relay_does_as_was_decided_and_a_crash_forgets_nothing() {
     assert_eq!(parked(&fixture).await, before);
 
     // The topic takes them now, the second too after all: each in its place.
-    raise_limit(&fixture).await;
+    limit(&fixture, LARGE).await;
     fixture.parked(&["retry", &ids[3], &ids[1]]).results();
     wait_for(&fixture, &[]).await;
     relay.drain().await;

@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use postbox::oracle::Load;
-use rdkafka::admin::{AdminOptions, AlterConfig, ResourceSpecifier};
 
-use crate::poison::{admin, create_topic};
+use super::{LARGE, SMALL, limit};
+use crate::poison::create_topic;
 use crate::support::{Fixture, Relay, wait_until};
 
 /// So often tried that what is too large for a while is not given up, and what can never go
@@ -36,15 +36,6 @@ fn load(fixture: &Fixture) -> Load {
     }
 }
 
-async fn limit(fixture: &Fixture, bytes: &str) {
-    let limit =
-        AlterConfig::new(ResourceSpecifier::Topic(&fixture.topic)).set("max.message.bytes", bytes);
-    let altered = admin(fixture)
-        .alter_configs(&[limit], &AdminOptions::new())
-        .await;
-    altered.unwrap().remove(0).unwrap();
-}
-
 /// Waits until nothing is left that a relay could send.
 async fn wait_until_done(fixture: &Fixture) {
     let sql = "SELECT count(*) FROM postbox.parked WHERE status IN ('scheduled', 'waiting')";
@@ -62,18 +53,18 @@ async fn assert_loses_nothing(
     next: impl AsyncFn(usize) -> Relay,
     rounds: usize,
 ) {
-    create_topic(fixture, "2000").await;
+    create_topic(fixture, SMALL).await;
     let writers = fixture.writers(load(fixture));
     for round in 0..rounds {
         let mut relay = next(round).await;
-        limit(fixture, ["2000", "1000000"][round % 2]).await;
+        limit(fixture, [SMALL, LARGE][round % 2]).await;
         tokio::time::sleep(Duration::from_millis(900)).await;
         if relay.is_running() {
             relay.kill();
         }
     }
     writers.stop().await.unwrap();
-    limit(fixture, "1000000").await;
+    limit(fixture, LARGE).await;
     let relay = next(rounds).await;
     let sql = "SELECT count(*) FROM postbox_oracle.ledger";
     let committed: i64 = fixture.client.query_one(sql, &[]).await.unwrap().get(0);

@@ -1,17 +1,56 @@
 //! Events that cannot go out, or must not yet: what they hold up, and what becomes of them.
 
+mod away;
 mod crash;
+mod decided;
+mod divided;
+mod letters;
 mod policies;
+mod queue;
 mod refused;
+mod restart;
 mod scheduled;
 mod topics;
 
 use std::time::{Duration, Instant};
 
+use rdkafka::admin::{AdminOptions, AlterConfig, ResourceSpecifier};
+
+use crate::poison::admin;
 use crate::support::{Fixture, PATIENCE};
 
 /// Tried again soon.
 pub(crate) const SOON: [&str; 4] = ["--retry-backoff-min", "10ms", "--retry-backoff-max", "50ms"];
+
+/// Nothing is tried twice by itself.
+pub(crate) const RARELY: [&str; 4] = ["--retry-backoff-min", "1h", "--retry-backoff-max", "1h"];
+
+/// The limit of a topic that takes small events alone, and of one that takes all.
+pub(crate) const SMALL: &str = "2000";
+pub(crate) const LARGE: &str = "1000000";
+
+/// From now on the test's topic takes batches of so many bytes.
+pub(crate) async fn limit(fixture: &Fixture, bytes: &str) {
+    let limit =
+        AlterConfig::new(ResourceSpecifier::Topic(&fixture.topic)).set("max.message.bytes", bytes);
+    let altered = admin(fixture)
+        .alter_configs(&[limit], &AdminOptions::new())
+        .await;
+    altered.unwrap().remove(0).unwrap();
+}
+
+/// The ids of all events, in the order in which they were inserted.
+pub(crate) async fn ids(fixture: &Fixture) -> Vec<String> {
+    let sql = "SELECT id::text FROM postbox.outbox ORDER BY seq";
+    let rows = fixture.client.query(sql, &[]).await.unwrap();
+    rows.iter().map(|row| row.get(0)).collect()
+}
+
+/// The ids of what was sent, in that order.
+pub(crate) async fn sent(fixture: &Fixture) -> Vec<String> {
+    let records = fixture.records().await;
+    records.iter().map(|record| record.id.to_string()).collect()
+}
 
 /// What the table of parked events says, one line a row, in the order of their numbers.
 pub(crate) async fn parked(fixture: &Fixture) -> Vec<String> {

@@ -4,7 +4,7 @@ use super::{SOON, parked, wait_for_parked};
 use crate::poison::create_topic;
 use crate::support::{Fixture, Relay, wait_until};
 
-const UNROUTABLE: &str = "INSERT INTO postbox.outbox (aggregate_type, aggregate_id, event_type, payload, topic) \
+pub(super) const UNROUTABLE: &str = "INSERT INTO postbox.outbox (aggregate_type, aggregate_id, event_type, payload, topic) \
                           VALUES ('order', 'a', 'changed', '{\"n\": 1}', 'no topic''s name')";
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -2,23 +2,11 @@
 
 use std::time::Duration;
 
-use rdkafka::admin::{AdminOptions, AlterConfig, ResourceSpecifier};
-
-use super::{SOON, parked, wait_for_parked};
-use crate::poison::{admin, create_topic, incompressible};
+use super::{LARGE, SMALL, SOON, limit, parked, wait_for_parked};
+use crate::poison::{create_topic, incompressible};
 use crate::support::{Fixture, Relay, wait_until};
 
-const SMALL: &str = "2000";
 const NOT_COMPRESSED: [&str; 2] = ["-X", "compression.codec=none"];
-
-pub(super) async fn raise_limit(fixture: &Fixture) {
-    let raise = AlterConfig::new(ResourceSpecifier::Topic(&fixture.topic))
-        .set("max.message.bytes", "1000000");
-    let altered = admin(fixture)
-        .alter_configs(&[raise], &AdminOptions::new())
-        .await;
-    altered.unwrap().remove(0).unwrap();
-}
 
 /// Three events of a key of which the second is too large, and some of another.
 async fn insert(fixture: &Fixture) {
@@ -51,7 +39,7 @@ async fn assert_holds_its_key_alone(flags: &[&str]) {
     })
     .await;
     assert_eq!(fixture.keys().await, ["a", "b", "b", "b"]);
-    raise_limit(&fixture).await;
+    limit(&fixture, LARGE).await;
     wait_for_parked(&fixture, &[]).await;
     fixture.insert("a", "4").await;
     fixture.enter_in_ledger().await;

@@ -2,13 +2,12 @@
 
 use std::time::Duration;
 
-use super::refused::raise_limit;
 use super::topics::create;
-use super::{SOON, parked, wait_for_parked};
+use super::{LARGE, SMALL, SOON, limit, parked, wait_for_parked};
 use crate::poison::{create_topic, incompressible};
 use crate::support::{Fixture, Relay, connect, wait_until};
 
-async fn schedule(fixture: &Fixture, key: &str, payload: &str, delay: &str) -> String {
+pub(super) async fn schedule(fixture: &Fixture, key: &str, payload: &str, delay: &str) -> String {
     let sql = "SELECT postbox.emit($1, $2, 'changed', $3::text::json, scheduled_at => clock_timestamp() + $4::text::interval)::text";
     let row = fixture
         .client
@@ -39,7 +38,7 @@ async fn a_scheduled_event_goes_out_in_its_time_and_holds_nobody() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_scheduled_event_does_not_wait_for_those_that_are_tried_again() {
     let fixture = Fixture::new().await;
-    create_topic(&fixture, "2000").await;
+    create_topic(&fixture, SMALL).await;
     let relay = Relay::streaming(&fixture, &SOON).await;
     fixture.insert("a", &incompressible(5000)).await;
     fixture.wait_for_confirmation().await;
@@ -65,7 +64,7 @@ async fn a_scheduled_event_does_not_wait_for_those_that_are_tried_again() {
 async fn a_scheduled_event_that_cannot_go_out_in_its_time_joins_the_queue_of_its_key() {
     let mut fixture = Fixture::with_servers(&[], &["auto.create.topics.enable=false"]).await;
     let there = fixture.topic.clone();
-    create_topic(&fixture, "2000").await;
+    create_topic(&fixture, SMALL).await;
     let missing = format!("{there}-missing");
     let flags = [&SOON[..], &["--max-attempts", "1000"]].concat();
     let relay = Relay::streaming(&fixture, &flags).await;
@@ -84,7 +83,7 @@ async fn a_scheduled_event_that_cannot_go_out_in_its_time_joins_the_queue_of_its
     })
     .await;
     assert_eq!(fixture.keys().await, ["b"]);
-    raise_limit(&fixture).await;
+    limit(&fixture, LARGE).await;
     create(&fixture, &missing).await;
     wait_for_parked(&fixture, &[]).await;
     wait_until("all are sent", async || fixture.keys().await.len() == 4).await;

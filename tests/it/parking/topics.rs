@@ -2,8 +2,8 @@
 
 use rdkafka::admin::{AdminOptions, NewTopic, TopicReplication};
 
-use super::{SOON, parked, wait_for_parked};
-use crate::poison::admin;
+use super::{LARGE, RARELY, SMALL, SOON, limit, parked, wait_for_parked};
+use crate::poison::{admin, create_topic, incompressible};
 use crate::support::{Fixture, Relay, wait_until};
 
 pub(super) async fn create(fixture: &Fixture, name: &str) {
@@ -60,5 +60,31 @@ async fn events_of_a_topic_that_nobody_creates_wait_for_it() {
                  WHERE aggregate_type LIKE '%-missing'";
     fixture.client.batch_execute(enter).await.unwrap();
     let verdict = fixture.verdict().await;
+    assert!(verdict.is_clean(0), "{verdict}");
+}
+
+/// The first that is tried then is refused for itself: that says nothing about the topic.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_topic_that_is_created_takes_others_than_the_one_that_it_cannot() {
+    let fixture = Fixture::with_servers(&[], &["auto.create.topics.enable=false"]).await;
+    let relay = Relay::streaming(&fixture, &RARELY).await;
+    fixture.insert("a", &incompressible(5000)).await;
+    fixture.wait_for_confirmation().await;
+    assert_eq!(parked(&fixture).await, ["waiting a 0"]);
+    create_topic(&fixture, SMALL).await;
+    wait_for_parked(&fixture, &["waiting a 1"]).await;
+    for key in ["b", "a", "c"] {
+        fixture.insert(key, "{}").await;
+    }
+    wait_until("others are sent", async || {
+        fixture.keys().await == ["b", "c"]
+    })
+    .await;
+    wait_for_parked(&fixture, &["waiting a 1", "waiting a 0"]).await;
+    limit(&fixture, LARGE).await;
+    fixture.parked(&["retry", "--all"]).results();
+    wait_for_parked(&fixture, &[]).await;
+    fixture.enter_in_ledger().await;
+    let verdict = fixture.judge(relay).await;
     assert!(verdict.is_clean(0), "{verdict}");
 }

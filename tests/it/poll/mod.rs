@@ -7,7 +7,7 @@ mod lease;
 mod order;
 mod pooler;
 mod setup;
-mod shards;
+pub(crate) mod shards;
 mod trouble;
 
 use std::time::Duration;

@@ -14,7 +14,7 @@ use crate::support::{Fixture, PATIENCE, Relay, SMALL_WINDOW, WINDOW, wait_until}
 
 /// The flags of a relay that shares. Where slices stand is stored each second, also while
 /// nothing comes.
-pub(super) const SHARDS: [&str; 6] = [
+pub(crate) const SHARDS: [&str; 6] = [
     "--mode",
     "poll",
     "--shards",
@@ -24,7 +24,7 @@ pub(super) const SHARDS: [&str; 6] = [
 ];
 
 /// Starts one with these flags besides.
-pub(super) fn start(fixture: &Fixture, flags: &[&str]) -> Relay {
+pub(crate) fn start(fixture: &Fixture, flags: &[&str]) -> Relay {
     Relay::start(fixture, &[&SHARDS, flags].concat())
 }
 
@@ -39,7 +39,7 @@ pub(super) async fn counts(fixture: &Fixture) -> Vec<i64> {
 }
 
 /// Waits until the slices are divided so, and nobody wants another's.
-pub(super) async fn wait_for_division(fixture: &Fixture, expected: &[i64]) {
+pub(crate) async fn wait_for_division(fixture: &Fixture, expected: &[i64]) {
     let sql = "SELECT count(*) FROM postbox.slice WHERE wanted_by IS NOT NULL";
     let what = format!("slices are divided {expected:?}");
     wait_until(&what, async || {
@@ -50,7 +50,7 @@ pub(super) async fn wait_for_division(fixture: &Fixture, expected: &[i64]) {
 }
 
 /// Waits until every slice is stored to be past every row.
-pub(super) async fn wait_for_slices(fixture: &Fixture) {
+pub(crate) async fn wait_for_slices(fixture: &Fixture) {
     let sql = "SELECT count(*) FROM postbox.outbox AS o, postbox.slice AS s \
                WHERE s.second_snapshot IS NOT NULL OR NOT pg_visible_in_snapshot(o.xid, s.snapshot)";
     wait_until("all is stored to be delivered", async || {
@@ -61,7 +61,7 @@ pub(super) async fn wait_for_slices(fixture: &Fixture) {
 }
 
 /// Waits until all is delivered, stops the relays, and asks the oracle.
-pub(super) async fn judge(fixture: &Fixture, relays: impl IntoIterator<Item = Relay>) -> Verdict {
+pub(crate) async fn judge(fixture: &Fixture, relays: impl IntoIterator<Item = Relay>) -> Verdict {
     wait_for_slices(fixture).await;
     for relay in relays {
         relay.drain().await;

@@ -393,6 +393,26 @@ impl Fixture {
         session
     }
 
+    /// Of sessions that begin from now on and wait for each other, the server ends one of
+    /// those that have not said how long to wait before it looks. They have long enough to
+    /// come to that.
+    pub(crate) async fn end_others_at_deadlocks(&self) {
+        let name = &self.name;
+        let patient = format!("ALTER DATABASE {name} SET deadlock_timeout = '10s'");
+        self.client.batch_execute(&patient).await.unwrap();
+    }
+
+    /// Waits until a session waits for a lock.
+    pub(crate) async fn wait_for_lock(&self) {
+        let sql = "SELECT count(*) FROM pg_stat_activity \
+                   WHERE datname = current_database() AND wait_event_type = 'Lock'";
+        wait_until("somebody waits for a lock", async || {
+            let row = self.client.query_one(sql, &[]).await.unwrap();
+            row.get::<_, i64>(0) > 0
+        })
+        .await;
+    }
+
     /// The slot's confirmed position.
     pub(crate) async fn confirmed(&self) -> PgLsn {
         let sql = "SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = $1";

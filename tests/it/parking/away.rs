@@ -1,0 +1,55 @@
+//! Brokers that do not answer while what waits is sent.
+
+use super::{LARGE, RARELY, SMALL, limit, wait_for_parked};
+use crate::poison::{create_topic, incompressible};
+use crate::support::{Fixture, Relay, wait_until};
+
+/// An event of this key waits. The relay is sending it to brokers that are frozen.
+pub(super) async fn send_to_frozen_brokers(fixture: &mut Fixture, key: &str) {
+    limit(fixture, SMALL).await;
+    fixture.insert(key, &incompressible(5000)).await;
+    wait_for_parked(fixture, &[&format!("waiting {key} 1")]).await;
+    fixture.wait_for_confirmation().await;
+    // So that it knows the topic, and need not ask about it.
+    let tried = "SELECT tried_at > decided_at FROM postbox.parked";
+    fixture.parked(&["retry", "--all"]).results();
+    wait_until("it is refused again", async || {
+        fixture.client.query_one(tried, &[]).await.unwrap().get(0)
+    })
+    .await;
+    limit(fixture, LARGE).await;
+    fixture.kafka("pause");
+    fixture.parked(&["retry", "--all"]).results();
+    wait_until("it is being sent", async || {
+        let sql = "SELECT taken_at IS NOT NULL FROM postbox.parked";
+        fixture.client.query_one(sql, &[]).await.unwrap().get(0)
+    })
+    .await;
+}
+
+/// It waits for them no longer than it may take to stop. What was on its way is sent by the
+/// next one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_that_sends_what_waits_to_frozen_brokers_stops_in_time_and_loses_nothing() {
+    let mut fixture = Fixture::with_servers(&[], &[]).await;
+    create_topic(&fixture, SMALL).await;
+    for (timeout, code) in [("1s", 9), ("20s", 0)] {
+        let flags = [&RARELY[..], &["--shutdown-timeout", timeout]].concat();
+        let mut relay = Relay::streaming(&fixture, &flags).await;
+        send_to_frozen_brokers(&mut fixture, "a").await;
+        relay.signal("TERM");
+        assert_eq!(relay.exit_code().await, code, "{}", relay.log());
+        fixture.kafka("resume");
+        wait_for_parked(&fixture, &["waiting a 0"]).await;
+        let relay = Relay::streaming(&fixture, &RARELY).await;
+        wait_for_parked(&fixture, &[]).await;
+        fixture.insert("a", "{}").await;
+        fixture.wait_for_confirmation().await;
+        relay.drain().await;
+    }
+    fixture.enter_in_ledger().await;
+    let verdict = fixture.verdict().await;
+    // What the brokers took when they could.
+    assert!(verdict.is_clean(2), "{verdict}");
+    assert_eq!(verdict.committed, 4);
+}
