@@ -103,7 +103,7 @@ async fn due(rig: &mut Rig, trial: u32) -> Run {
 async fn write(rig: &Rig, topic: &str, (first, last): (i64, i64), ahead: &str) {
     let insert = "INSERT INTO postbox.outbox (aggregate_type, aggregate_id, event_type, payload, scheduled_at) \
                   SELECT $1, 'k' || (i % 1000), 'changed', bench_payload(i)::json, \
-                      now() + $4::text::interval + (i - $2) * $5 * interval '1 second' \
+                      now() + $4::text::interval + (i - $2) * $5::float8 * interval '1 second' \
                   FROM generate_series($2::bigint, $3::bigint) AS i";
     let step = 1.0 / RATE as f64;
     let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 5] =
