@@ -1,8 +1,9 @@
 //! Events that cannot go out, or must not yet: what they hold up, and what becomes of them.
 
+mod between;
 mod crash;
 mod policies;
-mod refused;
+pub(crate) mod refused;
 mod scheduled;
 mod topics;
 

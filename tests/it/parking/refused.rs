@@ -11,7 +11,7 @@ use crate::support::{Fixture, Relay, wait_until};
 const SMALL: &str = "2000";
 const NOT_COMPRESSED: [&str; 2] = ["-X", "compression.codec=none"];
 
-async fn raise_limit(fixture: &Fixture) {
+pub(crate) async fn raise_limit(fixture: &Fixture) {
     let raise = AlterConfig::new(ResourceSpecifier::Topic(&fixture.topic))
         .set("max.message.bytes", "1000000");
     let altered = admin(fixture)
