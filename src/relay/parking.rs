@@ -291,10 +291,7 @@ impl Parking {
         self.shared.change(|holds| {
             holds.pending.count(&row);
             if let (Status::Waiting, Some(topic), Some(key)) = (row.status, &row.topic, &row.key) {
-                let keys = holds.keys.entry(topic.clone()).or_default();
-                let hold = keys.entry(key.clone()).or_default();
-                hold.version += 1;
-                hold.pending += 1;
+                holds.parking(topic.clone(), key.clone());
             }
         });
         self.rows.push_back((sequence, row));
@@ -319,11 +316,7 @@ impl Parking {
             holds.pending.take(&all);
             holds.count.add(&added);
             for (topic, key) in &keys {
-                if let Some(hold) = holds.hold(topic, key) {
-                    hold.pending -= 1;
-                    // The one before it may have left meanwhile.
-                    hold.is_dirty = true;
-                }
+                holds.parked(topic, key);
             }
         });
         if all.scheduled > 0 {
@@ -463,6 +456,22 @@ impl Holds {
         hold.is_dirty = true;
     }
 
+    /// An event of this topic and key waits, and is on its way to the table.
+    fn parking(&mut self, topic: String, key: String) {
+        let hold = self.keys.entry(topic).or_default().entry(key).or_default();
+        hold.version += 1;
+        hold.pending += 1;
+    }
+
+    /// It is in the table.
+    fn parked(&mut self, topic: &str, key: &str) {
+        if let Some(hold) = self.hold(topic, key) {
+            hold.pending -= 1;
+            // The one before it may have left meanwhile.
+            hold.is_dirty = true;
+        }
+    }
+
     /// Somebody may have decided about the events of any key.
     pub(super) fn doubt_all(&mut self) {
         for hold in self.keys.values_mut().flat_map(HashMap::values_mut) {
@@ -584,11 +593,17 @@ mod tests {
     }
 
     #[test]
-    fn a_key_with_a_row_on_its_way_to_the_table_is_not_looked_for() {
+    fn a_key_with_a_row_on_its_way_to_the_table_is_not_looked_for_nor_free() {
         let mut holds = Holds::default();
         let (topic, name) = key();
         holds.hold_key(topic.clone(), name.clone());
-        holds.hold(&topic, &name).unwrap().pending = 1;
+        let looked = holds.dirty();
+        holds.parking(topic.clone(), name.clone());
         assert!(holds.dirty().is_empty());
+        // The table did not have it then.
+        holds.looked_after(looked, &HashSet::new());
+        assert!(holds.has_key(&topic, &name));
+        holds.parked(&topic, &name);
+        assert_eq!(holds.dirty().len(), 1);
     }
 }

@@ -7,6 +7,9 @@ use postbox::oracle::{Load, Verdict};
 
 use crate::claim::claiming;
 use crate::claim::spakky::is_clean_without_keys;
+use crate::parking::SOON;
+use crate::parking::{LARGE, limit};
+use crate::poison::{create_topic, incompressible};
 use crate::setup::slot::{HOLDING_UP, hold_up};
 use crate::support::{
     Fixture, PATIENCE, Relay, SMALL_WINDOW, WINDOW, connect, statement, wait_until,
@@ -130,6 +133,37 @@ async fn rows_that_could_not_be_marked_are_marked_after_all() {
     let verdict = fixture.judge_slot(relay).await;
     assert!(verdict.is_clean(WINDOW), "{verdict}");
     assert_eq!(fixture.rows_that_are("status <> 'completed'").await, 0);
+}
+
+/// A row that waits is not published: it is marked once it is sent, and confirmed before.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_row_that_is_parked_is_marked_when_it_is_sent() {
+    let fixture = Fixture::omni_box().await;
+    fixture.set_up_table(&OMNI_BOX);
+    create_topic(&fixture, "2000").await;
+    let flags = [&MARK[..], &SOON, &["--max-attempts", "1000"]].concat();
+    let relay = Relay::streaming(&fixture, &flags).await;
+    for (key, payload) in [
+        ("a", "1"),
+        ("a", &incompressible(5000)),
+        ("a", "3"),
+        ("b", "1"),
+    ] {
+        fixture.insert(key, payload).await;
+    }
+    fixture.wait_for_confirmation().await;
+    let marked = "status = 'completed'";
+    assert_eq!(fixture.rows_of("box.parked").await, 2);
+    assert_eq!(fixture.rows_that_are(marked).await, 2);
+    assert_eq!(fixture.keys().await, ["a", "b"]);
+    limit(&fixture, LARGE).await;
+    wait_until("nothing waits", async || {
+        fixture.rows_of("box.parked").await == 0
+    })
+    .await;
+    assert_eq!(fixture.rows_that_are(marked).await, 4);
+    relay.drain().await;
+    assert_eq!(fixture.keys().await, ["a", "a", "a", "b"]);
 }
 
 /// Rows that a policy hides are not gone.

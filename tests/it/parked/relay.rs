@@ -18,16 +18,14 @@ async fn wait_for(fixture: &Fixture, lines: &[&str]) {
     wait_until(&what, async || parked(fixture).await == lines).await;
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_relay_does_as_was_decided_and_a_crash_forgets_nothing() {
-    let fixture = Fixture::new().await;
+/// Whatever it reads from.
+async fn assert_does_as_was_decided(fixture: Fixture, start: impl AsyncFn(&Fixture) -> Relay) {
     create_topic(&fixture, SMALL).await;
-    let relay = Relay::streaming(&fixture, &RARELY).await;
+    let relay = start(&fixture).await;
     let large = incompressible(5000);
     for payload in ["1", &large, "3", &large, "5"] {
         fixture.insert("a", payload).await;
     }
-    fixture.wait_for_confirmation().await;
     wait_for(
         &fixture,
         &[
@@ -52,7 +50,7 @@ async fn a_relay_does_as_was_decided_and_a_crash_forgets_nothing() {
     assert_eq!(sent(&fixture).await, [&*ids[0], &ids[2]]);
 
     relay.kill();
-    let relay = Relay::streaming(&fixture, &RARELY).await;
+    let relay = start(&fixture).await;
     tokio::time::sleep(Duration::from_secs(2)).await;
     let before = ["skipped 1 behind", "waiting 1", "waiting 0 behind"];
     assert_eq!(parked(&fixture).await, before);
@@ -66,6 +64,26 @@ async fn a_relay_does_as_was_decided_and_a_crash_forgets_nothing() {
         sent(&fixture).await,
         [&*ids[0], &ids[2], &ids[1], &ids[3], &ids[4]]
     );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_does_as_was_decided_and_a_crash_forgets_nothing() {
+    let start = async |fixture: &Fixture| Relay::streaming(fixture, &RARELY).await;
+    assert_does_as_was_decided(Fixture::new().await, start).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn polling_it_does_as_was_decided_and_a_crash_forgets_nothing() {
+    let fixture = Fixture::empty().await;
+    fixture.set_up_polling().await;
+    // No producer is refused anything, so that nothing is repeated.
+    let flags = ["--mode", "poll", "-X", "compression.codec=none"];
+    let start = async |fixture: &Fixture| {
+        let mut relay = Relay::start(fixture, &[&RARELY[..], &flags].concat());
+        relay.wait_for_log(" INFO polling ").await;
+        relay
+    };
+    assert_does_as_was_decided(fixture, start).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

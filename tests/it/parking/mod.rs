@@ -1,6 +1,7 @@
 //! Events that cannot go out, or must not yet: what they hold up, and what becomes of them.
 
 mod away;
+mod between;
 mod crash;
 mod decided;
 mod divided;

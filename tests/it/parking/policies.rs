@@ -1,7 +1,7 @@
 //! What a user may say about events that cannot go out, and how many may wait.
 
-use super::{SOON, parked, wait_for_parked};
-use crate::poison::create_topic;
+use super::{LARGE, SMALL, SOON, limit, parked, wait_for_parked};
+use crate::poison::{create_topic, incompressible};
 use crate::support::{Fixture, Relay, wait_until};
 
 pub(super) const UNROUTABLE: &str = "INSERT INTO postbox.outbox (aggregate_type, aggregate_id, event_type, payload, topic) \
@@ -10,12 +10,10 @@ pub(super) const UNROUTABLE: &str = "INSERT INTO postbox.outbox (aggregate_type,
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_event_that_is_skipped_is_a_dead_letter_at_once_and_holds_nobody() {
     let fixture = Fixture::new().await;
-    create_topic(&fixture, "2000").await;
+    create_topic(&fixture, SMALL).await;
     let relay = Relay::streaming(&fixture, &["--on-poison", "skip"]).await;
     fixture.client.batch_execute(UNROUTABLE).await.unwrap();
-    fixture
-        .insert("a", &crate::poison::incompressible(5000))
-        .await;
+    fixture.insert("a", &incompressible(5000)).await;
     fixture.insert("a", "{}").await;
     fixture.wait_for_confirmation().await;
     wait_for_parked(&fixture, &["dead a 1", "dead a 1"]).await;
@@ -32,19 +30,48 @@ async fn an_event_that_is_skipped_is_a_dead_letter_at_once_and_holds_nobody() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_decided_holds_when_a_row_is_read_again() {
     let fixture = Fixture::new().await;
-    fixture.client.batch_execute(UNROUTABLE).await.unwrap();
+    create_topic(&fixture, SMALL).await;
+    fixture.insert("a", &incompressible(5000)).await;
     fixture.insert("b", "{}").await;
     // It is parked, and its position never confirmed.
-    let mut command = Relay::command(&fixture, &["--on-poison", "skip"]);
+    let flags = ["--on-poison", "skip", "-X", "compression.codec=none"];
+    let mut command = Relay::command(&fixture, &flags);
     let mut relay = Relay::spawn(command.env("FAILPOINTS", "parked=panic"));
     assert_eq!(relay.exit_code().await, -1, "{}", relay.log());
     assert_eq!(parked(&fixture).await, ["dead a 1"]);
-    // Somebody decides; what would be done about a new one is another thing.
+    // Somebody decides; what would be done about a new one, which could go out by now, is
+    // another thing.
     let skip = "UPDATE postbox.parked SET status = 'skipped', decided_by = 'somebody'";
     fixture.client.batch_execute(skip).await.unwrap();
+    limit(&fixture, LARGE).await;
     let relay = Relay::streaming(&fixture, &SOON).await;
     fixture.wait_for_confirmation().await;
     assert_eq!(parked(&fixture).await, ["skipped a 1"]);
+    relay.drain().await;
+    assert_eq!(fixture.keys().await, ["b"]);
+}
+
+/// No restart reads the first again by then: this is another event.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_id_that_comes_again_long_after_it_was_given_up_is_a_new_event() {
+    let fixture = Fixture::new().await;
+    let relay = Relay::streaming(&fixture, &["--on-poison", "skip"]).await;
+    fixture.client.batch_execute(UNROUTABLE).await.unwrap();
+    fixture.wait_for_confirmation().await;
+    fixture.insert("b", "{}").await;
+    fixture.wait_for_confirmation().await;
+    assert_eq!(parked(&fixture).await, ["dead a 1"]);
+    let settled = "SELECT postbox.is_settled(p) FROM postbox.parked AS p";
+    wait_until("the checkpoint has passed it", async || {
+        fixture.client.query_one(settled, &[]).await.unwrap().get(0)
+    })
+    .await;
+    let again = "WITH gone AS (DELETE FROM postbox.outbox WHERE aggregate_id = 'a' RETURNING id) \
+                 INSERT INTO postbox.outbox (id, aggregate_type, aggregate_id, event_type, topic, payload) \
+                 SELECT id, 'order', 'c', 'changed', 'no topic''s name', '{}' FROM gone";
+    fixture.client.batch_execute(again).await.unwrap();
+    fixture.wait_for_confirmation().await;
+    assert_eq!(parked(&fixture).await, ["dead c 1"]);
     relay.drain().await;
 }
 

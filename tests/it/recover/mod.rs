@@ -1,5 +1,6 @@
 //! A slot that was lost: `postbox recover`, and the relay after it.
 
+mod parked;
 mod skip;
 
 use std::time::{Duration, Instant};

@@ -1,6 +1,6 @@
 //! Topics that are not ours to write to, until somebody allows it.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use postbox::oracle::Reader;
 use rdkafka::ClientConfig;
@@ -11,6 +11,7 @@ use super::acls::Operation::{Describe, Write};
 use super::acls::{Acl, Operation, Permission};
 use super::servers::{CLERK, GUARD, GUEST, kafka, kafka_flags};
 use super::{borrowed, complaint};
+use crate::parking::wait_for_parked;
 use crate::poison::STOP;
 use crate::support::{Fixture, Relay, SMALL_WINDOW, WINDOW};
 
@@ -108,6 +109,40 @@ async fn a_topic_that_is_not_ours_stops_the_relay_until_it_is_allowed() {
     relay.drain().await;
     assert_eq!(keys(&fixture, closed).await, ["first", "second"]);
     assert_eq!(keys(&fixture, &open).await, ["before", "after"]);
+}
+
+/// Nothing else waits for it, and to be refused does not count as an attempt.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn events_of_a_topic_that_is_not_ours_wait_until_it_is_allowed() {
+    let fixture = on_secure_kafka().await;
+    let closed = &fixture.topic;
+    let open = format!("{closed}-open");
+    create_topic(closed, CLERK, &[]).await;
+    create_topic(&open, CLERK, &[Write, Describe]).await;
+    let flags = kafka_flags("IN", &[("sasl.username", CLERK)]);
+    let flags = [&borrowed(&flags)[..], &["--max-attempts", "1"]].concat();
+    let relay = Relay::streaming(&fixture, &flags).await;
+    for number in ["1", "2"] {
+        insert(&fixture, closed, number).await;
+        insert(&fixture, &open, number).await;
+    }
+    // To see a topic is not to write to it.
+    for right in [Describe, Write] {
+        fixture.wait_for_confirmation().await;
+        wait_for_parked(&fixture, &["waiting 1 0", "waiting 2 0"]).await;
+        assert_eq!(keys(&fixture, closed).await, [""; 0]);
+        allow(closed, CLERK, right);
+        if matches!(right, Describe) {
+            // It is tried again meanwhile.
+            tokio::time::sleep(Duration::from_secs(5)).await;
+        }
+    }
+    wait_for_parked(&fixture, &[]).await;
+    insert(&fixture, closed, "3").await;
+    fixture.wait_for_confirmation().await;
+    relay.drain().await;
+    assert_eq!(keys(&fixture, closed).await, ["1", "2", "3"]);
+    assert_eq!(keys(&fixture, &open).await, ["1", "2"]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
