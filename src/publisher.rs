@@ -43,7 +43,7 @@ mod topics;
 pub use codes::{Verdict, verdict};
 pub use reports::Report;
 pub use settings::{BATCH_BYTES, KafkaSettings};
-pub use topics::{Topic, UNKNOWN_MAX};
+pub use topics::{Patience, Topic};
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -220,11 +220,10 @@ impl Publisher {
 
     /// Asks the brokers about a topic, apart from this publisher so that it can
     /// go on meanwhile.
-    /// One that is unknown is asked about again for as long as `patience`.
     pub fn resolve(
         &self,
         name: &str,
-        patience: Duration,
+        patience: Patience,
     ) -> impl Future<Output = Result<Topic>> + Send + use<> {
         topics::resolve(
             Arc::clone(self.producer.client()),
@@ -314,7 +313,7 @@ impl Publisher {
             KafkaError::MessageProduction(code) if verdict(code) == Verdict::Row => {
                 SendError::Row(code)
             }
-            KafkaError::MessageProduction(code) => SendError::Producer(failure(code)),
+            KafkaError::MessageProduction(code) => SendError::Producer(failure(code, record.topic)),
             error => SendError::Producer(
                 Error::new(ErrorKind::BrokerAway, "send a record").caused_by(error),
             ),
@@ -365,13 +364,14 @@ impl Publisher {
 
 /// Why a delivery failed, or cannot be tried. What the brokers refuse for good they
 /// say before: see [`Publisher::take_reports`].
-pub fn failure(code: RDKafkaErrorCode) -> Error {
+pub fn failure(code: RDKafkaErrorCode, topic: &str) -> Error {
     let kind = match verdict(code) {
         // Judged only alone: the next attempt sends it so.
         Verdict::Row | Verdict::Topic => ErrorKind::BrokerAway,
         verdict => verdict.kind(),
     };
-    Error::new(kind, "a delivery failed").caused_by(codes::explain(code))
+    let message = format!("a delivery to topic \"{topic}\" failed");
+    Error::new(kind, message).caused_by(codes::explain(code))
 }
 
 /// Of the milliseconds since 1970, librdkafka takes 0 for "now", and Kafka -1 for

@@ -17,8 +17,11 @@ const RATE: usize = 1_000;
 /// Events that are due at that rate.
 const EVENTS: usize = 20_000;
 
-/// How long before the first of them they are written: they must be parked by then.
-const AHEAD: Duration = Duration::from_secs(10);
+/// Events that are due at once.
+const BURST: usize = 100_000;
+
+/// How long before the first is due they are written: they must be parked by then.
+const AHEAD: Duration = Duration::from_secs(15);
 
 pub(crate) async fn run(file: &Path, trials: u32, rows: i64) {
     let mut rig = Rig::start(&["max_wal_size=64GB", "checkpoint_timeout=1d"], &[]).await;
@@ -31,7 +34,8 @@ pub(crate) async fn run(file: &Path, trials: u32, rows: i64) {
         }
         for trial in 1..=trials {
             for mut run in [
-                due(&mut rig, trial).await,
+                due(&mut rig, RATE, EVENTS, trial).await,
+                due(&mut rig, usize::MAX, BURST, trial).await,
                 latency::run(&mut rig, CARRIER, RATE, None, trial).await,
                 rest::idle(&mut rig, CARRIER, trial).await,
             ] {
@@ -53,7 +57,7 @@ async fn lay_by(rig: &mut Rig, rows: i64) -> Run {
     let began = Instant::now();
     for first in (0..rows).step_by(1_000) {
         let last = (first + 1_000).min(rows) - 1;
-        write(rig, &topic, (first, last), "30 days").await;
+        write(rig, &topic, (first, last), "30 days", RATE).await;
     }
     while parked(rig).await < rows {
         assert!(began.elapsed() < PATIENCE, "not all were parked");
@@ -68,44 +72,47 @@ async fn lay_by(rig: &mut Rig, rows: i64) -> Run {
 }
 
 /// From the time of each event, at a steady rate, to the consumer.
-async fn due(rig: &mut Rig, trial: u32) -> Run {
+async fn due(rig: &mut Rig, rate: usize, events: usize, trial: u32) -> Run {
     let topic = rig.prepare(CARRIER).await;
     let running = rig.launch(CARRIER, &topic).await;
-    let listener = Listener::start(rig.consumer(&topic), EVENTS);
+    let listener = Listener::start(rig.consumer(&topic), events);
     let already = parked(rig).await;
     // By the server's clock, which is this machine's; that it takes a moment to get there makes
     // events look later, not sooner.
     let first = Instant::now() + AHEAD;
     let ahead = format!("{} microseconds", AHEAD.as_micros());
-    write(rig, &topic, (0, EVENTS as i64 - 1), &ahead).await;
-    let step = Duration::from_secs_f64(1.0 / RATE as f64);
-    let times: Vec<Instant> = (0..EVENTS as u32).map(|n| first + step * n).collect();
-    while parked(rig).await < already + EVENTS as i64 {
-        assert!(
-            Instant::now() < first,
-            "they were not parked before their time"
-        );
+    write(rig, &topic, (0, events as i64 - 1), &ahead, rate).await;
+    let step = Duration::from_secs_f64(1.0 / rate as f64);
+    let times: Vec<Instant> = (0..events as u32).map(|n| first + step * n).collect();
+    while parked(rig).await < already + events as i64 {
+        assert!(Instant::now() < first, "not parked before their time");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
+    tokio::time::sleep_until(first.into()).await;
     let walsender = rig.walsender(CARRIER).await;
     let meter = Meter::start(rig, running.program.pid(), walsender);
-    let began = Instant::now();
-    listener.wait_for(EVENTS).await;
-    let mut run = Run::new("due", &format!("{RATE} events/s"), CARRIER.name(), trial);
-    meter.finish(&mut run, EVENTS as f64, began.elapsed().as_secs_f64());
+    listener.wait_for(events).await;
+    let load = match rate {
+        usize::MAX => format!("{events} events at once"),
+        _ => format!("{rate} events/s"),
+    };
+    let mut run = Run::new("due", &load, CARRIER.name(), trial);
+    let seconds = first.elapsed().as_secs_f64();
+    meter.finish(&mut run, events as f64, seconds);
+    run.set("events_per_second", events as f64 / seconds);
     set_latencies(&mut run, RATE, &times, &listener.stop());
     running.program.stop().await;
     rig.end(CARRIER, &topic).await;
     run
 }
 
-/// Inserts these events. The first is due so long from now, each other a step later.
-async fn write(rig: &Rig, topic: &str, (first, last): (i64, i64), ahead: &str) {
+/// Inserts these events. The first is due so long from now, the others at this rate.
+async fn write(rig: &Rig, topic: &str, (first, last): (i64, i64), ahead: &str, rate: usize) {
     let insert = "INSERT INTO postbox.outbox (aggregate_type, aggregate_id, event_type, payload, scheduled_at) \
                   SELECT $1, 'k' || (i % 1000), 'changed', bench_payload(i)::json, \
                       now() + $4::text::interval + (i - $2) * $5::float8 * interval '1 second' \
                   FROM generate_series($2::bigint, $3::bigint) AS i";
-    let step = 1.0 / RATE as f64;
+    let step = 1.0 / rate as f64;
     let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 5] =
         [&topic, &first, &last, &ahead, &step];
     rig.client.execute(insert, &parameters).await.unwrap();

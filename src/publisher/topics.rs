@@ -30,9 +30,29 @@ pub struct Topic {
 /// How long one question may take.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long a topic may stay unknown. A broker that creates topics on demand
-/// says "unknown" first, and other brokers learn of a new topic a little later.
-pub const UNKNOWN_MAX: Duration = Duration::from_secs(5);
+/// How long a topic is waited for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Patience {
+    /// While no broker knows it. One that creates topics on demand says so first, and other
+    /// brokers learn of a new topic a little later.
+    pub unknown: Duration,
+    /// While it has no leader, as one that is just being made.
+    pub leader: Duration,
+}
+
+impl Patience {
+    /// As long as either may take.
+    pub const MAX: Self = Self {
+        unknown: Duration::from_secs(5),
+        leader: Duration::from_secs(5),
+    };
+
+    /// One answer is enough.
+    pub const NONE: Self = Self {
+        unknown: Duration::ZERO,
+        leader: Duration::ZERO,
+    };
+}
 
 /// How long to wait before asking again.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -46,7 +66,7 @@ pub(super) async fn resolve(
     producer: Arc<Client>,
     settings: KafkaSettings,
     name: String,
-    patience: Duration,
+    patience: Patience,
 ) -> Result<Topic> {
     let asked = tokio::time::Instant::now();
     let leaders = loop {
@@ -56,8 +76,12 @@ pub(super) async fn resolve(
             Err(code) => code,
         };
         let kind = verdict(code).kind();
-        let may_pass = kind.is_transient() || code == RDKafkaErrorCode::UnknownTopicOrPartition;
-        if !may_pass || asked.elapsed() >= patience {
+        let patience = match code {
+            RDKafkaErrorCode::UnknownTopicOrPartition => patience.unknown,
+            _ if kind.is_transient() => patience.leader,
+            _ => Duration::ZERO,
+        };
+        if asked.elapsed() >= patience {
             let message = format!("topic \"{name}\": {}", codes::explain(code));
             return Err(Error::new(kind, message));
         }

@@ -216,6 +216,7 @@ impl Parking {
             Reason::Behind => new,
             Reason::Doubtful => NewRow {
                 due: Due::In(Duration::ZERO),
+                error: Some("its topic refused others of its size".to_owned()),
                 ..new
             },
             Reason::Topic(why) => NewRow {
@@ -249,7 +250,9 @@ impl Parking {
                 metrics.refused.inc();
                 warn!("{name} is parked, and its key with it; it is tried again: {why}");
             }
-            (Status::Waiting, _) => metrics.behind.inc(),
+            (Status::Waiting, why) if why.is_none() || row.awaits_topic => metrics.behind.inc(),
+            // What is doubtful is tried at once: then more is known.
+            (Status::Waiting, _) => {}
         }
     }
 
@@ -259,15 +262,16 @@ impl Parking {
         self.shared.wake_queue.notify_one();
     }
 
-    /// Refuses one more row of this status where there are as many as may be.
-    pub(super) fn check_room(&self, status: Status, bytes: usize) -> Result<()> {
+    /// Refuses one more row where there are as many as may be.
+    pub(super) fn check_room(&self, name: &str, row: &NewRow) -> Result<()> {
+        let bytes = row.row.bytes.len();
         let (count, pending) = self.shared.with(|holds| (holds.count, holds.pending));
         let scheduled = count.scheduled + pending.scheduled;
         let parked = count.waiting + count.dead + pending.waiting + pending.dead;
         let parked_bytes = count.bytes + pending.bytes;
         let is_over = |number: i64, max: u64| number.unsigned_abs() >= max;
         let settings = &self.settings;
-        let message = match status {
+        let message = match row.status {
             Status::Scheduled if is_over(scheduled, settings.scheduled_max) => format!(
                 "{scheduled} events are scheduled, as many as --scheduled-max allows: raise it, or cancel some by \
                  `postbox cancel`"
@@ -283,7 +287,15 @@ impl Parking {
             ),
             _ => return Ok(()),
         };
-        Err(Error::new(ErrorKind::Event, message))
+        let why = row
+            .error
+            .as_deref()
+            .unwrap_or("an earlier event of its key waits");
+        let next = match row.status {
+            Status::Scheduled => format!("{name} would be the next"),
+            _ => format!("{name} would be the next, as {why}"),
+        };
+        Err(Error::new(ErrorKind::Event, message).caused_by(next))
     }
 
     /// Parks a row, which stands in the window under this number.

@@ -488,7 +488,10 @@ impl Window {
                 return Some(Stop::Row(row, why()));
             }
         }
-        self.fail(publisher::failure(code));
+        let topic = sent
+            .destination
+            .map(|destination| self.publisher.topic_name(destination.topic));
+        self.fail(publisher::failure(code, topic.unwrap_or_default()));
         None
     }
 

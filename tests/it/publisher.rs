@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use postbox::ErrorKind;
 use postbox::envelope::{Header, Record};
-use postbox::publisher::{BATCH_BYTES, KafkaSettings, Publisher, Report, SendError};
+use postbox::publisher::{BATCH_BYTES, KafkaSettings, Patience, Publisher, Report, SendError};
 use rdkafka::mocking::MockCluster;
 use rdkafka::types::{RDKafkaApiKey, RDKafkaRespErr};
 use uuid::Uuid;
@@ -32,7 +32,7 @@ async fn knowing(settings: KafkaSettings, topic: &str) -> Publisher {
     let mut publisher = Publisher::new(settings, BATCH_BYTES).unwrap();
     let deadline = Instant::now() + PATIENCE;
     let topic = loop {
-        match publisher.resolve(topic, Duration::from_secs(5)).await {
+        match publisher.resolve(topic, Patience::MAX).await {
             Ok(topic) => break topic,
             Err(error) if error.kind() != ErrorKind::BrokerAway => panic!("{}", error.chain()),
             Err(error) => assert!(Instant::now() < deadline, "{}", error.chain()),

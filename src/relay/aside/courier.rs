@@ -17,7 +17,8 @@ use crate::metrics::Metrics;
 use crate::parked::{ParkedSettings, Status, Taken};
 use crate::publisher::codes::explain;
 use crate::publisher::{
-    BATCH_BYTES, Fit, KafkaSettings, Publisher, Report, SendError, Topic, Verdict, verdict,
+    BATCH_BYTES, Fit, KafkaSettings, Patience, Publisher, Report, SendError, Topic, Verdict,
+    verdict,
 };
 use crate::source::Messages;
 use crate::timestamp::Timestamp;
@@ -115,7 +116,7 @@ impl Courier {
         &mut self,
         topic: &str,
     ) -> Result<impl Future<Output = Result<Topic>> + Send + use<>> {
-        Ok(self.publisher.get()?.resolve(topic, Duration::ZERO))
+        Ok(self.publisher.get()?.resolve(topic, Patience::NONE))
     }
 
     /// Asks once about a topic, and says why it is not known, if so.
@@ -124,7 +125,7 @@ impl Courier {
         if publisher.knows(topic) {
             return Ok(None);
         }
-        match publisher.resolve(topic, Duration::ZERO).await {
+        match publisher.resolve(topic, Patience::NONE).await {
             Ok(found) => {
                 publisher.admit(&found);
                 Ok(None)
@@ -136,18 +137,14 @@ impl Courier {
         }
     }
 
-    /// Asks about topics that were not asked about of late. One that there is not is waited for
-    /// so long. Nothing may be on its way.
-    pub(super) async fn resolve(
-        &mut self,
-        topics: HashSet<String>,
-        patience: Duration,
-    ) -> Result<Resolved> {
+    /// Asks once about topics that were not asked about of late: who cannot be answered waits
+    /// for a probe. Nothing may be on its way.
+    pub(super) async fn resolve(&mut self, topics: HashSet<String>) -> Result<Resolved> {
         let publisher = self.publisher.get()?;
         let mut resolving = JoinSet::new();
         for topic in topics {
             if !publisher.knows(&topic) {
-                let resolved = publisher.resolve(&topic, patience);
+                let resolved = publisher.resolve(&topic, Patience::NONE);
                 resolving.spawn(async move { Ok((topic, resolved.await)) });
             }
         }

@@ -17,8 +17,9 @@ use crate::error::{Result, joined};
 use crate::parked::OnPoison;
 use crate::publisher::Topic;
 
-/// How soon a topic that was refused is asked about; each further time after twice as long.
-const PROBE_MIN: Duration = Duration::from_secs(1);
+/// How soon a topic that was refused is asked about, as it may just be being made on demand;
+/// each further time after twice as long.
+const PROBE_MIN: Duration = Duration::from_millis(200);
 const PROBE_MAX: Duration = Duration::from_secs(60);
 
 /// What is known of them.

@@ -12,7 +12,7 @@ use crate::error::Result;
 use crate::parked::store::{Outcome, Refused};
 use crate::parked::{Status, Taken};
 use crate::publisher::codes::explain;
-use crate::publisher::{UNKNOWN_MAX, Verdict, verdict};
+use crate::publisher::{Verdict, verdict};
 
 /// For how long rows that were taken are tried, so that the last report is here, or is no
 /// longer waited for, before somebody may decide about them again.
@@ -62,7 +62,7 @@ impl Sender {
     pub(super) async fn send_on_time(&mut self, rows: Vec<Taken>) -> Result<Tried> {
         let mut tried = Tried::default();
         let mut lanes = self.lanes(rows, &HashSet::new(), &mut tried);
-        let topics = self.resolve(&lanes, Duration::ZERO).await?;
+        let topics = self.resolve(&lanes).await?;
         for lane in lanes.extract_if(.., |lane| topics.refused.contains_key(&lane.topic)) {
             join(lane, &mut tried);
         }
@@ -93,7 +93,7 @@ impl Sender {
         let began = Instant::now();
         let mut tried = Tried::default();
         let mut lanes = self.lanes(rows, trials, &mut tried);
-        let topics = self.resolve(&lanes, UNKNOWN_MAX).await?;
+        let topics = self.resolve(&lanes).await?;
         for lane in lanes.extract_if(.., |lane| topics.refused.contains_key(&lane.topic)) {
             let why = &topics.refused[&lane.topic];
             for taken in lane.rows {
@@ -197,10 +197,10 @@ impl Sender {
         lanes
     }
 
-    /// Asks about the topics that are not known. One that there is not is waited for so long.
-    async fn resolve(&mut self, lanes: &[Lane], patience: Duration) -> Result<Resolved> {
+    /// Asks about the topics that are not known.
+    async fn resolve(&mut self, lanes: &[Lane]) -> Result<Resolved> {
         let topics = lanes.iter().map(|lane| lane.topic.clone()).collect();
-        self.courier.resolve(topics, patience).await
+        self.courier.resolve(topics).await
     }
 
     /// Sends what was never refused, of each key one after another. What was on its way when
@@ -353,8 +353,14 @@ impl Sender {
                     self.metrics.parked.dead_letters.inc();
                     outcome.keys.extend(name);
                 } else {
-                    let seconds = backoff.as_secs_f32();
-                    warn!("event {id} was refused again, and is tried in {seconds:.0} s: {why}");
+                    let again = match taken.attempts {
+                        0 => ", and its key with it",
+                        _ => " again",
+                    };
+                    warn!("event {id} was refused{again}; it is tried in {backoff:.0?}: {why}");
+                }
+                if attempts == 1 {
+                    self.metrics.parked.refused.inc();
                 }
                 if taken.status == Status::Scheduled {
                     let (topic, key) = (taken.topic.clone(), taken.key.clone());

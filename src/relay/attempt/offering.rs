@@ -9,7 +9,8 @@ use tracing::{error, warn};
 use super::Attempt;
 use crate::envelope::Address;
 use crate::error::{Error, ErrorKind, Result};
-use crate::publisher::{Fit, Topic, UNKNOWN_MAX};
+use crate::parked::OnPoison;
+use crate::publisher::{Fit, Patience, Topic};
 use crate::relay::parking::Reason;
 use crate::relay::window::Stop;
 use crate::source::{Row, Source, Unreadable};
@@ -24,11 +25,11 @@ fn poison(
     Error::new(ErrorKind::Event, message).caused_by(why)
 }
 
-/// How long the stream waits for a topic that is not known where one was refused of late. Else
-/// it waits as long as it takes to make one on demand: these brokers may do so.
-const TOPIC_PATIENCE: Duration = Duration::from_secs(1);
+/// How long the stream waits for a topic that is not known and may just be being made on demand,
+/// where its events can wait in the table; where they cannot, and one was refused of late.
+const UNKNOWN_MAX: Duration = Duration::from_secs(1);
 
-/// How long that is.
+/// How long that is: these brokers seem to make none.
 const OF_LATE: Duration = Duration::from_secs(60);
 
 impl Attempt<'_> {
@@ -111,11 +112,19 @@ impl Attempt<'_> {
 
     /// Asks about the topic of a row, which is held meanwhile.
     fn resolve(&mut self, topic: String, row: Row) {
-        let is_of_late = |at: Instant| at.elapsed() < OF_LATE;
-        let patience = match self.topic_refused_at.is_some_and(is_of_late) {
+        let was_of_late = self
+            .topic_refused_at
+            .is_some_and(|at| at.elapsed() < OF_LATE);
+        let can_wait = self.parks() && self.relay.settings.parked.on_poison == OnPoison::Park;
+        let unknown = match (can_wait, was_of_late) {
             _ if self.refused_topics.knows(&topic) => Duration::ZERO,
-            true => TOPIC_PATIENCE,
-            false => UNKNOWN_MAX,
+            (true, true) => Duration::ZERO,
+            (true, false) | (false, true) => UNKNOWN_MAX,
+            (false, false) => Patience::MAX.unknown,
+        };
+        let patience = Patience {
+            unknown,
+            ..Patience::MAX
         };
         let resolved = self.window.publisher.resolve(&topic, patience);
         self.resolving.spawn(resolved);
@@ -161,10 +170,11 @@ impl Attempt<'_> {
         let Some(new) = parking.row((&self.source, &self.encoder), row, address, reason) else {
             return Err(poison(&self.source, row, "its columns are not known"));
         };
+        let name = self.source.name_of(row);
         if !is_decided {
-            parking.check_room(new.status, row.bytes.len())?;
+            parking.check_room(&name, &new)?;
         }
-        parking.tell(&self.source.name_of(row), &new, &self.relay.metrics.parked);
+        parking.tell(&name, &new, &self.relay.metrics.parked);
         self.control.had_traffic();
         let sequence = self.window.park(row);
         parking.park(sequence, new);

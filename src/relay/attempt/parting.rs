@@ -15,7 +15,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::relay::BACKOFF_MAX;
 use crate::relay::aside::Aside;
 use crate::relay::connect::Kept;
-use crate::relay::marks;
+use crate::relay::{marks, parking};
 use crate::source::Source;
 use crate::source::claim::LEFTOVERS_MAX;
 
@@ -166,6 +166,11 @@ impl Attempt<'_> {
                     tokio::select! {
                         () = self.window.publisher.reported() => {}
                         marked = marks::next(self.marks.as_mut()) => self.confirm(marked?),
+                        parked = parking::next(self.parking.as_mut()) => {
+                            for sequence in parked? {
+                                self.window.parked(sequence);
+                            }
+                        }
                     }
                     self.look_at_clock();
                     self.settle()?;

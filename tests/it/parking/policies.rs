@@ -79,15 +79,17 @@ async fn an_id_that_comes_again_long_after_it_was_given_up_is_a_new_event() {
 async fn a_relay_that_has_parked_as_much_as_may_be_stops_and_loses_nothing() {
     let fixture = Fixture::new().await;
     let mut relay = Relay::streaming(&fixture, &["--parked-max", "3"]).await;
-    for _ in 0..5 {
-        fixture.client.batch_execute(UNROUTABLE).await.unwrap();
-    }
+    // In one transaction: the relay has read all of them before the first is in the table.
+    let five = [UNROUTABLE; 5].join(";");
+    fixture.client.batch_execute(&five).await.unwrap();
     assert_eq!(relay.exit_code().await, 8, "{}", relay.log());
     let log = relay.log();
     assert!(
-        log.contains("3 events are parked, as many as --parked-max allows"),
+        log.contains("3 events are parked, as many as --parked-max allows")
+            && log.contains("would be the next, as "),
         "{log}"
     );
+    assert_eq!(parked(&fixture).await.len(), 3, "what is looked at next");
     let relay = Relay::streaming(&fixture, &["--parked-bytes-max", "1MiB"]).await;
     wait_until("all are parked", async || parked(&fixture).await.len() == 5).await;
     relay.drain().await;
@@ -100,7 +102,6 @@ async fn a_relay_that_has_parked_as_much_as_may_be_stops_and_loses_nothing() {
     assert!(relay.log().contains("--scheduled-max"), "{}", relay.log());
 }
 
-/// Whatever it is that makes no event of it.
 /// Its topic is known by the route, though there will never be a record.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_row_that_is_no_event_holds_its_key() {
@@ -121,6 +122,7 @@ async fn a_row_that_is_no_event_holds_its_key() {
     relay.drain().await;
 }
 
+/// Whatever it is that makes no event of it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_row_that_is_no_event_is_parked_as_it_is() {
     let fixture = Fixture::new().await;

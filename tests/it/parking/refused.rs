@@ -39,6 +39,8 @@ async fn assert_holds_its_key_alone(flags: &[&str]) {
     })
     .await;
     assert_eq!(fixture.keys().await, ["a", "b", "b", "b"]);
+    assert_eq!(relay.metric("postbox_parked_refused_total"), 1.0);
+    assert_eq!(relay.metric("postbox_parked_behind_total"), 1.0);
     limit(&fixture, LARGE).await;
     wait_for_parked(&fixture, &[]).await;
     fixture.insert("a", "4").await;
