@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use clap::builder::BoolishValueParser;
 use clap::{Args, value_parser};
+use postbox::duration::in_words;
 use postbox::envelope::{Format, HeaderStyle, Route, is_topic_name};
 use postbox::health::Health;
 use postbox::http::{self, Endpoints};
@@ -23,7 +24,7 @@ use tracing::{info, warn};
 
 use super::arguments::{ContractArguments, DatabaseArguments, KafkaArguments, ModeArgument};
 use super::cleanup::{OLDER_THAN_MAX, OLDER_THAN_MIN};
-use super::quantity::{in_words, size, time};
+use super::quantity::{size, time};
 
 /// Carries committed events to Kafka until it is told to stop.
 ///

@@ -6,6 +6,7 @@
 use std::io::{self, Write};
 use std::time::Duration;
 
+use postbox::duration;
 use postbox::parked::Status;
 use postbox::parked::decisions::Left;
 use postbox::parked::event::Parked;
@@ -13,7 +14,6 @@ use postbox::parked::row::StoredRow;
 use postbox::timestamp::Timestamp;
 
 use super::json::hex;
-use crate::cli::quantity;
 
 /// How wide a line is at most.
 const WIDTH: usize = 120;
@@ -197,17 +197,10 @@ fn facts(event: &Parked) -> Vec<(&'static str, String)> {
     .collect()
 }
 
-/// In the largest unit of which there is one, rounded down.
 fn between(from: Timestamp, to: Timestamp) -> String {
     let micros = to.unix_micros().saturating_sub(from.unix_micros());
-    let seconds = u64::try_from(micros).unwrap_or_default() / 1_000_000;
-    let unit = [86_400, 3600, 60].into_iter().find(|unit| seconds >= *unit);
-    let unit = unit.unwrap_or(1);
-    match seconds / unit * unit {
-        0 => "0s".to_owned(),
-        rounded if unit == 1 => format!("{rounded}s"),
-        rounded => quantity::in_words(Duration::from_secs(rounded)),
-    }
+    let micros = u64::try_from(micros).unwrap_or_default();
+    duration::rounded(Duration::from_micros(micros))
 }
 
 /// With what is not printed escaped.
