@@ -27,7 +27,7 @@ const HEAD: [&str; 8] = [
 /// How many of those have a width of their own; the others share what is left.
 const FIXED: usize = 5;
 
-/// A row for each event, and below it what is wrong with it; then, of one that a decision left
+/// The head, and a row for each event, and below it what is wrong with it; then, of one that a decision left
 /// as it is, why.
 pub(super) fn table<'a>(
     out: &mut dyn Write,
@@ -35,9 +35,6 @@ pub(super) fn table<'a>(
 ) -> io::Result<()> {
     let cells = events.clone().map(|(event, _)| cells(event));
     let widths = widths(cells.clone());
-    if events.clone().next().is_none() {
-        return Ok(());
-    }
     write_row(out, &HEAD.map(str::to_owned), &widths)?;
     for ((event, left), cells) in events.zip(cells) {
         write_row(out, &cells, &widths)?;
