@@ -20,7 +20,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::metrics::Metrics;
 use crate::partitions::{self, Made};
 
-/// How often it is looked at most, and at least. A look takes a few ms.
+/// How often it is looked at most, and at least. A look reads the catalogue and counts, with a limit.
 const INTERVAL_MIN: Duration = Duration::from_secs(1);
 const INTERVAL_MAX: Duration = Duration::from_secs(60);
 
