@@ -1,2 +1,2 @@
--- Makes the partitions that are to be there by now, as each relay does every few minutes.
+-- Makes the partitions that are to be there by now, as each relay does every minute.
 SELECT * FROM :"schema".make_partitions();

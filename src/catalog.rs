@@ -221,24 +221,26 @@ pub async fn system(client: &Client) -> Result<System> {
 
 /// The version of our schema in the database; `None` where there is none.
 pub(crate) async fn schema_version(client: &Client, contract: &Contract) -> Result<Option<i32>> {
+    let found = find_schema_version(client, contract).await;
+    found.map_err(|error| {
+        let table = contract.table("migration");
+        sort(format!("read schema version from {table}"), error)
+    })
+}
+
+/// The same, for those who say other things of an error.
+pub(crate) async fn find_schema_version(
+    client: &Client,
+    contract: &Contract,
+) -> Result<Option<i32>, tokio_postgres::Error> {
     let table = contract.table("migration");
-    let doing = || format!("read schema version from {table}");
-    let found: bool = client
-        .query_typed_one(
-            "SELECT to_regclass($1::text) IS NOT NULL",
-            &[(&table, Type::TEXT)],
-        )
-        .await
-        .map_err(|error| sort(doing(), error))?
-        .get(0);
-    if !found {
+    let sql = "SELECT to_regclass($1::text) IS NOT NULL";
+    let found = client.query_typed_one(sql, &[(&table, Type::TEXT)]).await?;
+    if !found.get::<_, bool>(0) {
         return Ok(None);
     }
-    let row = client
-        .query_typed_one(&format!("SELECT max(version) FROM {table}"), &[])
-        .await
-        .map_err(|error| sort(doing(), error))?;
-    Ok(row.get(0))
+    let sql = format!("SELECT max(version) FROM {table}");
+    Ok(client.query_typed_one(&sql, &[]).await?.get(0))
 }
 
 /// A relay needs what its version of the schema has. A later version may have
@@ -251,6 +253,11 @@ pub(crate) async fn check_schema_version(
     let Some(version) = schema_version(client, contract).await? else {
         return Err(not_set_up(contract, Some(mode)));
     };
+    check_version(contract, version)
+}
+
+/// Whether this program knows what is in a schema of this version.
+pub(crate) fn check_version(contract: &Contract, version: i32) -> Result<()> {
     let schema = &contract.schema;
     if version < SCHEMA_VERSION {
         return Err(Error::new(

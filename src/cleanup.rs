@@ -69,14 +69,16 @@ use tokio::time::Instant;
 use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
-use crate::catalog::{self, Mode};
+use crate::catalog;
 use crate::contract::Contract;
 use crate::database::{Database, sort};
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::claim::ClaimSettings;
 
+pub(crate) use batch::is_refused;
 pub(crate) use claims::{HAS as CLAIMS_HAS, RIGHTS as CLAIMS_RIGHTS};
 pub use forget::forget;
+pub(crate) use outbox::RIGHTS;
 
 /// How many rows are looked at in a transaction, unless something else is said. A walsender decodes
 /// what a transaction deletes in one go, and the events behind it wait meanwhile.
@@ -109,6 +111,8 @@ pub struct Report {
     pub cut_short: bool,
     /// Whether it only counted.
     pub dry_run: bool,
+    /// Old partitions that others had locks on all the time, which the next run may drop.
+    pub busy: Vec<String>,
 }
 
 /// What was done to one table.
@@ -131,6 +135,27 @@ pub enum Done {
     Dropped,
     /// They were claimed by somebody who is gone, and can be claimed again.
     Released,
+}
+
+impl Report {
+    /// Fails if something was left to be done because it was in use.
+    ///
+    /// # Errors
+    /// `Database`: old partitions are still there.
+    pub fn check(&self) -> Result<()> {
+        let Some(first) = self.busy.first() else {
+            return Ok(());
+        };
+        let others = match self.busy.len() - 1 {
+            0 => String::new(),
+            others => format!(" and of {others} others"),
+        };
+        let message = format!(
+            "drop partition {first}{others}: somebody holds a lock on it, or on the outbox, all the time: pg_locks says \
+             who; run it again later"
+        );
+        Err(Error::new(ErrorKind::Database, message))
+    }
 }
 
 impl fmt::Display for Report {
@@ -162,7 +187,7 @@ pub type Counter<'a> = &'a (dyn Fn(&str, u64) + Send + Sync);
 /// `Slot`: nothing, or too little, is known of a relay. `Publication`: one was changed since its
 /// relay was set up. `Database`: what is stored belongs to another cluster. `SlotInUse`: another
 /// cleanup or a set-up is at work. `Rights`: the message has the grant. What was removed
-/// before an error stays removed.
+/// before an error stays removed. Partitions that were in use are in the report: see [`Report::check`].
 pub async fn cleanup(
     database: &Database,
     contract: &Contract,
@@ -198,7 +223,7 @@ pub(crate) async fn run(
     }
     let mut run = Run::begin(client, contract, options, counter).await?;
     if contract.outbox.is_ours() {
-        catalog::check_schema_version(client, contract, Mode::Wal).await?;
+        check_schema(client, contract, RIGHTS).await?;
         outbox::clean(&mut run).await?;
         pages::clean(&mut run).await?;
     } else {
@@ -210,6 +235,20 @@ pub(crate) async fn run(
         claims::clean(&mut run, &settings).await?;
     }
     Ok(run.report)
+}
+
+/// A relay would say that its slot is not set up: here none is meant.
+async fn check_schema(client: &Client, contract: &Contract, rights: &str) -> Result<()> {
+    let found = catalog::find_schema_version(client, contract).await;
+    let found = found.map_err(|error| batch::failed(&contract.table("outbox"), rights, error))?;
+    let Some(version) = found else {
+        let schema = &contract.schema;
+        let message = format!(
+            "schema \"{schema}\" has no outbox: name the schema that was set up with --schema, or run `postbox setup`"
+        );
+        return Err(Error::new(ErrorKind::Database, message));
+    };
+    catalog::check_version(contract, version)
 }
 
 /// One run.

@@ -71,6 +71,8 @@ pub mod database;
 #[cfg(feature = "demo")]
 pub mod demo;
 #[cfg(feature = "relay")]
+pub mod duration;
+#[cfg(feature = "relay")]
 pub mod envelope;
 pub mod error;
 #[cfg(feature = "relay")]

@@ -232,7 +232,7 @@ pub async fn append_in(
         .await;
     let doing = format!("append to \"{schema}.outbox\"");
     let value = rows.and_then(|rows| rows.first().map(|row| row.try_get(0)).transpose());
-    let id = value.map_err(|error| refused(&doing, error))?;
+    let id = value.map_err(|error| refused(&doing, "--grant-writer-to", error))?;
     id.ok_or_else(|| returned_nothing(schema, "emit"))
 }
 
@@ -259,7 +259,8 @@ pub async fn cancel_in(schema: &str, transaction: &Transaction<'_>, id: Uuid) ->
     let rows = transaction.query_typed(&sql, &[(&id, Type::UUID)]).await;
     let doing = format!("cancel an event of \"{schema}.outbox\"");
     let value = rows.and_then(|rows| rows.first().map(|row| row.try_get(0)).transpose());
-    let is_cancelled = value.map_err(|error| refused(&doing, error))?;
+    let flags = "--grant-writer-to` or `--grant-operator-to";
+    let is_cancelled = value.map_err(|error| refused(&doing, flags, error))?;
     is_cancelled.ok_or_else(|| returned_nothing(schema, "cancel"))
 }
 
@@ -268,11 +269,12 @@ fn returned_nothing(schema: &str, function: &str) -> Error {
     Error::new(ErrorKind::Unexpected, message)
 }
 
-fn refused(doing: &str, error: tokio_postgres::Error) -> Error {
+/// `grants` are the flags of a set-up that give the right to.
+fn refused(doing: &str, grants: &str, error: tokio_postgres::Error) -> Error {
     let (kind, message) = match error.code() {
         Some(code) if *code == SqlState::INSUFFICIENT_PRIVILEGE => (
             ErrorKind::Rights,
-            format!("{doing}: `postbox setup --grant-writer-to` gives the right to"),
+            format!("{doing}: `postbox setup {grants}` gives the right to"),
         ),
         Some(code)
             if [

@@ -46,6 +46,7 @@ pub use filter::{Filter, Status};
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::duration::in_words;
 use crate::pgoutput::Column;
 use crate::source::Row;
 use crate::timestamp::Timestamp;
@@ -130,8 +131,8 @@ impl ParkedSettings {
             return Ok(());
         }
         Err(format!(
-            "it is scheduled for {time}, further ahead than --max-schedule allows, {} days",
-            self.schedule_max.as_secs() / 86_400
+            "it is scheduled for {time}, further ahead than --max-schedule {} allows",
+            in_words(self.schedule_max)
         ))
     }
 
@@ -219,6 +220,21 @@ pub(crate) struct Taken {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_time_too_far_ahead_is_refused_with_the_limit_as_its_flag_has_it() {
+        let at = |seconds: i64| Timestamp::from_unix_micros(seconds * 1_000_000);
+        for (limit, text) in [(3600_i64, "1h"), (5400, "90m"), (365 * 86_400, "365d")] {
+            let settings = ParkedSettings {
+                schedule_max: Duration::from_secs(limit.unsigned_abs()),
+                ..ParkedSettings::default()
+            };
+            assert_eq!(settings.check_schedule(at(limit), at(0)), Ok(()));
+            let refused = settings.check_schedule(at(limit + 1), at(0)).unwrap_err();
+            let expected = format!("further ahead than --max-schedule {text} allows");
+            assert!(refused.ends_with(&expected), "{refused}");
+        }
+    }
 
     #[test]
     fn each_wait_is_twice_as_long_up_to_the_longest() {

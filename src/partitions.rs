@@ -38,9 +38,10 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::types::{ToSql, Type};
 use tracing::debug;
 
+use crate::cleanup;
 use crate::contract::Contract;
-use crate::database::{query_after, sort};
-use crate::error::Result;
+use crate::database::{query_after, sort, sort_with};
+use crate::error::{Error, Result};
 
 /// What [`make`] found and did.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -156,7 +157,7 @@ async fn find(
     );
     let seconds = age.map(|age| age.as_secs_f64());
     let rows = client.query_typed(&sql, &[(&seconds, Type::FLOAT8)]).await;
-    let rows = rows.map_err(|error| sort(doing(contract), error))?;
+    let rows = rows.map_err(|error| refused(doing(contract), error))?;
     let partition = |row: &tokio_postgres::Row| Partition {
         table: row.get(0),
         since: row.get(1),
@@ -197,7 +198,10 @@ pub async fn drop_if(
             debug!("partition {} is in use: {error}", partition.table);
             Ok(Fate::Busy)
         }
-        Err(error) => Err(sort(format!("drop partition {}", partition.table), error)),
+        Err(error) => Err(refused(
+            format!("drop partition {}", partition.table),
+            error,
+        )),
     }
 }
 
@@ -219,7 +223,7 @@ pub async fn fate(
     match looked.await {
         Ok(row) if row.get(0) => Ok(Fate::Needed),
         Ok(_) => Ok(Fate::Dropped),
-        Err(error) => Err(sort(
+        Err(error) => Err(refused(
             format!("look at partition {}", partition.table),
             error,
         )),
@@ -292,6 +296,13 @@ async fn drop_held(
 /// What is made, for messages.
 pub(crate) fn object(contract: &Contract) -> String {
     format!("partitions of {}", contract.table("outbox"))
+}
+
+/// Sorts an error of a statement that only who cleans up needs.
+fn refused(doing: String, error: tokio_postgres::Error) -> Error {
+    sort_with(doing, error, |sqlstate, message| {
+        cleanup::is_refused(sqlstate, message).then(|| cleanup::RIGHTS.to_owned())
+    })
 }
 
 fn doing(contract: &Contract) -> String {

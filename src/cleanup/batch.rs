@@ -101,10 +101,15 @@ async fn end(client: &Client) -> Result<()> {
     ended.map_err(|error| sort("end a batch", error))
 }
 
+/// Whether a right is missing.
+pub(crate) fn is_refused(sqlstate: &str, message: &str) -> bool {
+    sqlstate == "42501" && !message.contains("row-level security")
+}
+
 /// Sorts an error of a statement that cleans a table; `rights` are what it takes.
 pub(super) fn failed(table: &str, rights: &str, error: tokio_postgres::Error) -> Error {
     let next_step = |sqlstate: &str, message: &str| match sqlstate {
-        "42501" if !message.contains("row-level security") => Some(rights.to_owned()),
+        _ if is_refused(sqlstate, message) => Some(rights.to_owned()),
         "55P03" => Some(format!(
             "somebody holds a lock on {table} for longer than a second: pg_locks says who; run it again later"
         )),

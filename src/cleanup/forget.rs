@@ -5,7 +5,6 @@ use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
 use super::batch::failed;
-use crate::catalog::{self, Mode};
 use crate::contract::Contract;
 use crate::database::{Database, sort};
 use crate::error::{Error, ErrorKind, Result};
@@ -21,40 +20,42 @@ const LOOK: &str = "\
            EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = c.name AND database = current_database()), \
            greatest(c.expires_at, (SELECT max(expires_at) FROM :\"schema\".slice WHERE name = c.name)) \
                > clock_timestamp(), \
-           (SELECT count(*) FROM :\"schema\".parked WHERE relay = c.name AND status <> 'skipped') \
+           (SELECT count(*) FROM :\"schema\".parked AS p \
+            WHERE p.relay = c.name AND p.status <> 'skipped' \
+              AND NOT EXISTS (SELECT FROM :\"schema\".cancellation AS n WHERE n.id = p.id)) \
     FROM :\"schema\".checkpoint AS c WHERE c.name = $1 FOR UPDATE OF c";
 
 /// Removes what is stored of a relay that will not come back, and says in lines what it did. What it
 /// has not published is then published, if others have done so. Events that it has parked must
-/// have been sent or skipped.
+/// have been sent, skipped or cancelled; those that are left go with it.
 ///
 /// # Errors
 /// `SlotInUse`: it is at work, or a set-up is. `Slot`: there is no such relay. `Event`: it has
 /// parked events. `Rights`: this role may not.
 pub async fn forget(database: &Database, contract: &Contract, relay: &str) -> Result<String> {
     let mut session = super::open(database, "postbox cleanup").await?;
-    catalog::check_schema_version(&session.client, contract, Mode::Wal).await?;
+    super::check_schema(&session.client, contract, RIGHTS).await?;
     let doing = || format!("forget relay \"{relay}\"");
     let transaction = session.client.transaction().await;
     let transaction = transaction.map_err(|error| sort(doing(), error))?;
     let has_slot = check(transaction.client(), contract, relay).await?;
     // Slices go with it.
     let sql = contract.sql(
-        "WITH skipped AS (DELETE FROM :\"schema\".parked WHERE relay = $1 RETURNING 1), \
+        "WITH given_up AS (DELETE FROM :\"schema\".parked WHERE relay = $1 RETURNING 1), \
               forgotten AS (DELETE FROM :\"schema\".checkpoint WHERE name = $1) \
-         SELECT count(*) FROM skipped",
+         SELECT count(*) FROM given_up",
     );
     let row = transaction
         .query_typed_one(&sql, &[(&relay, Type::TEXT)])
         .await;
     let row = row.map_err(|error| failed(&contract.table("checkpoint"), RIGHTS, error))?;
-    let skipped: i64 = row.get(0);
+    let given_up: i64 = row.get(0);
     failpoint!("forgetting");
     let committed = transaction.commit().await;
     committed.map_err(|error| sort(doing(), error))?;
     let mut lines = format!("relay \"{relay}\": forgotten\n");
-    if skipped > 0 {
-        lines += &format!("{}: rows removed: {skipped}\n", contract.table("parked"));
+    if given_up > 0 {
+        lines += &format!("{}: rows removed: {given_up}\n", contract.table("parked"));
     }
     if has_slot {
         let slot = escape_literal(relay);
@@ -98,8 +99,8 @@ async fn check(client: &Client, contract: &Contract, relay: &str) -> Result<bool
     if parked > 0 {
         let table = contract.table("parked");
         let why = format!(
-            "has parked {parked} events that were not sent: start it until they are, or have them skipped; to give them \
-             up, DELETE FROM {table} WHERE relay = {}",
+            "has parked {parked} events that were not sent: start it until they are, or have them skipped or cancelled; to \
+             give them up, DELETE FROM {table} WHERE relay = {}",
             escape_literal(relay)
         );
         return refuse(ErrorKind::Event, why);

@@ -12,7 +12,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::partitions::{self, Fate, Partition};
 
 /// Who may clean our tables.
-pub(super) const RIGHTS: &str =
+pub(crate) const RIGHTS: &str =
     "`postbox setup --grant-cleanup-to ROLE`, run by the owner, gives a role what it needs";
 
 /// How often it is tried to drop a partition that others use.
@@ -47,18 +47,25 @@ async fn drop_partitions(run: &mut Run<'_>) -> Result<()> {
     run.count("partitions", &outbox, Done::Dropped, 0);
     let old = partitions::older_than(run.client, run.contract, run.options.older_than).await?;
     for partition in old {
-        for _ in 0..DROP_ATTEMPTS {
+        // Who reads the outbox is in the way of all of them.
+        let attempts = match run.report.busy.is_empty() {
+            true => DROP_ATTEMPTS,
+            false => 1,
+        };
+        let mut fate = Fate::Busy;
+        for _ in 0..attempts {
             if !run.has_time() {
                 return Ok(());
             }
-            match run.long_batch(drop(run, &partition)).await? {
-                Fate::Busy => {}
-                Fate::Dropped => {
-                    run.count("partitions", &outbox, Done::Dropped, 1);
-                    break;
-                }
-                Fate::Needed | Fate::Missing => break,
+            fate = run.long_batch(drop(run, &partition)).await?;
+            if fate != Fate::Busy {
+                break;
             }
+        }
+        match fate {
+            Fate::Busy => run.report.busy.push(partition.table),
+            Fate::Dropped => run.count("partitions", &outbox, Done::Dropped, 1),
+            Fate::Needed | Fate::Missing => {}
         }
     }
     Ok(())

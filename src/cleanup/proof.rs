@@ -10,6 +10,7 @@ use tokio_postgres::{Client, Row};
 use super::batch::failed;
 use crate::catalog::{self, SLICES};
 use crate::contract::Contract;
+use crate::duration::rounded;
 use crate::error::{Error, ErrorKind, Result};
 
 /// A relay that is gone for no longer than that is just being started again, however short the
@@ -154,10 +155,11 @@ impl<'r> Relay<'r> {
             return Err(Error::new(ErrorKind::Slot, message));
         }
         if self.unseen_seconds > retention.max(SEEN_MIN).as_secs_f64() {
+            let unseen = Duration::try_from_secs_f64(self.unseen_seconds).unwrap_or(Duration::MAX);
             let message = format!(
-                "relay \"{name}\" was not seen for {:.1} hours, longer than rows are kept, and they pile up for it: \
-                 start it, or, {forget}",
-                self.unseen_seconds / 3600.0
+                "relay \"{name}\" was not seen for {}, longer than rows are kept, and they pile up for it: start it, \
+                 or, {forget}",
+                rounded(unseen)
             );
             return Err(Error::new(ErrorKind::Slot, message));
         }

@@ -14,13 +14,14 @@ use super::quantity::time;
 ///
 /// An event goes once it is older than the retention and every relay of the outbox has it behind it; one
 /// that waits, or is given up and not decided upon, stays. So do all while a relay has not been seen for
-/// longer than the retention, or the publication was changed. Of the other tables go: decisions to skip
+/// longer than the retention, and than a minute, or the publication was changed. Of the other tables go: decisions to skip
 /// an event, cancellations, and idempotency keys, which are free again then. Of the tables of omni-box and
 /// spakky, rows published long ago go, and claims of workers that died are given back.
 ///
 /// It works in short transactions, which no writer waits for, and may run at any time, also as part of a
 /// relay: see `postbox help relay`. A TIME is a whole number of ms, s, m, h or d.
 #[derive(Debug, Args)]
+#[command(override_usage = USAGE)]
 pub(super) struct CleanupCommand {
     #[command(flatten)]
     database: DatabaseArguments,
@@ -49,7 +50,8 @@ pub(super) struct CleanupCommand {
     older_than: Option<Duration>,
 
     /// Forget this relay first, which is gone for good: what it has not published no longer stays for it.
-    /// It must not be at work; a slot that it leaves is to be dropped by hand.
+    /// It must not be at work, nor have parked events that were neither sent, skipped nor cancelled; a slot
+    /// that it leaves is to be dropped by hand.
     #[arg(long, env = "POSTBOX_FORGET", value_name = "RELAY")]
     forget: Option<String>,
 
@@ -89,6 +91,10 @@ pub(super) struct CleanupCommand {
     stale_after: Duration,
 }
 
+/// Which of the two flags can stand alone, clap's own would not say.
+const USAGE: &str = "postbox cleanup [OPTIONS] --older-than <TIME>
+       postbox cleanup [OPTIONS] --forget <RELAY> [--older-than <TIME>]";
+
 /// The limits of a retention.
 pub(super) const OLDER_THAN_MIN: Duration = Duration::from_secs(1);
 pub(super) const OLDER_THAN_MAX: Duration = Duration::from_secs(3650 * 86_400);
@@ -125,10 +131,9 @@ impl CleanupCommand {
                 stale_after: self.stale_after,
                 dry_run: self.dry_run,
             };
-            print!(
-                "{}",
-                runtime.block_on(cleanup::cleanup(&database, &contract, &options))?
-            );
+            let report = runtime.block_on(cleanup::cleanup(&database, &contract, &options))?;
+            print!("{report}");
+            report.check()?;
         }
         Ok(())
     }

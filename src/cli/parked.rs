@@ -217,6 +217,10 @@ impl DecisionArguments {
             let message = "say which events: ids, a flag such as --topic or --status, or --all";
             return Err(Error::new(ErrorKind::Settings, message).into());
         }
+        if self.by.as_ref().is_some_and(|by| by.trim().is_empty()) {
+            let message = "--by: say who decides, or leave it out; it is what others will find with the event";
+            return Err(Error::new(ErrorKind::Settings, message).into());
+        }
         let (database, _) = self.place.resolve()?;
         let by = self.by.clone().unwrap_or_else(|| decider(&database));
         let decided = with(&self.place, async |session, contract| match self.dry_run {
@@ -227,7 +231,10 @@ impl DecisionArguments {
             match self.output.output {
                 Output::Table => {
                     let rows = decided.iter().map(|decided| (&decided.event, decided.left));
-                    text::table(out, rows)?;
+                    // The summary says that there are none.
+                    if !decided.is_empty() {
+                        text::table(out, rows)?;
+                    }
                     writeln!(out, "{}", self.summary(decision, &decided))?;
                 }
                 Output::Json => {

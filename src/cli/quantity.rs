@@ -3,16 +3,12 @@
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
+use postbox::duration;
+
 /// What may follow a number, and what each is in the first of them.
 type Units = [(&'static str, u64)];
 
-const TIMES: &Units = &[
-    ("ms", 1),
-    ("s", 1000),
-    ("m", 60_000),
-    ("h", 3_600_000),
-    ("d", 86_400_000),
-];
+const TIMES: &Units = &duration::UNITS;
 
 /// Without a unit: bytes.
 const SIZES: &Units = &[
@@ -38,12 +34,6 @@ pub(super) fn size(allowed: RangeInclusive<u32>) -> impl Fn(&str) -> Result<u32,
         let bytes = read(text, SIZES, &allowed)?;
         Ok(u32::try_from(bytes).expect("the limits are of this type"))
     }
-}
-
-/// A time as people write it.
-pub(super) fn in_words(time: Duration) -> String {
-    let millis = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-    write(millis, TIMES)
 }
 
 fn read(text: &str, units: &Units, allowed: &RangeInclusive<u64>) -> Result<u64, String> {
@@ -113,10 +103,8 @@ mod tests {
         ] {
             let time = Duration::from_millis(millis);
             assert_eq!(read_time(text), Ok(time));
-            assert_eq!(in_words(time), text);
+            assert_eq!(duration::in_words(time), text);
         }
-        assert_eq!(in_words(Duration::ZERO), "0ms");
-        assert_eq!(in_words(Duration::from_secs(120)), "2m");
     }
 
     #[test]

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use clap::builder::BoolishValueParser;
 use clap::{Args, value_parser};
+use postbox::duration::in_words;
 use postbox::envelope::{Format, HeaderStyle, Route, is_topic_name};
 use postbox::health::Health;
 use postbox::http::{self, Endpoints};
@@ -23,7 +24,7 @@ use tracing::{info, warn};
 
 use super::arguments::{ContractArguments, DatabaseArguments, KafkaArguments, ModeArgument};
 use super::cleanup::{OLDER_THAN_MAX, OLDER_THAN_MIN};
-use super::quantity::{in_words, size, time};
+use super::quantity::{size, time};
 
 /// Carries committed events to Kafka until it is told to stop.
 ///
@@ -140,30 +141,32 @@ struct ParkedArguments {
     /// exit code 8). Not with claims, whose table says.
     ///
     /// [default: park]
-    // Not a default of clap's: with claims it is refused.
+    // These defaults are not clap's: with claims the flags are refused.
     #[arg(long, env = "POSTBOX_ON_POISON", value_name = "POLICY")]
     on_poison: Option<OnPoison>,
 
     /// How long a refused event waits for its second attempt, at random from half of it on; twice as long
-    /// for each further one; 10ms to 1h.
+    /// for each further one; 10ms to 1h. Not with claims, as all that follow.
+    ///
+    /// [default: 10s]
     #[arg(
         long,
         env = "POSTBOX_RETRY_BACKOFF_MIN",
-        default_value = "10s",
         value_parser = time(Duration::from_millis(10)..=Duration::from_secs(3600)),
         value_name = "TIME"
     )]
-    retry_backoff_min: Duration,
+    retry_backoff_min: Option<Duration>,
 
     /// How long it waits at most; 10ms to 1d.
+    ///
+    /// [default: 1h]
     #[arg(
         long,
         env = "POSTBOX_RETRY_BACKOFF_MAX",
-        default_value = "1h",
         value_parser = time(Duration::from_millis(10)..=Duration::from_secs(86_400)),
         value_name = "TIME"
     )]
-    retry_backoff_max: Duration,
+    retry_backoff_max: Option<Duration>,
 
     /// A topic to which a copy of each dead letter is sent, with its error and its origin in headers.
     #[arg(long, env = "POSTBOX_DEAD_LETTER_TOPIC", value_name = "TOPIC")]
@@ -171,46 +174,50 @@ struct ParkedArguments {
 
     /// The most events that may be waiting or dead in postbox.parked; 1 to 10000000. With one more the
     /// relay ends with exit code 8, as something is wrong with more than some events.
+    ///
+    /// [default: 100000]
     #[arg(
         long,
         env = "POSTBOX_PARKED_MAX",
-        default_value = "100000",
         value_parser = value_parser!(u32).range(1..=10_000_000),
         value_name = "EVENTS"
     )]
-    parked_max: u32,
+    parked_max: Option<u32>,
 
     /// The most bytes of them; 1 to 1GiB.
+    ///
+    /// [default: 1GiB]
     #[arg(
         long,
         env = "POSTBOX_PARKED_BYTES_MAX",
-        default_value = "1GiB",
         value_parser = size(1..=1 << 30),
         value_name = "SIZE"
     )]
-    parked_bytes_max: u32,
+    parked_bytes_max: Option<u32>,
 
     /// How far ahead of its commit an event may be scheduled; 1s to 36500d. One beyond cannot go out as it
     /// is.
+    ///
+    /// [default: 365d]
     #[arg(
         long,
         env = "POSTBOX_MAX_SCHEDULE",
-        default_value = "365d",
         value_parser = time(Duration::from_secs(1)..=Duration::from_secs(36_500 * 86_400)),
         value_name = "TIME"
     )]
-    max_schedule: Duration,
+    max_schedule: Option<Duration>,
 
     /// The most events that may be scheduled; 1 to 1000000000. With one more the relay ends with exit
     /// code 8.
+    ///
+    /// [default: 10000000]
     #[arg(
         long,
         env = "POSTBOX_SCHEDULED_MAX",
-        default_value = "10000000",
         value_parser = value_parser!(u32).range(1..=1_000_000_000),
         value_name = "EVENTS"
     )]
-    scheduled_max: u32,
+    scheduled_max: Option<u32>,
 }
 
 impl ParkedArguments {
@@ -219,11 +226,14 @@ impl ParkedArguments {
         preset: Preset,
         attempts_max: Option<u32>,
     ) -> postbox::Result<ParkedSettings> {
-        if self.retry_backoff_min > self.retry_backoff_max {
+        let defaults = ParkedSettings::default();
+        let backoff_min = self.retry_backoff_min.unwrap_or(defaults.backoff_min);
+        let backoff_max = self.retry_backoff_max.unwrap_or(defaults.backoff_max);
+        if backoff_min > backoff_max {
             let message = format!(
                 "--retry-backoff-min {} is longer than --retry-backoff-max {}",
-                in_words(self.retry_backoff_min),
-                in_words(self.retry_backoff_max)
+                in_words(backoff_min),
+                in_words(backoff_max)
             );
             return Err(Error::new(ErrorKind::Settings, message));
         }
@@ -237,7 +247,6 @@ impl ParkedArguments {
             );
             return Err(Error::new(ErrorKind::Settings, message));
         }
-        let defaults = ParkedSettings::default();
         let as_ever = match preset {
             Preset::Spakky => ATTEMPTS_MAX,
             _ => defaults.attempts_max,
@@ -245,14 +254,31 @@ impl ParkedArguments {
         Ok(ParkedSettings {
             on_poison: self.on_poison.unwrap_or_default(),
             attempts_max: attempts_max.unwrap_or(as_ever),
-            backoff_min: self.retry_backoff_min,
-            backoff_max: self.retry_backoff_max,
+            backoff_min,
+            backoff_max,
             dead_letter_topic: self.dead_letter_topic.clone(),
-            rows_max: self.parked_max.into(),
-            bytes_max: self.parked_bytes_max.into(),
-            schedule_max: self.max_schedule,
-            scheduled_max: self.scheduled_max.into(),
+            rows_max: self.parked_max.map_or(defaults.rows_max, u64::from),
+            bytes_max: self.parked_bytes_max.map_or(defaults.bytes_max, u64::from),
+            schedule_max: self.max_schedule.unwrap_or(defaults.schedule_max),
+            scheduled_max: self.scheduled_max.map_or(defaults.scheduled_max, u64::from),
         })
+    }
+
+    /// Those of the flags that were given.
+    fn given(&self) -> Vec<&'static str> {
+        [
+            ("--on-poison", self.on_poison.is_some()),
+            ("--retry-backoff-min", self.retry_backoff_min.is_some()),
+            ("--retry-backoff-max", self.retry_backoff_max.is_some()),
+            ("--dead-letter-topic", self.dead_letter_topic.is_some()),
+            ("--parked-max", self.parked_max.is_some()),
+            ("--parked-bytes-max", self.parked_bytes_max.is_some()),
+            ("--max-schedule", self.max_schedule.is_some()),
+            ("--scheduled-max", self.scheduled_max.is_some()),
+        ]
+        .into_iter()
+        .filter_map(|(flag, is_given)| is_given.then_some(flag))
+        .collect()
     }
 }
 
@@ -511,11 +537,12 @@ impl RelayCommand {
             return Err(Error::new(ErrorKind::Settings, message));
         }
         let claims = matches!(self.mode, ModeArgument::Poll) && preset.tracking().is_some();
-        if claims && (self.parked.on_poison.is_some() || self.parked.dead_letter_topic.is_some()) {
-            return refuse(
-                "fights --on-poison and --dead-letter-topic with --mode poll: its rows are claimed, and put off and \
-                 given up as their own columns say",
-            );
+        let parked = self.parked.given();
+        if claims && !parked.is_empty() {
+            return refuse(&format!(
+                "fights {} with --mode poll: its rows are claimed, and put off and given up as their own columns say",
+                parked.join(", ")
+            ));
         }
         match (preset.tracking(), self.mode, self.tuning.shards) {
             (None, ModeArgument::Poll | ModeArgument::Auto, _) if !preset.can_be_polled() => {

@@ -4,7 +4,8 @@
 //!
 //! In a session of its own for each look, so that nothing waits for it, and it can be one that a
 //! pooler lends. There is time: they are made for days ahead. The less is left, the more often it is
-//! looked.
+//! looked, and once a minute at least: what has come to the default partition is told by then. A look that
+//! makes none takes no lock that a writer, or who cleans up, would wait for.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,12 +20,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::metrics::Metrics;
 use crate::partitions::{self, Made};
 
-/// How often it is looked at most, and at least.
+/// How often it is looked at most, and at least. A look reads the catalogue and counts, with a limit.
 const INTERVAL_MIN: Duration = Duration::from_secs(1);
-const INTERVAL_MAX: Duration = Duration::from_secs(300);
-
-/// While a time has no partition, and gets none by looking more often.
-const SKIPPED_INTERVAL: Duration = Duration::from_secs(60);
+const INTERVAL_MAX: Duration = Duration::from_secs(60);
 
 /// After an error.
 const RETRY_INTERVAL: Duration = Duration::from_secs(10);
@@ -44,10 +42,7 @@ pub(super) async fn run(settings: RelaySettings, metrics: Arc<Metrics>) {
             Ok(Some(made)) => {
                 metrics.partitions(&made);
                 told.tell(&settings, &made);
-                match made.skipped {
-                    0 => (made.ahead / 10).clamp(INTERVAL_MIN, INTERVAL_MAX),
-                    _ => SKIPPED_INTERVAL,
-                }
+                interval(&made)
             }
             Err(error) => {
                 told.tell_failure(&error);
@@ -55,6 +50,15 @@ pub(super) async fn run(settings: RelaySettings, metrics: Arc<Metrics>) {
             }
         };
         sleep(interval).await;
+    }
+}
+
+/// How long until the next look.
+fn interval(made: &Made) -> Duration {
+    match made.skipped {
+        0 => (made.ahead / 10).clamp(INTERVAL_MIN, INTERVAL_MAX),
+        // That time gets no partition by looking more often.
+        _ => INTERVAL_MAX,
     }
 }
 
@@ -114,6 +118,32 @@ impl Told {
             debug!("partitions are not made ahead: {}", error.chain());
         } else {
             warn!("partitions are not made ahead: {}", error.chain());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_is_looked_once_a_minute_and_more_often_if_little_is_left() {
+        for (skipped, ahead, expected) in [
+            (0, 7 * 86_400, 60),
+            (0, 3600, 60),
+            (0, 300, 30),
+            (0, 0, 1),
+            (1, 0, 60),
+            (1, 7 * 86_400, 60),
+        ] {
+            let made = Made {
+                made: 0,
+                skipped,
+                ahead: Duration::from_secs(ahead),
+                default_rows: 0,
+            };
+            let expected = Duration::from_secs(expected);
+            assert_eq!(interval(&made), expected, "{skipped} {ahead}");
         }
     }
 }

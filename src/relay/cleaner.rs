@@ -41,7 +41,12 @@ pub(super) async fn run(settings: RelaySettings, metrics: Arc<Metrics>, cue: Arc
             continue;
         }
         match clean(&settings, cleanup, &metrics).await {
-            Ok(report) => tell(&report),
+            Ok(report) => {
+                tell(&report);
+                if let Err(error) = report.check() {
+                    warn!("cleaning up again later: {}", error.chain());
+                }
+            }
             // Another does it; that Postgres is away, the relay itself says.
             Err(error) if error.kind() == ErrorKind::SlotInUse => {
                 debug!("not cleaning up: {}", error.chain());

@@ -6,6 +6,7 @@
 use std::io::{self, Write};
 use std::time::Duration;
 
+use postbox::duration;
 use postbox::parked::Status;
 use postbox::parked::decisions::Left;
 use postbox::parked::event::Parked;
@@ -13,7 +14,6 @@ use postbox::parked::row::StoredRow;
 use postbox::timestamp::Timestamp;
 
 use super::json::hex;
-use crate::cli::quantity;
 
 /// How wide a line is at most.
 const WIDTH: usize = 120;
@@ -27,7 +27,7 @@ const HEAD: [&str; 8] = [
 /// How many of those have a width of their own; the others share what is left.
 const FIXED: usize = 5;
 
-/// A row for each event, and below it what is wrong with it; then, of one that a decision left
+/// The head, and a row for each event, and below it what is wrong with it; then, of one that a decision left
 /// as it is, why.
 pub(super) fn table<'a>(
     out: &mut dyn Write,
@@ -35,9 +35,6 @@ pub(super) fn table<'a>(
 ) -> io::Result<()> {
     let cells = events.clone().map(|(event, _)| cells(event));
     let widths = widths(cells.clone());
-    if events.clone().next().is_none() {
-        return Ok(());
-    }
     write_row(out, &HEAD.map(str::to_owned), &widths)?;
     for ((event, left), cells) in events.zip(cells) {
         write_row(out, &cells, &widths)?;
@@ -197,17 +194,10 @@ fn facts(event: &Parked) -> Vec<(&'static str, String)> {
     .collect()
 }
 
-/// In the largest unit of which there is one, rounded down.
 fn between(from: Timestamp, to: Timestamp) -> String {
     let micros = to.unix_micros().saturating_sub(from.unix_micros());
-    let seconds = u64::try_from(micros).unwrap_or_default() / 1_000_000;
-    let unit = [86_400, 3600, 60].into_iter().find(|unit| seconds >= *unit);
-    let unit = unit.unwrap_or(1);
-    match seconds / unit * unit {
-        0 => "0s".to_owned(),
-        rounded if unit == 1 => format!("{rounded}s"),
-        rounded => quantity::in_words(Duration::from_secs(rounded)),
-    }
+    let micros = u64::try_from(micros).unwrap_or_default();
+    duration::rounded(Duration::from_micros(micros))
 }
 
 /// With what is not printed escaped.

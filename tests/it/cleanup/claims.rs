@@ -119,7 +119,7 @@ async fn what_nobody_can_tell_of_a_table_is_refused() {
             "--table-preset debezium cannot be cleaned up: its rows do not say",
         ),
         (&OMNI_BOX, 3, "\"public\".\"outbox_events\" does not exist"),
-        (&[], 4, "run `postbox setup`"),
+        (&[], 3, "schema \"postbox\" has no outbox"),
     ] {
         let refused = fixture.cleanup(&[&WEEK[..], flags].concat());
         let complaint = refused.complaint(code);

@@ -3,7 +3,7 @@
 use tokio_postgres::types::ToSql;
 
 use super::{FENCES, WEEK};
-use crate::support::{Fixture, Relay};
+use crate::support::{Fixture, Relay, connect};
 
 /// An event of so many days ago, in its own partition or in the default one.
 async fn insert(fixture: &Fixture, key: &str, days: i32) {
@@ -77,4 +77,40 @@ async fn old_partitions_go_if_all_of_their_rows_are_published_and_none_waits() {
     relay.drain().await;
     fixture.cleanup(&WEEK).results();
     assert_eq!(fixture.outbox().await, ["waits", "young"]);
+}
+
+/// As long as somebody has read the outbox in a transaction, no partition goes; that is no success.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn old_partitions_that_stay_as_they_are_in_use_are_told_and_the_rest_goes() {
+    let fixture = set_up().await;
+    let relay = Relay::streaming(&fixture, &FENCES).await;
+    insert(&fixture, "default", 100).await;
+    fixture.wait_for_fence(&fixture.contract.slot).await;
+    relay.drain().await;
+    let reader = connect(&fixture.database_url).await;
+    let read = "BEGIN; SELECT FROM postbox.outbox";
+    reader.batch_execute(read).await.unwrap();
+    let busy = fixture.cleanup(&WEEK);
+    let results = "\"postbox\".\"outbox\": partitions dropped: 0\n\
+                   \"postbox\".\"outbox_default\": rows removed: 1\n";
+    assert!(busy.stdout.contains(results), "{busy:?}");
+    let complaint = "error: drop partition postbox.outbox_";
+    assert!(busy.stderr.starts_with(complaint), "{busy:?}");
+    let why = " and of 4 others: somebody holds a lock on it, or on the outbox, all the time: pg_locks says who";
+    assert!(busy.stderr.contains(why), "{busy:?}");
+    assert_eq!(busy.code, 3);
+
+    // So does a relay, which goes on.
+    let flags = [
+        &FENCES[..],
+        &["--cleanup-interval", "1s", "--cleanup-older-than", "7d"],
+    ];
+    let mut relay = Relay::streaming(&fixture, &flags.concat()).await;
+    relay
+        .wait_for_log("WARN cleaning up again later: drop partition postbox.outbox_")
+        .await;
+    reader.batch_execute("COMMIT").await.unwrap();
+    relay.wait_for_log("dropped old partitions").await;
+    relay.drain().await;
+    fixture.cleanup(&WEEK).results();
 }

@@ -33,7 +33,7 @@ async fn a_relay_that_is_behind_keeps_rows_until_it_is_there_or_forgotten() {
     let refused = fixture.cleanup(&WEEK);
     let complaint = refused.complaint(4);
     assert!(
-        complaint.contains("relay \"second\" was not seen for 192.0 hours")
+        complaint.contains("relay \"second\" was not seen for 8d, longer")
             && complaint.contains("`postbox cleanup --forget second`"),
         "{complaint}"
     );
@@ -159,4 +159,83 @@ async fn what_cannot_be_trusted_removes_nothing() {
     relay.drain().await;
     assert_eq!(removed(&fixture.cleanup(&WEEK), "outbox"), 1);
     assert_eq!(fixture.keys().await, ["a", "b"]);
+}
+
+/// What was cancelled is missed by nobody.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_is_forgotten_with_the_events_that_it_has_parked_and_that_were_cancelled() {
+    let fixture = Fixture::new().await;
+    fixture
+        .setup(&["--slot", "second", "--mode", "poll"])
+        .results();
+    for _ in 0..2 {
+        fixture
+            .sql("SELECT postbox.emit('a', 'b', 'c', '{}', scheduled_at => now() + interval '1 h')")
+            .await;
+    }
+    fixture
+        .sql(
+            "INSERT INTO postbox.parked (id, relay, status, due_at, committed_at, message, column_names, column_types) \
+             SELECT id, 'second', 'scheduled', scheduled_at, now(), '', '{}', '{}' FROM postbox.outbox",
+        )
+        .await;
+    let cancel = "SELECT postbox.cancel(id) FROM postbox.outbox";
+    fixture.sql(&format!("{cancel} ORDER BY seq LIMIT 1")).await;
+    let forget = ["--forget", "second"];
+    let refused = fixture.cleanup(&forget);
+    let complaint = refused.complaint(8);
+    assert!(
+        complaint.contains("has parked 1 events that were not sent"),
+        "{complaint}"
+    );
+    fixture.sql(cancel).await;
+    let forgotten = fixture.cleanup(&forget);
+    assert_eq!(
+        forgotten.results(),
+        "relay \"second\": forgotten\n\"postbox\".\"parked\": rows removed: 2\n"
+    );
+    assert_eq!(fixture.count("postbox.parked").await, 0);
+    // Nor does a cancellation stay, once its event is gone from the outbox.
+    fixture
+        .sql("UPDATE postbox.cancellation SET cancelled_at = now() - interval '8 days'")
+        .await;
+    assert_eq!(removed(&fixture.cleanup(&WEEK), "cancellation"), 0);
+    fixture.sql("DELETE FROM postbox.outbox").await;
+    assert_eq!(removed(&fixture.cleanup(&WEEK), "cancellation"), 2);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn for_how_long_a_relay_was_not_seen_is_told_in_units_that_fit() {
+    let fixture = Fixture::new().await;
+    fixture
+        .setup(&["--slot", "second", "--mode", "poll"])
+        .results();
+    // However short the retention is, a minute of silence is none.
+    for (silent, told) in [("50 s", None), ("3 min", Some("3m")), ("5 h", Some("5h"))] {
+        let sql = format!(
+            "UPDATE postbox.checkpoint SET updated_at = now() - interval '{silent}' WHERE name = 'second'"
+        );
+        fixture.sql(&sql).await;
+        let output = fixture.cleanup(&["--older-than", "1s"]);
+        let Some(told) = told else {
+            output.results();
+            continue;
+        };
+        let complaint = output.complaint(4);
+        let expected =
+            format!("relay \"second\" was not seen for {told}, longer than rows are kept");
+        assert!(complaint.contains(&expected), "{complaint}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_schema_without_an_outbox_is_named() {
+    let fixture = Fixture::new().await;
+    for flags in [&WEEK[..], &["--forget", "second"]] {
+        let schema = ["--schema", "nope"];
+        let refused = fixture.cleanup(&[flags, &schema].concat());
+        let complaint = refused.complaint(3);
+        let expected = "error: schema \"nope\" has no outbox: name the schema that was set up with --schema, or run";
+        assert!(complaint.starts_with(expected), "{complaint}");
+    }
 }

@@ -91,3 +91,36 @@ async fn a_relay_that_may_not_clean_up_says_so_and_relays() {
     relay.drain().await;
     assert_eq!(fixture.keys().await, ["a", "b"]);
 }
+
+/// Whatever is refused first: the schema, a table, or a function.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_may_not_clean_up_is_told_of_the_grant_that_lets_it() {
+    let fixture = Fixture::empty().await;
+    let (role, url) = fixture.role("Stranger").await;
+    fixture.setup(&["--partitioned", "day"]).results();
+    let read = format!("GRANT SELECT ON ALL TABLES IN SCHEMA postbox TO \"{role}\"");
+    let list = format!("GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA postbox TO \"{role}\"");
+    let usage = format!("GRANT USAGE ON SCHEMA postbox TO \"{role}\"");
+    for grant in ["SELECT", &usage, &read] {
+        fixture.sql(grant).await;
+        let refused = fixture.cleanup_as(&url, &WEEK);
+        let complaint = refused.complaint(6);
+        assert!(
+            complaint.contains("`postbox setup --grant-cleanup-to ROLE`")
+                && !complaint.contains("--grant-to"),
+            "{grant}: {complaint}"
+        );
+    }
+    fixture.sql(&list).await;
+    fixture.insert("a", "{}").await;
+    let refused = fixture.cleanup_as(&url, &WEEK);
+    let complaint = refused.complaint(6);
+    assert!(complaint.contains("--grant-cleanup-to"), "{complaint}");
+    let (_, url) = fixture.role("Nobody").await;
+    let refused = fixture.cleanup_as(&url, &["--forget", &fixture.contract.slot]);
+    let complaint = refused.complaint(6);
+    assert!(
+        complaint.contains("is for the owner of the schema") && !complaint.contains("--grant-to"),
+        "{complaint}"
+    );
+}

@@ -73,6 +73,14 @@ fn http_is_for_this_machine_alone_unless_told_otherwise() {
 }
 
 #[test]
+fn help_says_that_a_relay_can_be_forgotten_without_a_retention() {
+    let output = run(&mut postbox(&["cleanup", "--help"]));
+    let usage = "Usage: postbox cleanup [OPTIONS] --older-than <TIME>\n       \
+                 postbox cleanup [OPTIONS] --forget <RELAY> [--older-than <TIME>]\n";
+    assert!(output.results().contains(usage), "{output:?}");
+}
+
+#[test]
 fn help_tells_of_each_flag_its_variable_its_default_and_its_unit() {
     for (command, count) in [
         ("relay", 39),

@@ -93,6 +93,62 @@ fn settings_that_cannot_work_are_refused_in_words() {
             &[],
             &["--table-preset spakky fights --placement"],
         ),
+        (
+            &[
+                "--table-preset",
+                "spakky",
+                "--mode",
+                "poll",
+                "--on-poison",
+                "skip",
+                "--dead-letter-topic",
+                "dead",
+            ],
+            &[],
+            &[
+                "--table-preset spakky fights --on-poison, --dead-letter-topic with --mode poll: its rows are claimed",
+            ],
+        ),
+        (
+            &[
+                "--table-preset",
+                "omni-box",
+                "--mode",
+                "poll",
+                "--retry-backoff-min",
+                "10s",
+                "--retry-backoff-max",
+                "1h",
+                "--parked-max",
+                "100000",
+                "--parked-bytes-max",
+                "1GiB",
+                "--max-schedule",
+                "365d",
+                "--scheduled-max",
+                "10000000",
+            ],
+            &[],
+            &[
+                "--table-preset omni-box fights --retry-backoff-min, --retry-backoff-max, --parked-max, \
+                 --parked-bytes-max, --max-schedule, --scheduled-max with --mode poll",
+            ],
+        ),
+        (
+            &["--table-preset", "omni-box", "--mode", "poll"],
+            &[("POSTBOX_PARKED_MAX", "5")],
+            &["--table-preset omni-box fights --parked-max with --mode poll"],
+        ),
+        (
+            &["--retry-backoff-min", "2h"],
+            &[],
+            &["'2h' for '--retry-backoff-min", "out of range"],
+        ),
+        (
+            &["--retry-backoff-max", "5s"],
+            &[],
+            &["--retry-backoff-min 10s is longer than --retry-backoff-max 5s"],
+        ),
         // Kafka.
         (
             &[],

@@ -166,7 +166,9 @@ async fn a_writer_can_cancel() {
     let output = fixture.cancel_as(&stranger, &[&ids[1]]);
     let complaint = output.complaint(6);
     assert!(
-        complaint.contains("`postbox setup --grant-writer-to` gives the right to"),
+        complaint.contains(
+            "`postbox setup --grant-writer-to` or `--grant-operator-to` gives the right to"
+        ),
         "{complaint}"
     );
 }

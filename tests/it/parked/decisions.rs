@@ -397,6 +397,11 @@ async fn nothing_is_decided_about_everything_by_accident() {
         (&["skip", "--reason", "r"], "say which events"),
         (&["skip", "--all"], "--reason <TEXT>"),
         (&["skip", "--all", "--reason", " "], "--reason: say why"),
+        (
+            &["skip", "--all", "--reason", "r", "--by", ""],
+            "--by: say who decides, or leave it out",
+        ),
+        (&["retry", "--all", "--by", " "], "--by: say who decides"),
         (&["show"], "<ID>"),
         (&["list", "--older-than", "1"], "no unit"),
         (&["list", "--status", "lost"], "invalid value 'lost'"),

@@ -225,9 +225,12 @@ async fn the_table_has_120_columns_whatever_is_in_it() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn nothing_that_waits_is_an_empty_table() {
+async fn nothing_that_waits_is_a_table_without_rows() {
     let fixture = Fixture::new().await;
-    assert_eq!(parked(&fixture, &["list"]).results(), "");
+    let head = "ID  STATUS  PARKED  TRIES  DUE  TOPIC  KEY  TYPE\n";
+    assert_eq!(parked(&fixture, &["list"]).results(), head);
+    let json = parked(&fixture, &["list", "--output", "json"]);
+    assert_eq!(json.results(), "");
     assert_eq!(parked(&fixture, &["export"]).results(), "");
 }
 

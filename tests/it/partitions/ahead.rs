@@ -128,6 +128,43 @@ async fn rows_without_a_partition_are_in_the_default_one_and_are_sent() {
     assert_eq!(row.get::<_, i64>(0), 2);
 }
 
+/// Also of those that come later.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_that_come_to_the_default_partition_of_a_relay_at_work_are_told() {
+    let fixture = Fixture::partitioned(&[]).await;
+    // Little is left, so that it looks each second.
+    fixture.make_partitions_narrow().await;
+    let mut relay = Relay::streaming(&fixture, &[]).await;
+    wait_until("it has looked", async || {
+        let (_, metrics) = relay.get("/metrics");
+        metrics.contains("postbox_default_partition_rows 0\n")
+    })
+    .await;
+    let insert = insert_at(&fixture, "past", "'2001-01-01'");
+    fixture.client.batch_execute(&insert).await.unwrap();
+    relay
+        .wait_for_log("WARN rows are in \"postbox\".\"outbox_default\"")
+        .await;
+    assert_eq!(relay.metric("postbox_default_partition_rows"), 1.0);
+    relay.drain().await;
+}
+
+/// Relays look each minute.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_look_at_partitions_that_are_there_keeps_nobody_waiting() {
+    let fixture = Fixture::partitioned(&[]).await;
+    let insert = insert_at(&fixture, "past", "'2001-01-01'");
+    fixture.client.batch_execute(&insert).await.unwrap();
+    let look = "BEGIN; SELECT made = 0 AND default_rows = 1 FROM postbox.make_partitions()";
+    fixture.client.batch_execute(look).await.unwrap();
+    let locks = "SELECT DISTINCT relation::regclass::text, mode FROM pg_locks AS l JOIN pg_class AS c ON c.oid = relation \
+                 WHERE pid = pg_backend_pid() AND relnamespace = 'postbox'::regnamespace \
+                   AND relname LIKE 'outbox%' AND mode <> 'AccessShareLock'";
+    let rows = fixture.client.query(locks, &[]).await.unwrap();
+    assert!(rows.is_empty(), "{rows:?}");
+    fixture.client.batch_execute("COMMIT").await.unwrap();
+}
+
 /// The rows of now have no partition: one is being made. A row that comes at that moment must wait for
 /// it, as it would be refused if it were sent to the default partition.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
