@@ -1,7 +1,6 @@
 //! What waits in the table of parked events when a slot is lost.
 
-use crate::parking::{LARGE, SMALL, limit};
-use crate::parking::{SOON, parked, wait_for_parked};
+use crate::parking::{LARGE, SMALL, SOON, limit, parked};
 use crate::poison::{create_topic, incompressible};
 use crate::support::{Fixture, Relay, wait_until};
 
