@@ -211,11 +211,18 @@ impl Statements {
                  FROM unnest($2::text[], $3::text[]) AS a (id, topic) \
                  WHERE p.relay = $1 AND p.id = a.id AND p.status || '' = 'waiting'"),
             free_topic: sql(&format!(
-                "UPDATE :\"schema\".parked AS p SET awaits_topic = false, due_at = CASE WHEN EXISTS ( \
-                     SELECT FROM :\"schema\".parked AS b \
-                     WHERE b.relay = p.relay AND b.status = 'waiting' AND {same_as_b} \
-                       AND b.number < p.number) THEN 'infinity' ELSE now() END \
-                 WHERE p.relay = $1 AND p.status = 'waiting' AND p.awaits_topic AND p.topic = $2{ours} RETURNING p.id",
+                "WITH freed AS ( \
+                     UPDATE :\"schema\".parked AS p SET awaits_topic = false, due_at = CASE WHEN ( \
+                         SELECT b.number FROM :\"schema\".parked AS b \
+                         WHERE b.relay = p.relay AND b.status = 'waiting' AND {same_as_b} \
+                           AND b.number < p.number ORDER BY b.number LIMIT 1) IS NULL \
+                         THEN now() ELSE 'infinity' END \
+                     WHERE p.relay = $1 AND p.status = 'waiting' AND p.awaits_topic AND p.topic = $2{ours} \
+                     RETURNING p.id \
+                 ) SELECT EXISTS (TABLE freed) OR EXISTS ( \
+                     SELECT FROM :\"schema\".parked AS p \
+                     WHERE p.relay = $1 AND p.status = 'waiting' AND p.topic = $2 AND NOT p.awaits_topic \
+                       AND p.attempts = 0 AND p.due_at < 'infinity'{ours})",
             )),
             join: sql("UPDATE :\"schema\".parked AS p \
                  SET status = 'waiting', due_at = CASE WHEN j.key IS NULL THEN now() ELSE 'infinity' END, \

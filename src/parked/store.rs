@@ -32,7 +32,7 @@ const BEGIN: &str = "BEGIN; \
 
 /// The most keys or scheduled events that are taken at once, and how many follow of one key.
 const TAKE_MAX: i64 = 256;
-const RUN_MAX: i64 = 64;
+const RUN_MAX: i64 = 1000;
 
 /// After so many bytes of rows no more are taken at once.
 const TAKE_BYTES: i64 = 16 << 20;
@@ -508,12 +508,12 @@ impl Store {
         settled.map_err(|error| sort(doing, error))
     }
 
-    /// The brokers take records for this topic: what waits for it is due. Whether anything
-    /// does.
+    /// The brokers may take records for this topic: what waits for it is due. Whether anything
+    /// is that was never refused.
     pub(crate) async fn free_topic(&self, topic: &str) -> Result<bool> {
         let topic = [(&topic as &(dyn ToSql + Sync), Type::TEXT)];
         let freed = self.run("free a topic's events", &self.statements.free_topic, &topic);
-        Ok(!freed.await?.is_empty())
+        Ok(freed.await?.first().is_some_and(|row| row.get(0)))
     }
 
     /// Sees to it that the first of each of these keys has its turn, and says of which of

@@ -193,6 +193,7 @@ impl Sender {
         let outcome = &tried.outcome;
         self.store.settle(outcome).await?;
         self.shared.change(|holds| {
+            holds.add(&tried.added);
             let refused = outcome.refused.iter().filter(|refused| !refused.is_dead);
             let refused = refused.map(|refused| (&refused.topic, &refused.key));
             let joining = outcome.joining.iter().map(|(_, topic, key)| (topic, key));

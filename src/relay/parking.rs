@@ -326,7 +326,7 @@ impl Parking {
         } = joined(written)?;
         self.shared.change(|holds| {
             holds.pending.take(&all);
-            holds.count.add(&added);
+            holds.add(&added);
             for (topic, key) in &keys {
                 holds.parked(topic, key);
             }
@@ -551,10 +551,9 @@ impl Holds {
         self.count.scheduled = events;
     }
 
-    /// Scheduled events have gone.
-    pub(super) fn unschedule(&mut self, events: usize) {
-        let events = i64::try_from(events).unwrap_or(i64::MAX);
-        self.count.scheduled = (self.count.scheduled - events).max(0);
+    /// So much more is in the table than was counted.
+    pub(super) fn add(&mut self, more: &Count) {
+        self.count.add(more);
     }
 
     /// A record of this size was not too large for its topic: that others were is forgotten.

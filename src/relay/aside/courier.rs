@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 use rdkafka::error::RDKafkaErrorCode;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, sleep_until};
 
 use super::Tools;
 use crate::envelope::{Encoder, Record};
@@ -24,10 +24,10 @@ use crate::source::Messages;
 use crate::timestamp::Timestamp;
 
 /// How long a delivery may take before the brokers count as away.
-const REPORT_MAX: Duration = Duration::from_secs(30);
+pub(super) const REPORT_MAX: Duration = Duration::from_secs(30);
 
-/// The same for a relay that is told to stop.
-const REST_MAX: Duration = Duration::from_secs(5);
+/// The same where it is told to rest: less than a relay that is to serve other slices waits for.
+const REST_MAX: Duration = Duration::from_millis(1500);
 
 /// After how long without anything to send the producer is closed.
 const IDLE_MAX: Duration = Duration::from_secs(30);
@@ -137,8 +137,7 @@ impl Courier {
         }
     }
 
-    /// Asks once about topics that were not asked about of late: who cannot be answered waits
-    /// for a probe. Nothing may be on its way.
+    /// Asks once about topics that were not asked about of late. Nothing may be on its way.
     pub(super) async fn resolve(&mut self, topics: HashSet<String>) -> Result<Resolved> {
         let publisher = self.publisher.get()?;
         let mut resolving = JoinSet::new();
@@ -177,8 +176,8 @@ impl Courier {
         hand_over(publisher, &record, sequence)
     }
 
-    /// The reports that arrive next; `None` if none does for long.
-    pub(super) async fn reports(&mut self) -> Result<Option<Vec<Report>>> {
+    /// The reports that arrive next; `None` if none does until then.
+    pub(super) async fn reports(&mut self, until: Instant) -> Result<Option<Vec<Report>>> {
         let mut reports = Vec::new();
         let publisher = self.publisher.get()?;
         publisher.push();
@@ -190,7 +189,7 @@ impl Courier {
         };
         let mut given_up = pin!(async {
             tokio::select! {
-                () = sleep(REPORT_MAX) => {}
+                () = sleep_until(until) => {}
                 () = told_to_rest => {}
             }
         });
@@ -240,7 +239,7 @@ impl Courier {
         handed: Result<(), Sent>,
     ) -> Result<Result<RDKafkaErrorCode, Sent>> {
         let sent = match handed {
-            Ok(()) => match self.reports().await? {
+            Ok(()) => match self.reports(Instant::now() + REPORT_MAX).await? {
                 Some(reports) => match reports.last().and_then(|report| report.error) {
                     Some(code) => return Ok(Ok(code)),
                     None => Sent::Delivered,

@@ -67,7 +67,7 @@ impl Queue {
         let mut waits_for = self.sender.courier.why_unknown(&topic).await?;
         let mut sent = Vec::new();
         for taken in letters {
-            if waits_for.is_some() {
+            if waits_for.is_some() || *self.sender.rest.borrow() {
                 break;
             }
             match self.write_letter(&taken, &topic).await? {

@@ -1,6 +1,6 @@
 //! Tries what waits for another try, the first of each key, and looks after the queues.
 //!
-//! What was never refused is sent many at a time, of each key one after another; what was is
+//! What was never refused is sent many at a time, of each key in its order; what was is
 //! sent alone, with nothing else on its way. So is each of those that were on their way when
 //! one was refused: a refused batch is not a refused event.
 
@@ -86,11 +86,13 @@ impl Queue {
     /// Sends what is due. `None` if nothing is; else whether no broker could be asked.
     async fn send(&mut self) -> Result<Option<bool>> {
         let sender = &mut self.sender;
+        let began = Instant::now();
         let rows = sender.store.take_waiting().await?;
         if rows.is_empty() {
             return Ok(None);
         }
-        let tried = sender.try_again(rows, self.topics.trials()).await?;
+        let trials = self.topics.trials();
+        let tried = sender.try_again(rows, began, trials).await?;
         sender.store(&tried).await?;
         let outcome = &tried.outcome;
         if !outcome.early.is_empty() {

@@ -54,10 +54,7 @@ impl Schedule {
         }
         let tried = sender.send_on_time(rows).await?;
         sender.store(&tried).await?;
-        let outcome = &tried.outcome;
-        let unscheduled = outcome.gone.len() + outcome.joining.len();
-        sender.shared.change(|holds| holds.unschedule(unscheduled));
-        if !outcome.joining.is_empty() {
+        if !tried.outcome.joining.is_empty() {
             sender.shared.wake_queue.notify_one();
         }
         Ok(Some(tried))

@@ -72,12 +72,15 @@ impl Topics {
 impl Queue {
     /// Asks about topics that are held, each in its time.
     pub(super) fn probe(&mut self) -> Result<()> {
-        let held: Vec<String> = self
+        let held: HashSet<String> = self
             .sender
             .shared
             .with(|holds| holds.topics().keys().cloned().collect());
         let now = Instant::now();
         let topics = &mut self.topics;
+        topics
+            .probes
+            .retain(|topic, probe| probe.is_on_its_way || held.contains(topic));
         for topic in held {
             // Where nothing waits for it, the stream itself tries it next.
             let pause = match self.sender.settings.on_poison {

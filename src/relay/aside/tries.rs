@@ -1,21 +1,22 @@
 //! Sends rows that are due, and says what became of each.
 
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rdkafka::error::RDKafkaErrorCode;
+use tokio::time::Instant;
 use tracing::{debug, error, info, warn};
 
 use super::Sender;
-use super::courier::{Resolved, Sent};
+use super::courier::{REPORT_MAX, Resolved, Sent};
 use crate::error::Result;
-use crate::parked::store::{Outcome, Refused};
+use crate::parked::store::{Count, Outcome, Refused};
 use crate::parked::{Status, Taken};
 use crate::publisher::codes::explain;
 use crate::publisher::{Verdict, verdict};
 
 /// For how long rows that were taken are tried, so that the last report is here, or is no
-/// longer waited for, before somebody may decide about them again.
+/// longer waited for, within the minute after which somebody may decide about them again.
 const TRY_MAX: Duration = Duration::from_secs(20);
 
 /// What became of rows that were taken.
@@ -28,6 +29,8 @@ pub(super) struct Tried {
     /// The id of each event that was delivered, and when it was created, in microseconds since
     /// 1970; where rows are marked in their own table.
     pub(super) to_mark: Vec<(String, i64)>,
+    /// How much more is in the table than before.
+    pub(super) added: Count,
     /// No broker could be asked.
     pub(super) is_away: bool,
 }
@@ -42,10 +45,15 @@ enum Together {
     Away(String),
 }
 
-/// The rows of one key that are sent one after another.
+/// The rows of one key that are sent in their order. The first goes alone, as a broker takes
+/// any for the first of a producer; once it has it, none that is behind a refused one.
 struct Lane {
     topic: String,
     rows: VecDeque<Taken>,
+    /// How many of them are on their way.
+    handed: usize,
+    /// One of them was delivered.
+    has_begun: bool,
     /// It was on its way when something was refused, or was refused before.
     is_suspect: bool,
 }
@@ -60,6 +68,7 @@ fn name_of(taken: &Taken) -> Option<Name> {
 impl Sender {
     /// Sends scheduled events. What is refused, or may be, joins the queue of its key.
     pub(super) async fn send_on_time(&mut self, rows: Vec<Taken>) -> Result<Tried> {
+        let began = Instant::now();
         let mut tried = Tried::default();
         let mut lanes = self.lanes(rows, &HashSet::new(), &mut tried);
         let topics = self.resolve(&lanes).await?;
@@ -69,7 +78,7 @@ impl Sender {
         lanes.retain(|lane| !topics.away.contains_key(&lane.topic));
         let went = match topics.away.into_values().next() {
             Some(why) if lanes.is_empty() => Together::Away(why),
-            _ => self.send_together(&mut lanes, &mut tried).await?,
+            _ => self.send_together(&mut lanes, began, &mut tried).await?,
         };
         match went {
             Together::Passed => {}
@@ -84,13 +93,13 @@ impl Sender {
         Ok(tried)
     }
 
-    /// Tries again what waits. Topics on trial are not held.
+    /// Tries again what waits, and was taken then. Topics on trial are not held.
     pub(super) async fn try_again(
         &mut self,
         rows: Vec<Taken>,
+        began: Instant,
         trials: &HashSet<String>,
     ) -> Result<Tried> {
-        let began = Instant::now();
         let mut tried = Tried::default();
         let mut lanes = self.lanes(rows, trials, &mut tried);
         let topics = self.resolve(&lanes).await?;
@@ -111,7 +120,7 @@ impl Sender {
             .next()
             .filter(|_| lanes.is_empty());
         if away.is_none() {
-            away = match self.send_together(&mut lanes, &mut tried).await? {
+            away = match self.send_together(&mut lanes, began, &mut tried).await? {
                 Together::Away(why) => Some(why),
                 Together::Passed | Together::Refused => {
                     self.send_alone(&mut lanes, began, &mut tried).await?
@@ -141,6 +150,7 @@ impl Sender {
             if taken.is_cancelled {
                 self.metrics.parked.cancelled.inc();
                 info!(id = taken.id, "cancelled: it is not sent");
+                tried.left(&taken);
                 tried.outcome.gone.push(taken.id);
                 continue;
             }
@@ -191,6 +201,8 @@ impl Sender {
                     topic,
                     is_suspect: taken.attempts > 0,
                     rows: VecDeque::from([taken]),
+                    handed: 0,
+                    has_begun: false,
                 }),
             }
         }
@@ -203,10 +215,14 @@ impl Sender {
         self.courier.resolve(topics).await
     }
 
-    /// Sends what was never refused, of each key one after another. What was on its way when
-    /// one was refused is suspect.
-    async fn send_together(&mut self, lanes: &mut [Lane], tried: &mut Tried) -> Result<Together> {
-        let began = Instant::now();
+    /// Sends what was never refused, of each key in its order. What was on its way when one was
+    /// refused is suspect.
+    async fn send_together(
+        &mut self,
+        lanes: &mut [Lane],
+        began: Instant,
+        tried: &mut Tried,
+    ) -> Result<Together> {
         let mut on_their_way: HashMap<u64, usize> = HashMap::new();
         let mut sequence = 0;
         // By which code first, and whether the brokers refused one.
@@ -217,31 +233,30 @@ impl Sender {
             .collect();
         loop {
             for number in std::mem::take(&mut ready) {
-                let Some(taken) = lanes[number].rows.front() else {
-                    continue;
-                };
-                lanes[number].is_suspect |= taken.attempts > 0;
-                let is_late = began.elapsed() > TRY_MAX;
-                if failed.is_some() || is_late || lanes[number].is_suspect {
-                    continue;
-                }
-                match self.courier.hand_over(taken, sequence) {
-                    Ok(()) => {
-                        on_their_way.insert(sequence, number);
-                        sequence += 1;
+                let may_send = failed.is_none() && !self.must_end(began);
+                let lane = &mut lanes[number];
+                while may_send && lane.may_send() {
+                    match self.courier.hand_over(&lane.rows[lane.handed], sequence) {
+                        Ok(()) => {
+                            on_their_way.insert(sequence, number);
+                            sequence += 1;
+                            lane.handed += 1;
+                        }
+                        Err(Sent::Away(why)) => {
+                            // It may have been refused one of those that are on their way.
+                            self.courier.forget();
+                            return Ok(Together::Away(why));
+                        }
+                        // Once those before it are delivered.
+                        Err(_) if lane.handed > 0 => break,
+                        Err(sent) => self.stop(lane, sent, tried),
                     }
-                    Err(Sent::Away(why)) => {
-                        // It may have been refused one of those that are on their way.
-                        self.courier.forget();
-                        return Ok(Together::Away(why));
-                    }
-                    Err(sent) => self.stop(&mut lanes[number], sent, tried),
                 }
             }
             if on_their_way.is_empty() {
                 break;
             }
-            let Some(reports) = self.courier.reports().await? else {
+            let Some(reports) = self.courier.reports(began + TRY_MAX + REPORT_MAX).await? else {
                 let lost = on_their_way.len();
                 self.courier.forget();
                 return Ok(Together::Away(format!(
@@ -253,6 +268,7 @@ impl Sender {
                     continue;
                 };
                 let lane = &mut lanes[number];
+                lane.handed -= 1;
                 if let Some(code) = report.error {
                     lane.is_suspect = true;
                     is_refused |= matches!(verdict(code), Verdict::Row | Verdict::Topic);
@@ -261,6 +277,7 @@ impl Sender {
                         self.courier.purge();
                     }
                 } else if let Some(taken) = lane.rows.pop_front() {
+                    lane.has_begun = true;
                     self.settle(taken, Sent::Delivered, tried);
                     ready.push(number);
                 }
@@ -287,7 +304,7 @@ impl Sender {
             let Some(taken) = lane.rows.front() else {
                 continue;
             };
-            if began.elapsed() > TRY_MAX {
+            if self.must_end(began) {
                 break;
             }
             match self.courier.send_alone(taken).await? {
@@ -297,6 +314,12 @@ impl Sender {
             }
         }
         Ok(None)
+    }
+
+    /// Whether no more of what was taken is to be tried: it was taken long ago, or the relay
+    /// is told to rest.
+    fn must_end(&self, began: Instant) -> bool {
+        began.elapsed() > TRY_MAX || *self.rest.borrow()
     }
 
     /// Of a lane the first was tried, and the others are not.
@@ -311,6 +334,12 @@ impl Sender {
     /// Says what is to be stored of a row.
     fn settle(&mut self, taken: Taken, sent: Sent, tried: &mut Tried) {
         let name = name_of(&taken);
+        match sent {
+            Sent::Delivered => tried.left(&taken),
+            Sent::Refused(_) if taken.status == Status::Scheduled => tried.joined(&taken),
+            Sent::Early(_) => tried.postponed(&taken),
+            _ => {}
+        }
         let outcome = &mut tried.outcome;
         match sent {
             Sent::Delivered => {
@@ -399,13 +428,55 @@ impl Sender {
 impl Tried {
     /// A scheduled event joins the queue of its key, as one that was never refused.
     fn join(&mut self, taken: Taken) {
+        self.joined(&taken);
         let joining = &mut self.outcome.joining;
         joining.push((taken.id, taken.topic, taken.key));
+    }
+
+    /// A row leaves the table.
+    fn left(&mut self, taken: &Taken) {
+        match taken.status {
+            Status::Scheduled => self.added.scheduled -= 1,
+            _ => {
+                self.added.waiting -= 1;
+                self.added.bytes -= bytes_of(taken);
+            }
+        }
+    }
+
+    /// A scheduled row waits from now on.
+    fn joined(&mut self, taken: &Taken) {
+        self.added.scheduled -= 1;
+        self.added.waiting += 1;
+        self.added.bytes += bytes_of(taken);
+    }
+
+    /// A row that waited is scheduled from now on.
+    fn postponed(&mut self, taken: &Taken) {
+        self.added.scheduled += 1;
+        self.added.waiting -= 1;
+        self.added.bytes -= bytes_of(taken);
     }
 
     fn is_away_because(&mut self, why: &str) {
         debug!(why, "parked events wait for the brokers");
         self.is_away = true;
+    }
+}
+
+fn bytes_of(taken: &Taken) -> i64 {
+    i64::try_from(taken.row.bytes.len()).unwrap_or(i64::MAX)
+}
+
+impl Lane {
+    /// Whether the next that is not on its way may follow those that are.
+    fn may_send(&mut self) -> bool {
+        let Some(next) = self.rows.get(self.handed) else {
+            return false;
+        };
+        // A suspect is sent once it is the first.
+        self.is_suspect |= self.handed == 0 && next.attempts > 0;
+        !self.is_suspect && next.attempts == 0 && (self.has_begun || self.handed == 0)
     }
 }
 
