@@ -10,7 +10,7 @@ use crate::claim::spakky::is_clean_without_keys;
 use crate::parking::SOON;
 use crate::parking::{LARGE, limit};
 use crate::poison::{create_topic, incompressible};
-use crate::setup::slot::{HOLDING_UP, hold_up};
+use crate::setup::slot::{HOLDING_UP, hold_up, let_through};
 use crate::support::{
     Fixture, PATIENCE, Relay, SMALL_WINDOW, WINDOW, connect, statement, wait_until,
 };
@@ -227,13 +227,7 @@ async fn a_row_that_cannot_be_seen_yet_is_marked_when_it_can() {
     wait_until_it_marks(&relay).await;
     assert!(fixture.confirmed().await <= end);
     // The standby is there, as far as the server can tell: the marks wait for it, too.
-    for statement in [
-        "ALTER SYSTEM RESET synchronous_standby_names",
-        "SELECT pg_reload_conf()",
-    ] {
-        fixture.client.batch_execute(statement).await.unwrap();
-    }
-    held_up.await.unwrap();
+    let_through(&fixture, held_up).await;
     fixture.wait_for_confirmation().await;
     relay.drain().await;
     assert_eq!(fixture.keys().await, ["a"]);

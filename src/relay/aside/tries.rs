@@ -199,7 +199,7 @@ impl Sender {
                 Some(number) => lanes[number].rows.push_back(taken),
                 None => lanes.push(Lane {
                     topic,
-                    is_suspect: taken.attempts > 0,
+                    is_suspect: false,
                     rows: VecDeque::from([taken]),
                     handed: 0,
                     has_begun: false,
@@ -228,9 +228,7 @@ impl Sender {
         // By which code first, and whether the brokers refused one.
         let mut failed: Option<RDKafkaErrorCode> = None;
         let mut is_refused = false;
-        let mut ready: Vec<usize> = (0..lanes.len())
-            .filter(|number| !lanes[*number].is_suspect)
-            .collect();
+        let mut ready: Vec<usize> = (0..lanes.len()).collect();
         loop {
             for number in std::mem::take(&mut ready) {
                 let may_send = failed.is_none() && !self.must_end(began);

@@ -2,21 +2,9 @@
 
 use std::time::Duration;
 
-use crate::parking::{LARGE, RARELY, SMALL, ids, limit, sent};
+use crate::parking::{LARGE, RARELY, SMALL, ids, limit, sent, turns, wait_for_turns};
 use crate::poison::{create_topic, incompressible};
 use crate::support::{Fixture, Relay, wait_until};
-
-async fn parked(fixture: &Fixture) -> Vec<String> {
-    let sql = "SELECT concat_ws(' ', status, attempts, CASE WHEN due_at = 'infinity' THEN 'behind' END) \
-               FROM postbox.parked ORDER BY number";
-    let rows = fixture.client.query(sql, &[]).await.unwrap();
-    rows.iter().map(|row| row.get(0)).collect()
-}
-
-async fn wait_for(fixture: &Fixture, lines: &[&str]) {
-    let what = format!("parked: {lines:?}");
-    wait_until(&what, async || parked(fixture).await == lines).await;
-}
 
 /// Whatever it reads from.
 async fn assert_does_as_was_decided(fixture: Fixture, start: impl AsyncFn(&Fixture) -> Relay) {
@@ -26,7 +14,7 @@ async fn assert_does_as_was_decided(fixture: Fixture, start: impl AsyncFn(&Fixtu
     for payload in ["1", &large, "3", &large, "5"] {
         fixture.insert("a", payload).await;
     }
-    wait_for(
+    wait_for_turns(
         &fixture,
         &[
             "waiting 1",
@@ -42,7 +30,7 @@ async fn assert_does_as_was_decided(fixture: Fixture, start: impl AsyncFn(&Fixtu
     fixture
         .parked(&["skip", &ids[1], "--reason", "test"])
         .results();
-    wait_for(
+    wait_for_turns(
         &fixture,
         &["skipped 1 behind", "waiting 1", "waiting 0 behind"],
     )
@@ -53,12 +41,12 @@ async fn assert_does_as_was_decided(fixture: Fixture, start: impl AsyncFn(&Fixtu
     let relay = start(&fixture).await;
     tokio::time::sleep(Duration::from_secs(2)).await;
     let before = ["skipped 1 behind", "waiting 1", "waiting 0 behind"];
-    assert_eq!(parked(&fixture).await, before);
+    assert_eq!(turns(&fixture).await, before);
 
     // The topic takes them now, the second too after all: each in its place.
     limit(&fixture, LARGE).await;
     fixture.parked(&["retry", &ids[3], &ids[1]]).results();
-    wait_for(&fixture, &[]).await;
+    wait_for_turns(&fixture, &[]).await;
     relay.drain().await;
     assert_eq!(
         sent(&fixture).await,
@@ -105,7 +93,7 @@ async fn a_cancelled_event_is_not_sent_whether_the_relay_has_seen_it_or_not() {
     let relay = Relay::streaming(&fixture, &[]).await;
     let (seen, kept) = (schedule().await, schedule().await);
     wait_until("the relay has them", async || {
-        parked(&fixture)
+        turns(&fixture)
             .await
             .iter()
             .filter(|line| line.starts_with("scheduled"))
@@ -114,7 +102,7 @@ async fn a_cancelled_event_is_not_sent_whether_the_relay_has_seen_it_or_not() {
     })
     .await;
     fixture.cancel_as(&fixture.database_url, &[&seen]).results();
-    wait_for(&fixture, &[]).await;
+    wait_for_turns(&fixture, &[]).await;
     relay.drain().await;
     assert_eq!(sent(&fixture).await, [kept]);
 }

@@ -3,9 +3,9 @@
 
 use std::time::Duration;
 
-use super::{LARGE, SMALL, SOON, limit, parked, wait_for_parked};
+use super::{LARGE, SMALL, SOON, assert_all_go_out, limit, parked};
 use crate::poison::{create_topic, incompressible};
-use crate::setup::slot::{HOLDING_UP, hold_up};
+use crate::setup::slot::{HOLDING_UP, hold_up, let_through};
 use crate::support::{Fixture, Relay, connect, wait_until};
 
 /// Tried very often, and known to be too large before it is sent.
@@ -51,11 +51,7 @@ async fn nothing_is_confirmed_and_nothing_overtakes_before_a_row_is_in_the_table
     other.batch_execute("ROLLBACK").await.unwrap();
     fixture.wait_for_confirmation().await;
     assert_eq!(parked(&fixture).await.len(), 2);
-    limit(&fixture, LARGE).await;
-    wait_for_parked(&fixture, &[]).await;
-    fixture.enter_in_ledger().await;
-    let verdict = fixture.judge(relay).await;
-    assert!(verdict.is_clean(0), "{verdict}");
+    assert_all_go_out(&fixture, relay, 0).await;
 }
 
 /// What is parked outlasts the server, as what the application commits does.
@@ -81,13 +77,7 @@ async fn nothing_is_confirmed_before_the_standby_has_what_is_parked() {
     .await;
     give_it_time().await;
     assert!(fixture.confirmed().await < end);
-    for statement in [
-        "ALTER SYSTEM RESET synchronous_standby_names",
-        "SELECT pg_reload_conf()",
-    ] {
-        fixture.client.batch_execute(statement).await.unwrap();
-    }
-    held_up.await.unwrap();
+    let_through(&fixture, held_up).await;
     fixture.wait_for_confirmation().await;
     assert_eq!(parked(&fixture).await.len(), 1);
     relay.drain().await;
@@ -135,11 +125,7 @@ async fn rows_that_are_read_again_wait_in_the_order_in_which_they_are_read() {
     crash("parked=1*off->panic").await;
     assert_eq!(parked(&fixture).await, ["waiting a 0", "waiting a 1"]);
     let relay = Relay::streaming(&fixture, &flags()).await;
-    limit(&fixture, LARGE).await;
-    wait_for_parked(&fixture, &[]).await;
-    fixture.enter_in_ledger().await;
-    let verdict = fixture.judge(relay).await;
-    assert!(verdict.is_clean(1), "{verdict}");
+    assert_all_go_out(&fixture, relay, 1).await;
 }
 
 /// What sends it comes to nothing: the table is locked.
@@ -165,11 +151,7 @@ async fn a_relay_that_starts_holds_what_waits_before_it_reads_anything() {
     .await;
     assert_eq!(fixture.keys().await, ["b", "b"]);
     other.batch_execute("ROLLBACK").await.unwrap();
-    limit(&fixture, LARGE).await;
-    wait_for_parked(&fixture, &[]).await;
-    fixture.enter_in_ledger().await;
-    let verdict = fixture.judge(relay).await;
-    assert!(verdict.is_clean(0), "{verdict}");
+    assert_all_go_out(&fixture, relay, 0).await;
 }
 
 /// Another has claimed the checkpoint meanwhile, and may have parked and sent on.

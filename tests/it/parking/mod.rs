@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use rdkafka::admin::{AdminOptions, AlterConfig, ResourceSpecifier};
 
 use crate::poison::admin;
-use crate::support::{Fixture, PATIENCE};
+use crate::support::{Fixture, PATIENCE, Relay, wait_until};
 
 /// Tried again soon.
 pub(crate) const SOON: [&str; 4] = ["--retry-backoff-min", "10ms", "--retry-backoff-max", "50ms"];
@@ -71,4 +71,27 @@ pub(crate) async fn wait_for_parked(fixture: &Fixture, lines: &[&str]) {
         assert!(Instant::now() < deadline, "{found:?}, not {lines:?}");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
+}
+
+/// What waits, and whose turn it is not yet.
+pub(crate) async fn turns(fixture: &Fixture) -> Vec<String> {
+    let sql = "SELECT concat_ws(' ', status, attempts, CASE WHEN due_at = 'infinity' THEN 'behind' END) \
+               FROM postbox.parked ORDER BY number";
+    let rows = fixture.client.query(sql, &[]).await.unwrap();
+    rows.iter().map(|row| row.get(0)).collect()
+}
+
+pub(crate) async fn wait_for_turns(fixture: &Fixture, lines: &[&str]) {
+    let what = format!("parked: {lines:?}");
+    wait_until(&what, async || turns(fixture).await == lines).await;
+}
+
+/// From now on its topic takes all events of the test: they go out in their order, and no more
+/// often than so many times too often.
+pub(crate) async fn assert_all_go_out(fixture: &Fixture, relay: Relay, repeated: usize) {
+    limit(fixture, LARGE).await;
+    wait_for_parked(fixture, &[]).await;
+    fixture.enter_in_ledger().await;
+    let verdict = fixture.judge(relay).await;
+    assert!(verdict.is_clean(repeated), "{verdict}");
 }

@@ -2,22 +2,9 @@
 
 use super::policies::UNROUTABLE;
 use super::scheduled::schedule;
-use super::{LARGE, RARELY, SMALL, ids, limit, sent, wait_for_parked};
+use super::{LARGE, RARELY, SMALL, ids, limit, sent, wait_for_parked, wait_for_turns};
 use crate::poison::{create_topic, incompressible};
 use crate::support::{Fixture, Relay, connect, wait_until};
-
-/// What waits, and whose turn it is not yet.
-async fn turns(fixture: &Fixture) -> Vec<String> {
-    let sql = "SELECT concat_ws(' ', status, attempts, CASE WHEN due_at = 'infinity' THEN 'behind' END) \
-               FROM postbox.parked ORDER BY number";
-    let rows = fixture.client.query(sql, &[]).await.unwrap();
-    rows.iter().map(|row| row.get(0)).collect()
-}
-
-async fn wait_for_turns(fixture: &Fixture, lines: &[&str]) {
-    let what = format!("parked: {lines:?}");
-    wait_until(&what, async || turns(fixture).await == lines).await;
-}
 
 /// Longer than an entry of an index can be, and not to be compressed; another begins with it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -49,6 +49,17 @@ pub(crate) async fn hold_up(fixture: &Fixture, sql: &str) -> JoinHandle<()> {
     held_up
 }
 
+/// The standby is there, as far as the server can tell: what was held up ends.
+pub(crate) async fn let_through(fixture: &Fixture, held_up: JoinHandle<()>) {
+    for statement in [
+        "ALTER SYSTEM RESET synchronous_standby_names",
+        "SELECT pg_reload_conf()",
+    ] {
+        fixture.client.batch_execute(statement).await.unwrap();
+    }
+    held_up.await.unwrap();
+}
+
 /// By this, a commit waits for a standby only if its session wants to.
 pub(crate) const HOLDING_UP: &str = "synchronous_commit=local";
 
