@@ -57,12 +57,14 @@ use rdkafka::producer::BaseRecord;
 use crate::envelope::Record;
 use crate::error::{Error, ErrorKind, Result};
 use producer::Producer;
+use topics::Directory;
 
 /// A producer, and the topics it knows. Dropped, it forgets what is in flight; what was
 /// sent may still be delivered.
 pub struct Publisher {
     settings: KafkaSettings,
     producer: Producer,
+    directory: Arc<Directory>,
     topics: HashMap<String, Known>,
     batch_bytes: usize,
     is_compressing: bool,
@@ -121,6 +123,7 @@ impl Publisher {
         let producer = Producer::start(&settings, batch_bytes)?;
         Ok(Self {
             is_compressing: settings.compresses(),
+            directory: Arc::new(Directory::new(settings.clone())),
             settings,
             producer,
             topics: HashMap::new(),
@@ -225,12 +228,9 @@ impl Publisher {
         name: &str,
         patience: Patience,
     ) -> impl Future<Output = Result<Topic>> + Send + use<> {
-        topics::resolve(
-            Arc::clone(self.producer.client()),
-            self.settings.clone(),
-            name.to_owned(),
-            patience,
-        )
+        let directory = Arc::clone(&self.directory);
+        let producer = Arc::clone(self.producer.client());
+        directory.resolve(producer, name.to_owned(), patience)
     }
 
     /// Whether a topic needs smaller batches than this producer makes.

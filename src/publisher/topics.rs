@@ -1,6 +1,11 @@
 //! What the brokers say about a topic before its first record.
+//!
+//! librdkafka asks about one topic at a time, and each call blocks a thread; a client for the
+//! questions of an administrator has threads and connections of its own. There may be
+//! thousands of topics, all asked about at once: so a few questions are on their way, the
+//! others wait for them, and one client asks all, which is closed when nobody asks.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use rdkafka::admin::{AdminClient, AdminOptions, ResourceSpecifier};
@@ -8,6 +13,8 @@ use rdkafka::client::DefaultClientContext;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::producer::Producer as _;
 use rdkafka::types::RDKafkaRespErr;
+use tokio::sync::Semaphore;
+use tokio::time::Instant;
 use tracing::debug;
 
 use super::codes::{self, verdict};
@@ -57,48 +64,138 @@ impl Patience {
 /// How long to wait before asking again.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// Asks until the topic is known.
-///
-/// # Errors
-/// `Event` if there is no such topic or it is not ours to write, `Broker` or `Rights`
-/// if the brokers take nothing of ours, `BrokerAway` if nobody answers.
-pub(super) async fn resolve(
-    producer: Arc<Client>,
+/// How many questions are on their way at once.
+const QUESTIONS_MAX: usize = 16;
+
+/// Whom a publisher asks about topics.
+pub(super) struct Directory {
     settings: KafkaSettings,
-    name: String,
-    patience: Patience,
-) -> Result<Topic> {
-    let asked = tokio::time::Instant::now();
-    let leaders = loop {
-        let code = match metadata(&producer, Some(name.clone()), REQUEST_TIMEOUT).await? {
-            Ok(leaders) if leaders.is_empty() => RDKafkaErrorCode::LeaderNotAvailable,
-            Ok(leaders) => break leaders,
-            Err(code) => code,
-        };
-        let kind = verdict(code).kind();
-        let patience = match code {
-            RDKafkaErrorCode::UnknownTopicOrPartition => patience.unknown,
-            _ if kind.is_transient() => patience.leader,
-            _ => Duration::ZERO,
-        };
-        if asked.elapsed() >= patience {
-            let message = format!("topic \"{name}\": {}", codes::explain(code));
-            return Err(Error::new(kind, message));
+    questions: Semaphore,
+    /// When a question was last given up that nobody answered.
+    silent_at: Mutex<Option<Instant>>,
+    admin: Mutex<Weak<Admin>>,
+}
+
+/// A client that is not closed where others wait: closing it waits for its threads.
+struct Admin(Option<AdminClient<DefaultClientContext>>);
+
+impl Drop for Admin {
+    fn drop(&mut self) {
+        let client = self.0.take();
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn_blocking(move || drop(client));
         }
-        tokio::time::sleep(PAUSE).await;
-    };
-    let partitions = u32::try_from(leaders.len()).unwrap_or(u32::MAX);
-    let leader = leaders.into_iter().find(|leader| *leader >= 0);
-    let message_bytes_max = message_bytes_max(&settings, &name, leader).await;
-    debug!(
-        topic = name,
-        partitions, message_bytes_max, "topic resolved"
-    );
-    Ok(Topic {
-        name,
-        partitions,
-        message_bytes_max,
-    })
+    }
+}
+
+impl Directory {
+    pub(super) fn new(settings: KafkaSettings) -> Self {
+        Self {
+            settings,
+            questions: Semaphore::new(QUESTIONS_MAX),
+            silent_at: Mutex::default(),
+            admin: Mutex::default(),
+        }
+    }
+
+    /// Asks until the topic is known.
+    ///
+    /// # Errors
+    /// `Event` if there is no such topic or it is not ours to write, `Broker` or `Rights`
+    /// if the brokers take nothing of ours, `BrokerAway` if nobody answers.
+    pub(super) async fn resolve(
+        self: Arc<Self>,
+        producer: Arc<Client>,
+        name: String,
+        patience: Patience,
+    ) -> Result<Topic> {
+        let asked = Instant::now();
+        let leaders = loop {
+            let code = match self.leaders(&producer, &name).await? {
+                Ok(leaders) if leaders.is_empty() => RDKafkaErrorCode::LeaderNotAvailable,
+                Ok(leaders) => break leaders,
+                Err(code) => code,
+            };
+            let kind = verdict(code).kind();
+            let patience = match code {
+                RDKafkaErrorCode::UnknownTopicOrPartition => patience.unknown,
+                _ if kind.is_transient() => patience.leader,
+                _ => Duration::ZERO,
+            };
+            if asked.elapsed() >= patience {
+                let message = format!("topic \"{name}\": {}", codes::explain(code));
+                return Err(Error::new(kind, message));
+            }
+            tokio::time::sleep(PAUSE).await;
+        };
+        let partitions = u32::try_from(leaders.len()).unwrap_or(u32::MAX);
+        let leader = leaders.into_iter().find(|leader| *leader >= 0);
+        let message_bytes_max = self.message_bytes_max(&name, leader).await;
+        debug!(
+            topic = name,
+            partitions, message_bytes_max, "topic resolved"
+        );
+        Ok(Topic {
+            name,
+            partitions,
+            message_bytes_max,
+        })
+    }
+
+    /// The leader of each of the topic's partitions, -1 where there is none now, or what
+    /// is wrong with the topic.
+    async fn leaders(
+        &self,
+        producer: &Arc<Client>,
+        name: &str,
+    ) -> Result<Result<Vec<i32>, RDKafkaErrorCode>> {
+        let asked = Instant::now();
+        let _permit = self.questions.acquire().await;
+        // Else thousands would wait in vain one after the other.
+        if *lock(&self.silent_at) > Some(asked) {
+            return Err(Error::new(ErrorKind::BrokerAway, "no broker answers"));
+        }
+        let answer = metadata(producer, Some(name.to_owned()), REQUEST_TIMEOUT).await;
+        if answer.is_err() {
+            *lock(&self.silent_at) = Some(Instant::now());
+        }
+        answer
+    }
+
+    /// The topic's limit; `None` if we are not allowed to ask or nobody answers, as
+    /// the relay can live without.
+    ///
+    /// Any broker knows it, so a leader is asked, which the relay must reach anyway:
+    /// librdkafka would wait for the controller.
+    async fn message_bytes_max(&self, name: &str, leader: Option<i32>) -> Option<usize> {
+        let _permit = self.questions.acquire().await;
+        let admin = self.admin()?;
+        let mut options = AdminOptions::new().request_timeout(Some(REQUEST_TIMEOUT));
+        if let Some(leader) = leader {
+            options = options.broker_id(leader);
+        }
+        let topic = [ResourceSpecifier::Topic(name)];
+        let answer = admin.0.as_ref()?.describe_configs(&topic, &options).await;
+        let config = answer.ok()?.pop()?.ok()?;
+        let value = config.get("max.message.bytes")?.value.as_ref()?;
+        value.parse().ok()
+    }
+
+    /// The client of whoever asks now, or a new one.
+    fn admin(&self) -> Option<Arc<Admin>> {
+        let mut admin = lock(&self.admin);
+        if let Some(admin) = admin.upgrade() {
+            return Some(admin);
+        }
+        let client = self.settings.client().ok()?.create().ok()?;
+        let made = Arc::new(Admin(Some(client)));
+        *admin = Arc::downgrade(&made);
+        Some(made)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A sign of life from any broker.
@@ -141,29 +238,4 @@ async fn metadata(
         }),
         Err(error) => Err(Error::new(ErrorKind::Unexpected, "ask for metadata").caused_by(error)),
     }
-}
-
-/// The topic's limit; `None` if we are not allowed to ask or nobody answers, as
-/// the relay can live without.
-///
-/// Any broker knows it, so a leader is asked, which the relay must reach anyway:
-/// librdkafka would wait for the controller.
-async fn message_bytes_max(
-    settings: &KafkaSettings,
-    name: &str,
-    leader: Option<i32>,
-) -> Option<usize> {
-    let admin: AdminClient<DefaultClientContext> = settings.client().ok()?.create().ok()?;
-    let mut options = AdminOptions::new().request_timeout(Some(REQUEST_TIMEOUT));
-    if let Some(leader) = leader {
-        options = options.broker_id(leader);
-    }
-    let answer = admin
-        .describe_configs(&[ResourceSpecifier::Topic(name)], &options)
-        .await;
-    // Closing a client waits for its threads: not on ours.
-    tokio::task::spawn_blocking(move || drop(admin));
-    let config = answer.ok()?.pop()?.ok()?;
-    let value = config.get("max.message.bytes")?.value.as_ref()?;
-    value.parse().ok()
 }

@@ -1,10 +1,12 @@
 //! A topic that the brokers do not take.
 
+use std::time::{Duration, Instant};
+
 use rdkafka::admin::{AdminOptions, NewTopic, TopicReplication};
 
 use super::{LARGE, RARELY, SMALL, SOON, limit, parked, wait_for_parked};
 use crate::poison::{admin, create_topic, incompressible};
-use crate::support::{Fixture, Relay, wait_until};
+use crate::support::{Fixture, PATIENCE, Relay, wait_until};
 
 pub(super) async fn create(fixture: &Fixture, name: &str) {
     let topic = NewTopic::new(name, 1, TopicReplication::Fixed(1));
@@ -87,4 +89,43 @@ async fn a_topic_that_is_created_takes_others_than_the_one_that_it_cannot() {
     fixture.enter_in_ledger().await;
     let verdict = fixture.judge(relay).await;
     assert!(verdict.is_clean(0), "{verdict}");
+}
+
+/// Each question blocks a thread, and each client for them has threads of its own.
+#[cfg(target_os = "linux")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_topics_are_asked_about_at_once_by_a_few_threads() {
+    const TOPICS: usize = 200;
+    let fixture = Fixture::new().await;
+    let names: Vec<String> = (0..TOPICS)
+        .map(|number| format!("{}-{number}", fixture.topic))
+        .collect();
+    let topics = names
+        .iter()
+        .map(|name| NewTopic::new(name, 1, TopicReplication::Fixed(1)));
+    let topics: Vec<NewTopic<'_>> = topics.collect();
+    let created = admin(&fixture)
+        .create_topics(&topics, &AdminOptions::new())
+        .await;
+    assert!(created.unwrap().iter().all(Result::is_ok));
+    let relay = Relay::streaming(&fixture, &SOON).await;
+    let sql = "SELECT postbox.emit(name, 'a', 'changed', '{}', scheduled_at => now() + interval '2 s') \
+               FROM unnest($1::text[]) AS name";
+    fixture.client.query(sql, &[&names]).await.unwrap();
+    wait_until("all are parked", async || {
+        parked(&fixture).await.len() == TOPICS
+    })
+    .await;
+    let deadline = Instant::now() + PATIENCE;
+    let mut most = 0;
+    while !parked(&fixture).await.is_empty() {
+        assert!(Instant::now() < deadline, "{}", relay.log());
+        let status = std::fs::read_to_string(format!("/proc/{}/status", relay.pid())).unwrap();
+        let mut lines = status.lines();
+        let threads = lines.find_map(|line| line.strip_prefix("Threads:"));
+        most = most.max(threads.unwrap().trim().parse::<usize>().unwrap());
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert!(most < TOPICS, "{most} threads");
+    relay.drain().await;
 }
