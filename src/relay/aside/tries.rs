@@ -305,7 +305,14 @@ impl Sender {
             if self.must_end(began) {
                 break;
             }
-            match self.courier.send_alone(taken).await? {
+            // What the brokers have just said of another speaks for all of its topic.
+            let refused = tried.outcome.topics.iter();
+            let mut refused = refused.filter(|(topic, _)| *topic == lane.topic);
+            let sent = match refused.next() {
+                Some((topic, why)) => Sent::TopicRefused(topic.clone(), why.clone()),
+                None => self.courier.send_alone(taken).await?,
+            };
+            match sent {
                 Sent::Away(why) => return Ok(Some(why)),
                 // Those behind it have their turn with the next look, if it is theirs.
                 sent => self.stop(lane, sent, tried),
@@ -333,14 +340,8 @@ impl Sender {
     fn settle(&mut self, taken: Taken, sent: Sent, tried: &mut Tried) {
         let name = name_of(&taken);
         match sent {
-            Sent::Delivered => tried.left(&taken),
-            Sent::Refused(_) if taken.status == Status::Scheduled => tried.joined(&taken),
-            Sent::Early(_) => tried.postponed(&taken),
-            _ => {}
-        }
-        let outcome = &mut tried.outcome;
-        match sent {
             Sent::Delivered => {
+                tried.left(&taken);
                 if let Some(topic) = &taken.topic {
                     if self.shared.with(|holds| holds.has_too_large(topic))
                         && let Ok(record) = self.courier.record(&taken)
@@ -362,9 +363,9 @@ impl Sender {
                     );
                 }
                 if taken.status == Status::Waiting {
-                    outcome.keys.extend(name);
+                    tried.outcome.keys.extend(name);
                 }
-                outcome.gone.push(taken.id);
+                tried.outcome.gone.push(taken.id);
             }
             Sent::Refused(why) => {
                 let attempts = taken.attempts + 1;
@@ -378,7 +379,7 @@ impl Sender {
                          `postbox parked show {id}` shows it: {why}"
                     );
                     self.metrics.parked.dead_letters.inc();
-                    outcome.keys.extend(name);
+                    tried.outcome.keys.extend(name);
                 } else {
                     let again = match taken.attempts {
                         0 => ", and its key with it",
@@ -390,10 +391,11 @@ impl Sender {
                     self.metrics.parked.refused.inc();
                 }
                 if taken.status == Status::Scheduled {
+                    tried.joined(&taken);
                     let (topic, key) = (taken.topic.clone(), taken.key.clone());
-                    outcome.joining.push((taken.id.clone(), topic, key));
+                    tried.outcome.joining.push((taken.id.clone(), topic, key));
                 }
-                outcome.refused.push(Refused {
+                tried.outcome.refused.push(Refused {
                     id: taken.id,
                     topic: taken.topic,
                     key: taken.key,
@@ -405,20 +407,21 @@ impl Sender {
             }
             Sent::TopicRefused(..) if taken.status == Status::Scheduled => tried.join(taken),
             Sent::TopicRefused(topic, why) => {
-                if !outcome.topics.iter().any(|(held, _)| *held == topic) {
+                if !tried.outcome.topics.iter().any(|(held, _)| *held == topic) {
                     debug!(topic, "its events wait until the brokers take them: {why}");
-                    outcome.topics.push((topic.clone(), why.clone()));
+                    tried.outcome.topics.push((topic.clone(), why.clone()));
                     self.shared.hold_topic(topic.clone(), why);
                 }
                 // Its route may be another by now: the next of its queue has its turn.
-                outcome.keys.extend(name);
-                outcome.awaiting.push((taken.id, topic));
+                tried.outcome.keys.extend(name);
+                tried.outcome.awaiting.push((taken.id, topic));
             }
             Sent::Early(time) => {
-                outcome.early.push((taken.id, time));
-                outcome.keys.extend(name);
+                tried.postponed(&taken);
+                tried.outcome.early.push((taken.id, time));
+                tried.outcome.keys.extend(name);
             }
-            Sent::Away(_) => outcome.untried.push(taken.id),
+            Sent::Away(_) => tried.outcome.untried.push(taken.id),
         }
     }
 }

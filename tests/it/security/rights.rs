@@ -145,6 +145,38 @@ async fn events_of_a_topic_that_is_not_ours_wait_until_it_is_allowed() {
     assert_eq!(keys(&fixture, &open).await, ["1", "2"]);
 }
 
+/// Nothing that is parked is tried before its transaction is behind the relay: until then its
+/// topic is seen, and nothing is known of whether it can be written to.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_topic_that_may_be_seen_alone_does_not_hold_up_a_long_transaction() {
+    const EVENTS: i32 = 30_000;
+    let fixture = on_secure_kafka().await;
+    let closed = &fixture.topic;
+    let open = format!("{closed}-open");
+    create_topic(closed, CLERK, &[Describe]).await;
+    create_topic(&open, CLERK, &[Write, Describe]).await;
+    let flags = kafka_flags("IN", &[("sasl.username", CLERK)]);
+    let flags = [&borrowed(&flags)[..], &SMALL_WINDOW].concat();
+    let relay = Relay::streaming(&fixture, &flags).await;
+    let sql = "INSERT INTO postbox.outbox (aggregate_type, aggregate_id, event_type, payload) \
+               SELECT CASE n % 2 WHEN 0 THEN $1 ELSE $2 END, n::text, 'changed', '{}' \
+               FROM generate_series(1, $3) AS n";
+    let inserted = fixture.client.execute(sql, &[closed, &open, &EVENTS]).await;
+    assert_eq!(inserted.unwrap(), 30_000);
+    fixture.wait_for_confirmation().await;
+    let attempts = relay.log().matches("streaming slot").count();
+    assert!(attempts <= 3, "{}", relay.log());
+    let sent = keys(&fixture, &open).await.len();
+    assert!(
+        (15_000..15_000 + 2 * WINDOW).contains(&sent),
+        "{sent} were sent"
+    );
+    let sql = "SELECT count(*) FROM postbox.parked WHERE status = 'waiting' AND attempts = 0";
+    let row = fixture.client.query_one(sql, &[]).await.unwrap();
+    assert_eq!(row.get::<_, i64>(0), 15_000);
+    relay.drain().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_right_that_is_taken_away_loses_nothing() {
     let fixture = on_secure_kafka().await;
