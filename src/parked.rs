@@ -213,6 +213,8 @@ pub(crate) struct Taken {
     pub(crate) error: Option<String>,
     /// Cancelled before its time.
     pub(crate) is_cancelled: bool,
+    /// When it was taken, by the server's clock.
+    pub(crate) at: Timestamp,
     pub(crate) row: Row,
     pub(crate) columns: Vec<Column>,
 }

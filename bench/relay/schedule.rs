@@ -8,7 +8,7 @@ use crate::carrier::{Carrier, Way};
 use crate::cost::Meter;
 use crate::latency::{self, Listener, set_latencies};
 use crate::rest;
-use crate::rig::{PATIENCE, Rig};
+use crate::rig::{self, PATIENCE, Rig};
 use crate::runs::{Run, Runs};
 
 const CARRIER: Carrier = Carrier::Postbox(Way::Socket);
@@ -43,6 +43,16 @@ pub(crate) async fn run(file: &Path, trials: u32, rows: i64) {
                 runs.add(&run);
             }
         }
+    }
+    for trial in 1..=trials {
+        let open = rig::connect(&rig.postgres.socket_url()).await;
+        let begin = "BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1";
+        open.batch_execute(begin).await.unwrap();
+        // What it can see of these stays in the indexes.
+        due(&mut rig, usize::MAX, BURST, trial).await;
+        let mut run = due(&mut rig, RATE, EVENTS, trial).await;
+        run.load += &format!(", {BURST} sent beside an open transaction");
+        runs.add(&run);
     }
     runs.finish();
 }

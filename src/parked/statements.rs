@@ -9,7 +9,7 @@
 //! `ORDER BY … LIMIT 1`, which only the index of its key answers; and rows that are named by
 //! their ids have their status compared as an expression, which no partial index is good for.
 
-use super::{Status, same_key};
+use super::same_key;
 use crate::catalog::Slices;
 use crate::contract::Contract;
 
@@ -45,7 +45,8 @@ const IS_CANCELLED: &str = "EXISTS (SELECT FROM :\"schema\".cancellation AS c WH
 
 /// The columns of a row that is taken, of the table `p`.
 const TAKEN: &str = "p.id, p.status, p.topic, p.key, p.attempts::bigint, p.error, p.commit_lsn, \
-    (extract(epoch FROM p.committed_at) * 1000000)::bigint, p.message, p.column_names, p.column_types";
+    (extract(epoch FROM p.committed_at) * 1000000)::bigint, p.message, p.column_names, p.column_types, \
+    (extract(epoch FROM now()) * 1000000)::bigint";
 
 impl Statements {
     pub(super) fn new(contract: &Contract, slices: Slices, fence: &str) -> Self {
@@ -87,14 +88,6 @@ impl Statements {
         let same_as_b = same_key("b", "p");
         let same_as_head = same_key("p", "h");
         let due = format!("p.relay = $1 AND p.due_at <= now(){ours}");
-        let next = |status: Status| {
-            sql(&format!(
-                "SELECT (extract(epoch FROM p.due_at - clock_timestamp()) * 1000)::bigint FROM :\"schema\".parked AS p \
-                 WHERE p.relay = $1 AND p.status = '{status}' \
-                   AND p.due_at < 'infinity'{ours} ORDER BY p.due_at LIMIT 1",
-                status = status.name()
-            ))
-        };
         Self {
             park: sql(&format!(
                 "INSERT INTO :\"schema\".parked AS p (id, relay, status, due_at, topic, key, event_type, \
@@ -172,21 +165,32 @@ impl Statements {
             )),
             // OFFSET 0: no lock is taken of a row that is not among them.
             lock_scheduled: sql(&format!(
-                "SELECT d.id FROM ( \
-                     SELECT f.id FROM (SELECT p.id, sum(octet_length(p.message)) OVER (ORDER BY p.due_at, p.number) \
-                                              - octet_length(p.message) AS before \
-                                       FROM (SELECT * FROM :\"schema\".parked AS p \
-                                             WHERE {due} AND p.status = 'scheduled' ORDER BY p.due_at LIMIT $2) AS p) AS f \
-                     WHERE f.before < $3 OFFSET 0) AS d \
-                 WHERE pg_try_advisory_xact_lock(hashtextextended(d.id, 0))"
+                "SELECT d.id, (extract(epoch FROM d.due_at) * 1000000)::bigint, \
+                     pg_try_advisory_xact_lock(hashtextextended(d.id, 0)) FROM ( \
+                     SELECT f.id, f.due_at FROM ( \
+                         SELECT p.id, p.due_at, sum(octet_length(p.message)) OVER (ORDER BY p.due_at, p.number) \
+                                - octet_length(p.message) AS before \
+                         FROM (SELECT * FROM :\"schema\".parked AS p \
+                               WHERE {due} AND p.status = 'scheduled' AND p.due_at >= $4::timestamptz \
+                               ORDER BY p.due_at LIMIT $2) AS p) AS f \
+                     WHERE f.before < $3 OFFSET 0) AS d"
             )),
             take_scheduled: sql(&format!(
                 "SELECT {TAKEN}, {IS_CANCELLED} \
                  FROM :\"schema\".parked AS p \
                  WHERE p.relay = $1 AND p.id = ANY ($2) AND p.status || '' = 'scheduled' ORDER BY p.due_at, p.number"
             )),
-            next_scheduled: next(Status::Scheduled),
-            next_waiting: next(Status::Waiting),
+            next_scheduled: sql(&format!(
+                "SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint, \
+                     (SELECT (extract(epoch FROM p.due_at) * 1000000)::bigint FROM :\"schema\".parked AS p \
+                      WHERE p.relay = $1 AND p.status = 'scheduled' AND p.due_at >= $2::timestamptz \
+                        AND p.due_at < 'infinity'{ours} ORDER BY p.due_at LIMIT 1)"
+            )),
+            next_waiting: sql(&format!(
+                "SELECT (extract(epoch FROM p.due_at - clock_timestamp()) * 1000)::bigint FROM :\"schema\".parked AS p \
+                 WHERE p.relay = $1 AND p.status = 'waiting' \
+                   AND p.due_at < 'infinity'{ours} ORDER BY p.due_at LIMIT 1"
+            )),
             // What a person skipped meanwhile stays as that.
             forget: sql("DELETE FROM :\"schema\".parked \
                  WHERE relay = $1 AND id = ANY ($2) AND status || '' IN ('scheduled', 'waiting')"),

@@ -345,25 +345,33 @@ impl Store {
         taken.await?.iter().map(taken_of).collect()
     }
 
-    /// Takes scheduled events whose time has come, but for those that somebody is cancelling.
-    pub(crate) async fn take_scheduled(&self) -> Result<Vec<Taken>> {
+    /// Takes scheduled events whose time has come, but for those that somebody is cancelling;
+    /// and says from which time on others may be due, once these are gone. None before `from`
+    /// is looked at.
+    pub(crate) async fn take_scheduled(&self, from: Timestamp) -> Result<(Vec<Taken>, Timestamp)> {
         let doing = "take scheduled events";
         let client = &self.session.client;
-        let limits: [(&(dyn ToSql + Sync), Type); 3] = [
+        let limits: [(&(dyn ToSql + Sync), Type); 4] = [
             (&self.relay, Type::TEXT),
             (&(TAKE_MAX * 4), Type::INT8),
             (&TAKE_BYTES, Type::INT8),
+            (&from.to_string(), Type::TEXT),
         ];
         let (begun, locked) = tokio::join!(
             client.batch_execute(BEGIN),
             client.query_typed(&self.statements.lock_scheduled, &limits),
         );
-        let locked = begun.and(locked).map_err(|error| sort(doing, error))?;
+        let due = begun.and(locked).map_err(|error| sort(doing, error))?;
+        let (locked, left): (Vec<_>, Vec<_>) = due.iter().partition(|row| row.get(2));
+        let time = |row: &&tokio_postgres::Row| Timestamp::from_unix_micros(row.get(1));
+        let first_left = left.iter().map(time).min();
+        let next = first_left.or_else(|| locked.iter().map(time).max());
+        let next = next.unwrap_or(from);
         let ids: Vec<&str> = locked.iter().map(|row| row.get(0)).collect();
         if ids.is_empty() {
             let ended = client.batch_execute("COMMIT").await;
             return ended
-                .map(|()| Vec::new())
+                .map(|()| (Vec::new(), next))
                 .map_err(|error| sort(doing, error));
         }
         // A statement of its own: it sees what was committed before the locks were ours.
@@ -375,22 +383,31 @@ impl Store {
         );
         let taken = taken.and_then(|rows| ended.map(|()| rows));
         let taken = taken.map_err(|error| sort(doing, error))?;
-        taken.iter().map(taken_of).collect()
+        let taken: Result<Vec<Taken>> = taken.iter().map(taken_of).collect();
+        Ok((taken?, next))
     }
 
-    /// How long it is until a scheduled event is due; zero if one is.
-    pub(crate) async fn next_scheduled(&self) -> Result<Option<Duration>> {
-        self.next_due(&self.statements.next_scheduled).await
+    /// The time now, by the server's clock, and when the first scheduled event is due that is
+    /// not due before `from`.
+    pub(crate) async fn next_scheduled(
+        &self,
+        from: Timestamp,
+    ) -> Result<(Timestamp, Option<Timestamp>)> {
+        let parameters: [(&(dyn ToSql + Sync), Type); 2] =
+            [(&self.relay, Type::TEXT), (&from.to_string(), Type::TEXT)];
+        let next = &self.statements.next_scheduled;
+        let next = self.session.client.query_typed(next, &parameters).await;
+        let next = next.map_err(|error| sort("look what is scheduled", error))?;
+        let due: Option<i64> = next[0].get(1);
+        let now = Timestamp::from_unix_micros(next[0].get(0));
+        Ok((now, due.map(Timestamp::from_unix_micros)))
     }
 
-    /// The same of those that wait for another try.
+    /// How long it is until an event that waits is to be tried; zero if one is.
     pub(crate) async fn next_waiting(&self) -> Result<Option<Duration>> {
-        self.next_due(&self.statements.next_waiting).await
-    }
-
-    async fn next_due(&self, statement: &str) -> Result<Option<Duration>> {
         let relay: [(&(dyn ToSql + Sync), Type); 1] = [(&self.relay, Type::TEXT)];
-        let next = self.session.client.query_typed(statement, &relay).await;
+        let next = &self.statements.next_waiting;
+        let next = self.session.client.query_typed(next, &relay).await;
         let next = next.map_err(|error| sort("look what is due", error))?;
         let millis: Option<i64> = next.first().and_then(|row| row.get(0));
         Ok(millis.map(|millis| Duration::from_millis(millis.max(0).unsigned_abs())))
@@ -582,7 +599,8 @@ fn taken_of(row: &tokio_postgres::Row) -> Result<Taken> {
         key: row.get(3),
         attempts: u32::try_from(row.get::<_, i64>(4)).unwrap_or(u32::MAX),
         error: row.get(5),
-        is_cancelled: row.try_get(11).unwrap_or(false),
+        is_cancelled: row.try_get(12).unwrap_or(false),
+        at: Timestamp::from_unix_micros(row.get(11)),
         row: Row {
             bytes: Bytes::copy_from_slice(message),
             place: Place {

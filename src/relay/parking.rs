@@ -10,7 +10,7 @@
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::Notify;
@@ -64,6 +64,8 @@ struct Written {
     added: Count,
     /// How much was written.
     all: Count,
+    /// When the first is due of what is scheduled.
+    due: Option<Timestamp>,
 }
 
 /// What the stream and the aside both know.
@@ -72,7 +74,8 @@ pub(super) struct Shared {
     holds: Mutex<Holds>,
     /// Whether anything is held back at all: for each event to look would be too dear.
     is_holding: AtomicBool,
-    /// Something may be due of what is scheduled.
+    /// From when on more is scheduled than was.
+    scheduled_from: Mutex<Option<Timestamp>>,
     pub(super) wake_schedule: Notify,
     /// Something may be due of what waits for another try.
     pub(super) wake_queue: Notify,
@@ -323,6 +326,7 @@ impl Parking {
             keys,
             added,
             all,
+            due,
         } = joined(written)?;
         self.shared.change(|holds| {
             holds.pending.take(&all);
@@ -331,8 +335,8 @@ impl Parking {
                 holds.parked(topic, key);
             }
         });
-        if all.scheduled > 0 {
-            self.shared.wake_schedule.notify_one();
+        if let Some(due) = due {
+            self.shared.schedule(due);
         }
         if all.waiting + all.dead > 0 {
             self.shared.wake_queue.notify_one();
@@ -371,12 +375,19 @@ impl Parking {
                     added.count(row);
                 }
             }
+            let scheduled = rows.iter().filter(|row| row.status == Status::Scheduled);
+            let due = scheduled.filter_map(|row| match row.due {
+                Due::At(time) => Some(time),
+                Due::In(_) | Due::Never => None,
+            });
+            let due = due.min();
             let waiting = rows.into_iter().filter(|row| row.status == Status::Waiting);
             Ok(Written {
                 sequences,
                 keys: waiting.filter_map(|row| row.topic.zip(row.key)).collect(),
                 added,
                 all,
+                due,
             })
         });
     }
@@ -400,12 +411,24 @@ impl Shared {
         self.change(|holds| holds.topics.insert(topic, why));
     }
 
+    /// More is scheduled: the first for this time.
+    pub(super) fn schedule(&self, due: Timestamp) {
+        let mut from = lock(&self.scheduled_from);
+        *from = Some(from.map_or(due, |from| from.min(due)));
+        self.wake_schedule.notify_one();
+    }
+
+    /// From when on more was scheduled since this was asked.
+    pub(super) fn take_scheduled_from(&self) -> Option<Timestamp> {
+        lock(&self.scheduled_from).take()
+    }
+
     pub(super) fn with<T>(&self, look: impl FnOnce(&Holds) -> T) -> T {
-        look(&self.holds.lock().unwrap_or_else(PoisonError::into_inner))
+        look(&lock(&self.holds))
     }
 
     pub(super) fn change<T>(&self, change: impl FnOnce(&mut Holds) -> T) -> T {
-        let mut holds = self.holds.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut holds = lock(&self.holds);
         let changed = change(&mut holds);
         let is_holding = !holds.keys.is_empty()
             || !holds.topics.is_empty()
@@ -414,6 +437,10 @@ impl Shared {
         self.is_holding.store(is_holding, Ordering::Relaxed);
         changed
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Holds {

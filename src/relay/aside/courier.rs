@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::pin::pin;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use rdkafka::error::RDKafkaErrorCode;
 use tokio::sync::watch;
@@ -306,7 +306,7 @@ impl Maker {
         {
             let checked = self.settings.check_schedule(time, taken.row.committed_at);
             checked.map_err(Sent::Refused)?;
-            if time > Timestamp::from(SystemTime::now()) {
+            if time > taken.at {
                 return Err(Sent::Early(time));
             }
         }

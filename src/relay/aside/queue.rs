@@ -95,8 +95,8 @@ impl Queue {
         let tried = sender.try_again(rows, began, trials).await?;
         sender.store(&tried).await?;
         let outcome = &tried.outcome;
-        if !outcome.early.is_empty() {
-            sender.shared.wake_schedule.notify_one();
+        if let Some(due) = outcome.early.iter().map(|(_, time)| *time).min() {
+            sender.shared.schedule(due);
         }
         if outcome.refused.iter().any(|refused| refused.owes_letter) {
             self.letters.look();

@@ -127,3 +127,40 @@ async fn a_cancelled_event_is_never_sent() {
     tokio::time::sleep(Duration::from_millis(100)).await;
     relay.drain().await;
 }
+
+/// What was sent stays in the index while a transaction can see it, as a backup's can for hours.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_due_is_found_without_passing_what_was_sent() {
+    const EVENTS: i64 = 400;
+    let fixture = Fixture::new().await;
+    let relay = Relay::streaming(&fixture, &SOON).await;
+    let backup = connect(&fixture.database_url).await;
+    let begin = "BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1";
+    backup.batch_execute(begin).await.unwrap();
+    let sql = "SELECT postbox.emit($1, n::text, 'changed', '{}', \
+                   scheduled_at => clock_timestamp() + interval '1 s' + n * interval '10 ms') \
+               FROM generate_series(1, $2::bigint) AS n";
+    let events = fixture.client.query(sql, &[&fixture.topic, &EVENTS]).await;
+    assert_eq!(events.unwrap().len(), 400);
+    wait_until("all are sent", async || {
+        fixture.keys().await.len() == 400 && parked(&fixture).await.is_empty()
+    })
+    .await;
+    relay.drain().await;
+    // A session has said what it did once it has ended.
+    let sessions = "SELECT FROM pg_stat_activity \
+                    WHERE datname = current_database() AND application_name LIKE 'postbox % parked'";
+    wait_until("its sessions have ended", async || {
+        let sessions = fixture.client.query(sessions, &[]).await.unwrap();
+        sessions.is_empty()
+    })
+    .await;
+    let sql =
+        "SELECT idx_tup_read FROM pg_stat_user_indexes WHERE indexrelname = 'parked_scheduled'";
+    let passed = async || -> i64 { fixture.client.query_one(sql, &[]).await.unwrap().get(0) };
+    wait_until("it is counted", async || passed().await >= EVENTS).await;
+    // If each look began at the beginning: 400 of 200 entries each, and more.
+    let passed = passed().await;
+    assert!(passed < 20 * EVENTS, "{passed} entries were passed");
+    backup.batch_execute("COMMIT").await.unwrap();
+}
