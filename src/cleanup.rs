@@ -43,7 +43,7 @@
 //!
 //! By short transactions, each of which looks at a bounded number of rows, deletes those it
 //! may, and takes no lock but those of the rows: a writer never waits for it. Whatever
-//! it has to wait for itself, it gives up after a second. It pauses three
+//! it has to wait for itself, it gives up after a second. It pauses nine
 //! times as long as it works. Each batch reads the proof anew, under a lock that set-up does not share: no relay
 //! that is just being set up is overlooked.
 //!
