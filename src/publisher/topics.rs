@@ -1,9 +1,9 @@
 //! What the brokers say about a topic before its first record.
 //!
-//! librdkafka asks about one topic at a time, and each call blocks a thread; a client for the
-//! questions of an administrator has threads and connections of its own. There may be
-//! thousands of topics, all asked about at once: so a few questions are on their way, the
-//! others wait for them, and one client asks all, which is closed when nobody asks.
+//! There may be thousands of topics, all asked about at once. librdkafka blocks a thread for each
+//! question about metadata: a few are on their way, and the others wait for them. For a topic's
+//! limit it takes a client with threads and connections of its own: one asks for all, and is
+//! closed when nobody asks.
 
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
@@ -13,7 +13,7 @@ use rdkafka::client::DefaultClientContext;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::producer::Producer as _;
 use rdkafka::types::RDKafkaRespErr;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 use tracing::debug;
 
@@ -70,10 +70,16 @@ const QUESTIONS_MAX: usize = 16;
 /// Whom a publisher asks about topics.
 pub(super) struct Directory {
     settings: KafkaSettings,
-    questions: Semaphore,
-    /// When a question was last given up that nobody answered.
-    silent_at: Mutex<Option<Instant>>,
+    questions: Arc<Semaphore>,
+    heard: Mutex<Heard>,
     admin: Mutex<Weak<Admin>>,
+}
+
+/// When a question was last answered, and when one was last given up.
+#[derive(Clone, Copy, Default)]
+struct Heard {
+    answered_at: Option<Instant>,
+    silent_at: Option<Instant>,
 }
 
 /// A client that is not closed where others wait: closing it waits for its threads.
@@ -92,8 +98,8 @@ impl Directory {
     pub(super) fn new(settings: KafkaSettings) -> Self {
         Self {
             settings,
-            questions: Semaphore::new(QUESTIONS_MAX),
-            silent_at: Mutex::default(),
+            questions: Arc::new(Semaphore::new(QUESTIONS_MAX)),
+            heard: Mutex::default(),
             admin: Mutex::default(),
         }
     }
@@ -142,22 +148,24 @@ impl Directory {
         })
     }
 
-    /// The leader of each of the topic's partitions, -1 where there is none now, or what
-    /// is wrong with the topic.
+    /// As [`metadata`] says, in its turn.
     async fn leaders(
         &self,
         producer: &Arc<Client>,
         name: &str,
     ) -> Result<Result<Vec<i32>, RDKafkaErrorCode>> {
         let asked = Instant::now();
-        let _permit = self.questions.acquire().await;
+        let permit = Arc::clone(&self.questions).acquire_owned().await.ok();
+        let heard = *lock(&self.heard);
         // Else thousands would wait in vain one after the other.
-        if *lock(&self.silent_at) > Some(asked) {
+        if heard.silent_at > heard.answered_at.max(Some(asked)) {
             return Err(Error::new(ErrorKind::BrokerAway, "no broker answers"));
         }
-        let answer = metadata(producer, Some(name.to_owned()), REQUEST_TIMEOUT).await;
-        if answer.is_err() {
-            *lock(&self.silent_at) = Some(Instant::now());
+        let answer = metadata(producer, Some(name.to_owned()), REQUEST_TIMEOUT, permit).await;
+        let mut heard = lock(&self.heard);
+        match answer {
+            Ok(_) => heard.answered_at = Some(Instant::now()),
+            Err(_) => heard.silent_at = Some(Instant::now()),
         }
         answer
     }
@@ -168,7 +176,6 @@ impl Directory {
     /// Any broker knows it, so a leader is asked, which the relay must reach anyway:
     /// librdkafka would wait for the controller.
     async fn message_bytes_max(&self, name: &str, leader: Option<i32>) -> Option<usize> {
-        let _permit = self.questions.acquire().await;
         let admin = self.admin()?;
         let mut options = AdminOptions::new().request_timeout(Some(REQUEST_TIMEOUT));
         if let Some(leader) = leader {
@@ -205,7 +212,8 @@ pub(super) async fn probe(
     timeout: Duration,
 ) -> Result<()> {
     // About a topic we write to, as a cluster may have very many.
-    metadata(&producer, known_topic, timeout).await.map(drop)
+    let answer = metadata(&producer, known_topic, timeout, None);
+    answer.await.map(drop)
 }
 
 /// The leader of each of the topic's partitions, -1 where there is none now, or what
@@ -214,10 +222,13 @@ async fn metadata(
     producer: &Arc<Client>,
     topic: Option<String>,
     timeout: Duration,
+    permit: Option<OwnedSemaphorePermit>,
 ) -> Result<Result<Vec<i32>, RDKafkaErrorCode>> {
     let asked = Arc::clone(producer);
     // librdkafka's call blocks.
     let answer = tokio::task::spawn_blocking(move || {
+        // As long as it blocks the thread, whoever waits for it.
+        let _permit = permit;
         let metadata = asked.client().fetch_metadata(topic.as_deref(), timeout)?;
         let found = metadata.topics().first().filter(|_| topic.is_some());
         let error = found.and_then(|found| found.error());

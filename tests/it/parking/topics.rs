@@ -109,7 +109,7 @@ async fn many_topics_are_asked_about_at_once_by_a_few_threads() {
         .await;
     assert!(created.unwrap().iter().all(Result::is_ok));
     let relay = Relay::streaming(&fixture, &SOON).await;
-    let sql = "SELECT postbox.emit(name, 'a', 'changed', '{}', scheduled_at => now() + interval '2 s') \
+    let sql = "SELECT postbox.emit(name, 'a', 'changed', '{}', scheduled_at => now() + interval '5 s') \
                FROM unnest($1::text[]) AS name";
     fixture.client.query(sql, &[&names]).await.unwrap();
     wait_until("all are parked", async || {
