@@ -59,11 +59,13 @@ async fn a_row_whose_claim_has_run_out_is_claimed_in_its_place() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_row_that_waits_to_be_tried_again_holds_its_key() {
     let fixture = Fixture::omni_box().await;
-    let state = "scheduled_at = now() + interval '3 s', last_error = 'once', attempts_made = 1";
+    let state = "scheduled_at = now() + interval '1 h', last_error = 'once', attempts_made = 1";
     first_of_a(&fixture, state).await;
     let relay = claiming(&fixture, &[]).await;
     wait_for_keys(&fixture, &["b"]).await;
     stays(&fixture, &["b"]).await;
+    let due = "UPDATE outbox_events SET scheduled_at = now() WHERE payload = '1'";
+    fixture.client.execute(due, &[]).await.unwrap();
     wait_for_keys(&fixture, &["a", "a", "b"]).await;
     fixture.enter_payloads_in_ledger().await;
     let verdict = fixture.judge_claims(relay).await;
