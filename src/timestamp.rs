@@ -21,7 +21,7 @@ pub struct Timestamp(i64);
 pub struct TimestampError(String);
 
 impl Timestamp {
-    /// The first of the year 1: none that is read is before it.
+    /// The first of the year 1: no event's is before it.
     pub const MIN: Self = Self(-62_135_596_800 * MICROS_PER_SECOND);
 
     /// From microseconds since 1970.

@@ -88,6 +88,9 @@ impl Statements {
         let same_as_b = same_key("b", "p");
         let same_as_head = same_key("p", "h");
         let due = format!("p.relay = $1 AND p.due_at <= now(){ours}");
+        // Whoever wants it sent at once may have said so by any time.
+        let due_micros =
+            "(extract(epoch FROM greatest(d.due_at, '0001-01-01 00:00:00+00')) * 1000000)::bigint";
         Self {
             park: sql(&format!(
                 "INSERT INTO :\"schema\".parked AS p (id, relay, status, due_at, topic, key, event_type, \
@@ -165,7 +168,7 @@ impl Statements {
             )),
             // OFFSET 0: no lock is taken of a row that is not among them.
             lock_scheduled: sql(&format!(
-                "SELECT d.id, (extract(epoch FROM d.due_at) * 1000000)::bigint, \
+                "SELECT d.id, {due_micros}, \
                      pg_try_advisory_xact_lock(hashtextextended(d.id, 0)) FROM ( \
                      SELECT f.id, f.due_at FROM ( \
                          SELECT p.id, p.due_at, sum(octet_length(p.message)) OVER (ORDER BY p.due_at, p.number) \
@@ -182,9 +185,10 @@ impl Statements {
             )),
             next_scheduled: sql(&format!(
                 "SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint, \
-                     (SELECT (extract(epoch FROM p.due_at) * 1000000)::bigint FROM :\"schema\".parked AS p \
-                      WHERE p.relay = $1 AND p.status = 'scheduled' AND p.due_at >= $2::timestamptz \
-                        AND p.due_at < 'infinity'{ours} ORDER BY p.due_at LIMIT 1)"
+                     (SELECT {due_micros} FROM :\"schema\".parked AS d \
+                      WHERE d.relay = $1 AND d.status = 'scheduled' AND d.due_at >= $2::timestamptz \
+                        AND d.due_at < 'infinity'{} ORDER BY d.due_at LIMIT 1)",
+                of_slices("d")
             )),
             next_waiting: sql(&format!(
                 "SELECT (extract(epoch FROM p.due_at - clock_timestamp()) * 1000)::bigint FROM :\"schema\".parked AS p \

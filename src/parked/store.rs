@@ -355,17 +355,17 @@ impl Store {
             (&self.relay, Type::TEXT),
             (&(TAKE_MAX * 4), Type::INT8),
             (&TAKE_BYTES, Type::INT8),
-            (&from.to_string(), Type::TEXT),
+            (&beginning(from), Type::TEXT),
         ];
         let (begun, locked) = tokio::join!(
             client.batch_execute(BEGIN),
             client.query_typed(&self.statements.lock_scheduled, &limits),
         );
         let due = begun.and(locked).map_err(|error| sort(doing, error))?;
-        let (locked, left): (Vec<_>, Vec<_>) = due.iter().partition(|row| row.get(2));
+        let (locked, passed): (Vec<_>, Vec<_>) = due.iter().partition(|row| row.get(2));
         let time = |row: &&tokio_postgres::Row| Timestamp::from_unix_micros(row.get(1));
-        let first_left = left.iter().map(time).min();
-        let next = first_left.or_else(|| locked.iter().map(time).max());
+        let first_passed = passed.iter().map(time).min();
+        let next = first_passed.or_else(|| locked.iter().map(time).max());
         let next = next.unwrap_or(from);
         let ids: Vec<&str> = locked.iter().map(|row| row.get(0)).collect();
         if ids.is_empty() {
@@ -394,12 +394,12 @@ impl Store {
         from: Timestamp,
     ) -> Result<(Timestamp, Option<Timestamp>)> {
         let parameters: [(&(dyn ToSql + Sync), Type); 2] =
-            [(&self.relay, Type::TEXT), (&from.to_string(), Type::TEXT)];
-        let next = &self.statements.next_scheduled;
-        let next = self.session.client.query_typed(next, &parameters).await;
-        let next = next.map_err(|error| sort("look what is scheduled", error))?;
-        let due: Option<i64> = next[0].get(1);
-        let now = Timestamp::from_unix_micros(next[0].get(0));
+            [(&self.relay, Type::TEXT), (&beginning(from), Type::TEXT)];
+        let sql = &self.statements.next_scheduled;
+        let found = self.session.client.query_typed(sql, &parameters).await;
+        let found = found.map_err(|error| sort("look what is scheduled", error))?;
+        let due: Option<i64> = found[0].get(1);
+        let now = Timestamp::from_unix_micros(found[0].get(0));
         Ok((now, due.map(Timestamp::from_unix_micros)))
     }
 
@@ -580,6 +580,14 @@ impl Store {
         // With who decides about the same rows.
         let rows = despite_deadlocks(|| query_after(BEGIN, &self.session.client, sql, &all)).await;
         rows.map_err(|error| sort(doing, error))
+    }
+}
+
+/// Where a look begins, for Postgres.
+fn beginning(from: Timestamp) -> String {
+    match from {
+        Timestamp::MIN => "-infinity".to_owned(),
+        from => from.to_string(),
     }
 }
 

@@ -376,11 +376,11 @@ impl Parking {
                 }
             }
             let scheduled = rows.iter().filter(|row| row.status == Status::Scheduled);
-            let due = scheduled.filter_map(|row| match row.due {
+            let times = scheduled.filter_map(|row| match row.due {
                 Due::At(time) => Some(time),
                 Due::In(_) | Due::Never => None,
             });
-            let due = due.min();
+            let due = times.min();
             let waiting = rows.into_iter().filter(|row| row.status == Status::Waiting);
             Ok(Written {
                 sequences,

@@ -29,6 +29,9 @@ pub(super) const REPORT_MAX: Duration = Duration::from_secs(30);
 /// The same where it is told to rest: less than a relay that is to serve other slices waits for.
 const REST_MAX: Duration = Duration::from_millis(1500);
 
+/// How long a broker has to answer before none counts as heard.
+const PROBE_MAX: Duration = Duration::from_secs(2);
+
 /// After how long without anything to send the producer is closed.
 const IDLE_MAX: Duration = Duration::from_secs(30);
 
@@ -109,6 +112,12 @@ impl Courier {
     /// The record of a row, unless it has none, or not yet.
     pub(super) fn record<'a>(&'a mut self, taken: &'a Taken) -> Result<Record<'a>, Sent> {
         self.maker.record(taken)
+    }
+
+    /// Whether any broker answers.
+    pub(super) async fn hears_brokers(&mut self) -> Result<bool> {
+        let answer = self.publisher.get()?.probe(PROBE_MAX);
+        Ok(answer.await.is_ok())
     }
 
     /// Asks about a topic, apart from what is sent.

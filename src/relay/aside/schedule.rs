@@ -1,8 +1,8 @@
 //! Sends events when their time has come.
 //!
-//! What was sent stays in the index as long as any transaction can see it, be it a backup of
-//! hours: a look that passes a million of them takes 0.4 s. So each begins where the last one
-//! ended, or where something was scheduled since; and now and then at the very beginning.
+//! What was sent stays in the index as long as a transaction is open that began before, be it
+//! a backup of hours: a look that passes a million of them takes 0.4 s. So each begins where the
+//! last one ended, or where something was scheduled since; and now and then at the very beginning.
 //!
 //! Nothing is tried here that may take long. An event whose topic is held, or is not known at
 //! once, and each that was on its way when one was refused, joins the queue of its key as one
@@ -18,17 +18,18 @@ use super::{AWAY_PAUSE, Sender, UNSETTLED_PAUSE};
 use crate::error::Result;
 use crate::timestamp::Timestamp;
 
-/// How long to wait at most before looking again from the beginning: the relay parks what is
-/// scheduled, and is told of it, but a person may change what it finds.
-const LOOK_MAX: Duration = Duration::from_secs(10);
+/// How soon to look again from the beginning: the relay parks what is scheduled, and is told of
+/// it, but a person may change what it finds. Up to a minute if that takes long.
+const WHOLE_MIN: Duration = Duration::from_secs(10);
+const WHOLE_MAX: Duration = Duration::from_secs(60);
 
 /// Of the time, one part in so many may be spent on that.
-const LOOK_SHARE: u32 = 100;
+const WHOLE_SHARE: u32 = 100;
 
 /// What is scheduled.
 pub(super) struct Schedule {
     sender: Sender,
-    /// Nothing is scheduled for an earlier time.
+    /// Nothing is scheduled for an earlier time, as far as is known.
     from: Timestamp,
     /// When to look from the beginning again.
     begins_at: Instant,
@@ -57,7 +58,10 @@ impl Schedule {
                 Some(_) => return Ok(()),
                 None => UNSETTLED_PAUSE,
             },
-            due => due.map_or(LOOK_MAX, |due| due.min(LOOK_MAX)),
+            due => {
+                let whole = self.begins_at.saturating_duration_since(Instant::now());
+                due.map_or(whole, |due| due.min(whole))
+            }
         };
         self.sender.wait(pause, Some(&shared.wake_schedule)).await;
         Ok(())
@@ -74,7 +78,8 @@ impl Schedule {
         }
         let (now, due) = self.sender.store.next_scheduled(self.from).await?;
         if self.from == Timestamp::MIN {
-            self.begins_at = began + (began.elapsed() * LOOK_SHARE).max(LOOK_MAX);
+            let pause = (began.elapsed() * WHOLE_SHARE).clamp(WHOLE_MIN, WHOLE_MAX);
+            self.begins_at = began + pause;
         }
         self.from = due.unwrap_or(now);
         Ok(due.map(|due| {

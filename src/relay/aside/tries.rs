@@ -19,6 +19,11 @@ use crate::publisher::{Verdict, verdict};
 /// longer waited for, within the minute after which somebody may decide about them again.
 const TRY_MAX: Duration = Duration::from_secs(20);
 
+/// For how long scheduled events are handed over, and how long their reports may take: others
+/// become due meanwhile.
+const ON_TIME_MAX: Duration = Duration::from_secs(5);
+const ON_TIME_REPORT_MAX: Duration = Duration::from_secs(5);
+
 /// What became of rows that were taken.
 #[derive(Default)]
 pub(super) struct Tried {
@@ -66,7 +71,9 @@ fn name_of(taken: &Taken) -> Option<Name> {
 }
 
 impl Sender {
-    /// Sends scheduled events. What is refused, or may be, joins the queue of its key.
+    /// Sends scheduled events. What is refused, or may be, joins the queue of its key; so does
+    /// what is not taken in time though brokers answer, as its partition may be without a leader
+    /// for as long as others go on.
     pub(super) async fn send_on_time(&mut self, rows: Vec<Taken>) -> Result<Tried> {
         let began = Instant::now();
         let mut tried = Tried::default();
@@ -75,20 +82,30 @@ impl Sender {
         for lane in lanes.extract_if(.., |lane| topics.refused.contains_key(&lane.topic)) {
             join(lane, &mut tried);
         }
-        lanes.retain(|lane| !topics.away.contains_key(&lane.topic));
+        let is_away = |lane: &mut Lane| topics.away.contains_key(&lane.topic);
+        let mut left: Vec<Lane> = lanes.extract_if(.., is_away).collect();
         let went = match topics.away.into_values().next() {
             Some(why) if lanes.is_empty() => Together::Away(why),
-            _ => self.send_together(&mut lanes, began, &mut tried).await?,
+            _ => {
+                let until = began + ON_TIME_MAX;
+                self.send_together(&mut lanes, until, ON_TIME_REPORT_MAX, &mut tried)
+                    .await?
+            }
         };
         match went {
             Together::Passed => {}
-            Together::Refused => {
-                for lane in lanes.into_iter().filter(|lane| lane.is_suspect) {
-                    join(lane, &mut tried);
+            Together::Refused => left.extend(lanes.into_iter().filter(|lane| lane.is_suspect)),
+            Together::Away(why) => {
+                if *self.rest.borrow() || !self.courier.hears_brokers().await? {
+                    // They stay as they are.
+                    tried.is_away_because(&why);
+                    return Ok(tried);
                 }
+                left.append(&mut lanes);
             }
-            // They stay as they are.
-            Together::Away(why) => tried.is_away_because(&why),
+        }
+        for lane in left {
+            join(lane, &mut tried);
         }
         Ok(tried)
     }
@@ -120,7 +137,8 @@ impl Sender {
             .next()
             .filter(|_| lanes.is_empty());
         if away.is_none() {
-            away = match self.send_together(&mut lanes, began, &mut tried).await? {
+            let went = self.send_together(&mut lanes, began + TRY_MAX, REPORT_MAX, &mut tried);
+            away = match went.await? {
                 Together::Away(why) => Some(why),
                 Together::Passed | Together::Refused => {
                     self.send_alone(&mut lanes, began, &mut tried).await?
@@ -215,12 +233,13 @@ impl Sender {
         self.courier.resolve(topics).await
     }
 
-    /// Sends what was never refused, of each key in its order. What was on its way when one was
-    /// refused is suspect.
+    /// Sends what was never refused, of each key in its order: until then, and so long may the
+    /// last report take. What was on its way when one was refused is suspect.
     async fn send_together(
         &mut self,
         lanes: &mut [Lane],
-        began: Instant,
+        until: Instant,
+        report_max: Duration,
         tried: &mut Tried,
     ) -> Result<Together> {
         let mut on_their_way: HashMap<u64, usize> = HashMap::new();
@@ -231,7 +250,7 @@ impl Sender {
         let mut ready: Vec<usize> = (0..lanes.len()).collect();
         loop {
             for number in std::mem::take(&mut ready) {
-                let may_send = failed.is_none() && !self.must_end(began);
+                let may_send = failed.is_none() && !self.must_end(until);
                 let lane = &mut lanes[number];
                 while may_send && lane.may_send() {
                     match self.courier.hand_over(&lane.rows[lane.handed], sequence) {
@@ -254,7 +273,7 @@ impl Sender {
             if on_their_way.is_empty() {
                 break;
             }
-            let Some(reports) = self.courier.reports(began + TRY_MAX + REPORT_MAX).await? else {
+            let Some(reports) = self.courier.reports(until + report_max).await? else {
                 let lost = on_their_way.len();
                 self.courier.forget();
                 return Ok(Together::Away(format!(
@@ -302,13 +321,13 @@ impl Sender {
             let Some(taken) = lane.rows.front() else {
                 continue;
             };
-            if self.must_end(began) {
+            if self.must_end(began + TRY_MAX) {
                 break;
             }
             // What the brokers have just said of another speaks for all of its topic.
-            let refused = tried.outcome.topics.iter();
-            let mut refused = refused.filter(|(topic, _)| *topic == lane.topic);
-            let sent = match refused.next() {
+            let topic = self.courier.address(taken).ok().map(|(topic, _)| topic);
+            let mut refused = tried.outcome.topics.iter();
+            let sent = match refused.find(|(refused, _)| Some(refused) == topic.as_ref()) {
                 Some((topic, why)) => Sent::TopicRefused(topic.clone(), why.clone()),
                 None => self.courier.send_alone(taken).await?,
             };
@@ -321,10 +340,10 @@ impl Sender {
         Ok(None)
     }
 
-    /// Whether no more of what was taken is to be tried: it was taken long ago, or the relay
-    /// is told to rest.
-    fn must_end(&self, began: Instant) -> bool {
-        began.elapsed() > TRY_MAX || *self.rest.borrow()
+    /// Whether no more of what was taken is to be tried: its time is up, or the relay is told to
+    /// rest.
+    fn must_end(&self, until: Instant) -> bool {
+        Instant::now() > until || *self.rest.borrow()
     }
 
     /// Of a lane the first was tried, and the others are not.

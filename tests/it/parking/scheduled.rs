@@ -58,6 +58,24 @@ async fn a_scheduled_event_does_not_wait_for_those_that_are_tried_again() {
     relay.drain().await;
 }
 
+/// Looks begin where nothing is due before; what is scheduled later on may be due before that.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_scheduled_event_that_is_due_before_all_others_is_not_late_for_it() {
+    let fixture = Fixture::new().await;
+    let relay = Relay::streaming(&fixture, &SOON).await;
+    schedule(&fixture, "a", "1", "1 h").await;
+    wait_for_parked(&fixture, &["scheduled a 0"]).await;
+    fixture.insert("b", "1").await;
+    wait_until("it looks for that", async || fixture.keys().await == ["b"]).await;
+    schedule(&fixture, "c", "1", "1 s").await;
+    wait_until("it is sent", async || fixture.keys().await.len() == 2).await;
+    let late = "SELECT extract(epoch FROM clock_timestamp() - min(scheduled_at))::float8 FROM postbox.outbox";
+    let late: f64 = fixture.client.query_one(late, &[]).await.unwrap().get(0);
+    // All is looked at every ten seconds.
+    assert!((0.0..5.0).contains(&late), "{late}");
+    relay.drain().await;
+}
+
 /// An event whose topic there is not yet, and one that joins another of its key, leave the
 /// schedule and wait as any other would.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -128,7 +146,8 @@ async fn a_cancelled_event_is_never_sent() {
     relay.drain().await;
 }
 
-/// What was sent stays in the index while a transaction can see it, as a backup's can for hours.
+/// What was sent stays in the index as long as a transaction is open that began before, as a
+/// backup's is for hours.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_due_is_found_without_passing_what_was_sent() {
     const EVENTS: i64 = 400;
