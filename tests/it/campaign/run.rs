@@ -378,11 +378,14 @@ impl Run<'_> {
             );
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
-        if self.schedule.is_poisoned {
+        // Brokers that have much to do may take longer to create a topic than the stream waits.
+        if mode.can_park() {
             let waiting =
                 "SELECT count(*) FROM postbox.parked WHERE status IN ('scheduled', 'waiting')";
             wait_until("nothing waits", async || {
-                self.limit(LARGE).await;
+                if self.schedule.is_poisoned {
+                    self.limit(LARGE).await;
+                }
                 let row = self.fixture.client.query_one(waiting, &[]).await.unwrap();
                 row.get::<_, i64>(0) == 0
             })
