@@ -73,7 +73,7 @@ pub const LEFTOVERS_MAX: Duration = LEASE.saturating_add(Duration::from_secs(13)
 const LONG: Duration = Duration::from_secs(1);
 
 /// How long the end waits for a claim that is on its way. Without that it ends by itself.
-const STOP_MAX: Duration = Duration::from_secs(1);
+const STOP_MAX: Duration = Duration::from_secs(5);
 
 /// The oid of the table in its messages. No table has it.
 const RELATION: u32 = 0;

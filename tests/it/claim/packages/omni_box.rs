@@ -358,7 +358,8 @@ async fn it_reads_each_row_that_we_have_written() {
     .await;
     let answer = read_back();
     assert_eq!(answer["refused"], json!([]));
-    assert_eq!(answer["states"]["pending, locked"], 1);
+    // Another may be tried again by then.
+    assert!(answer["states"]["pending, locked"].as_u64() >= Some(1));
     relay.kill();
 }
 
