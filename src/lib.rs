@@ -82,6 +82,8 @@ pub mod health;
 #[cfg(feature = "relay")]
 pub mod http;
 #[cfg(feature = "relay")]
+pub mod inbox;
+#[cfg(feature = "relay")]
 pub mod metrics;
 #[cfg(feature = "demo")]
 pub mod oracle;
