@@ -140,6 +140,8 @@ impl Statements {
                 "UPDATE :\"schema\".parked AS p SET taken_at = NULL \
                  WHERE relay = $1 AND status = 'waiting' AND taken_at IS NOT NULL{ours}"
             )),
+            // None that is behind one which cannot go: as a topic is being freed, one may be parked
+            // that still awaits it.
             take_waiting: sql(&format!(
                 "WITH head AS MATERIALIZED ( \
                      SELECT p.id, p.topic, p.key, p.number, p.attempts, p.due_at FROM :\"schema\".parked AS p \
@@ -153,10 +155,14 @@ impl Statements {
                          SELECT p.id, p.number, octet_length(p.message) AS bytes FROM :\"schema\".parked AS p \
                          WHERE p.relay = $1 AND p.id = h.id \
                          UNION ALL \
-                         (SELECT p.id, p.number, octet_length(p.message) FROM :\"schema\".parked AS p \
-                          WHERE h.attempts = 0 AND p.relay = $1 AND p.status = 'waiting' AND {same_as_head} \
-                            AND p.number > h.number AND NOT p.awaits_topic \
-                            AND :\"schema\".is_settled(p) ORDER BY p.number LIMIT $3 - 1) \
+                         SELECT e.id, e.number, e.bytes FROM ( \
+                             SELECT b.id, b.number, b.bytes, bool_and(b.is_free) OVER (ORDER BY b.number) AS may_go \
+                             FROM (SELECT p.id, p.number, octet_length(p.message) AS bytes, \
+                                          NOT p.awaits_topic AND :\"schema\".is_settled(p) AS is_free \
+                                   FROM :\"schema\".parked AS p \
+                                   WHERE h.attempts = 0 AND p.relay = $1 AND p.status = 'waiting' AND {same_as_head} \
+                                     AND p.number > h.number ORDER BY p.number LIMIT $3 - 1) AS b \
+                         ) AS e WHERE e.may_go \
                      ) AS r \
                  ), fits AS ( \
                      SELECT id, sum(bytes) OVER (ORDER BY due_at, number) - bytes AS before FROM run \

@@ -129,3 +129,18 @@ async fn many_topics_are_asked_about_at_once_by_a_few_threads() {
     assert!(most < TOPICS, "{most} threads");
     relay.drain().await;
 }
+
+/// While more comes for it all the time, and some is parked just as it is being freed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_topic_that_is_created_under_load_is_free_soon_and_its_events_are_in_order() {
+    let fixture = Fixture::with_servers(&[], &["auto.create.topics.enable=false"]).await;
+    let relay = Relay::streaming(&fixture, &SOON).await;
+    let writers = fixture.writers(fixture.steady_load());
+    wait_until("many wait", async || parked(&fixture).await.len() > 3000).await;
+    create(&fixture, &fixture.topic).await;
+    wait_until("none waits", async || parked(&fixture).await.is_empty()).await;
+    writers.stop().await.unwrap();
+    let verdict = fixture.judge(relay).await;
+    // What a trial of the topic had on its way when it was too soon.
+    assert!(verdict.is_clean(1000), "{verdict}");
+}
