@@ -19,8 +19,8 @@
 //!   members of one name likewise, as for `jsonb`.
 //! - JSON is more than `jsonb` can hold (`json.rs`), and text in Postgres has no NUL: what does
 //!   not fit is kept as bytes.
-//! - A header's name may be no text either: the bindings of librdkafka panic at it, so headers
-//!   are read by ourselves (`consumer.rs`).
+//! - A header's name may be no text either, at which the bindings of librdkafka panic: so names
+//!   are bytes here.
 //! - An id may be anything. One that is no text, or longer than an entry of an index may be,
 //!   stands for itself by its hash, and is kept beside it.
 
