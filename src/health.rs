@@ -10,12 +10,13 @@
 //! One thing is red while events flow: a slot that nobody reads any more, as it keeps WAL
 //! until the disk is full, and only a person ends that.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use tracing::{info, warn};
 
 use crate::error::{Error, ErrorKind};
+use crate::lock::lock;
 
 /// How long a server may be silent, and how long nothing may move while there is
 /// something to do. Servers are asked every 5 s at least, and a probe that sees a
@@ -205,8 +206,7 @@ impl Health {
     }
 
     fn with<T>(&self, f: impl FnOnce(&mut State) -> T) -> T {
-        // A panic while the lock is held cannot leave it half changed.
-        f(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+        f(&mut lock(&self.0))
     }
 }
 

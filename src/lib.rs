@@ -84,6 +84,8 @@ pub mod http;
 #[cfg(feature = "relay")]
 pub mod inbox;
 #[cfg(feature = "relay")]
+mod lock;
+#[cfg(feature = "relay")]
 pub mod metrics;
 #[cfg(feature = "demo")]
 pub mod oracle;

@@ -15,7 +15,7 @@
 //!   session saw in the certificate, after its chain was verified.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::ServerCertVerifier;
@@ -26,6 +26,7 @@ use rustls::{ClientConfig, RootCertStore};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::lock::lock;
 
 use super::parameters::Parameters;
 use super::verifier::{AnyName, Unchecked};
@@ -152,8 +153,7 @@ impl Tls {
             Trust::VerifyCa(roots) => (SslMode::VerifyCa, Some(roots.clone())),
             Trust::VerifyFull(roots) => (SslMode::VerifyFull, Some(roots.clone())),
         };
-        let seen = self.certificate_name.lock();
-        let seen = seen.unwrap_or_else(PoisonError::into_inner).clone();
+        let seen = lock(&self.certificate_name).clone();
         config.sni_hostname = Some(seen.unwrap_or_else(|| host.to_owned()));
         if let Some((certificate, key)) = &self.client {
             config = config.with_client_cert(certificate, key);

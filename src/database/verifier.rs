@@ -1,7 +1,8 @@
 //! What is checked of a server's certificate below `verify-full`.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
+use crate::lock::lock;
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
@@ -80,10 +81,7 @@ impl ServerCertVerifier for AnyName {
             Err(rustls::Error::InvalidCertificate(CertificateError::NotValidForName)) => None,
             Err(_) => return checked,
         };
-        *self
-            .certificate_name
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = seen;
+        *lock(&self.certificate_name) = seen;
         Ok(ServerCertVerified::assertion())
     }
 

@@ -2,13 +2,14 @@
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use uuid::Uuid;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::lock::lock;
 use crate::oracle::{Reader, Seen};
 use crate::publisher::KafkaSettings;
 
@@ -93,6 +94,6 @@ impl Shared {
     }
 
     fn with<T>(&self, f: impl FnOnce(&mut Notes) -> T) -> T {
-        f(&mut self.notes.lock().unwrap_or_else(PoisonError::into_inner))
+        f(&mut lock(&self.notes))
     }
 }

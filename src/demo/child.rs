@@ -3,11 +3,12 @@
 use std::collections::VecDeque;
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::{IN_FLIGHT_MAX, Stage};
 use crate::error::{Error, ErrorKind, Result};
+use crate::lock::lock;
 
 pub(super) struct RelayProcess {
     child: Child,
@@ -41,7 +42,7 @@ impl RelayProcess {
                 .lines()
                 .map_while(std::io::Result::ok)
             {
-                let mut lines = lines.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut lines = lock(&lines);
                 lines.push_back(line);
                 if lines.len() > LOG_LINES {
                     lines.pop_front();
@@ -92,7 +93,7 @@ impl RelayProcess {
     }
 
     fn ended(&self, how: &str) -> Error {
-        let lines = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+        let lines = lock(&self.log);
         let log = lines
             .iter()
             .map(|line| format!("\n  {line}"))

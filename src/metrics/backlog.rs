@@ -1,12 +1,13 @@
 //! The backlog, as it was last measured. What is not known is absent.
 
 use std::collections::BTreeSet;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use prometheus::{GaugeVec, IntGaugeVec, Registry};
 
 use super::{options, register};
 use crate::backlog::Backlog;
+use crate::lock::lock;
 
 pub(super) struct BacklogMetrics {
     /// Without labels: these can be absent.
@@ -74,6 +75,6 @@ impl BacklogMetrics {
     }
 
     fn with_known<T>(&self, f: impl FnOnce(&mut BTreeSet<String>) -> T) -> T {
-        f(&mut self.known.lock().unwrap_or_else(PoisonError::into_inner))
+        f(&mut lock(&self.known))
     }
 }

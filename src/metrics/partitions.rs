@@ -1,11 +1,12 @@
 //! What there is of partitions, where the outbox has any: else these are absent.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::Instant;
 
 use prometheus::{GaugeVec, IntGaugeVec, Registry};
 
 use super::{options, register};
+use crate::lock::lock;
 use crate::partitions::Made;
 
 pub(super) struct PartitionMetrics {
@@ -52,7 +53,7 @@ impl PartitionMetrics {
     }
 
     fn until(&self) -> MutexGuard<'_, Option<Instant>> {
-        self.until.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.until)
     }
 }
 

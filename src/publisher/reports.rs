@@ -1,6 +1,6 @@
 //! What librdkafka calls back.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use rdkafka::ClientContext;
 use rdkafka::config::RDKafkaLogLevel;
@@ -11,6 +11,7 @@ use tracing::{debug, warn};
 
 use super::refusals::refusal;
 use crate::error::{Error, Result};
+use crate::lock::lock;
 
 /// What became of one record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,8 +35,7 @@ struct Arrived {
 
 impl Context {
     fn with<T>(&self, change: impl FnOnce(&mut Arrived) -> T) -> T {
-        // A panic while the lock is held cannot leave it half changed.
-        change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+        change(&mut lock(&self.0))
     }
 
     pub(super) fn take(&self, into: &mut Vec<Report>) -> Result<()> {

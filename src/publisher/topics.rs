@@ -5,7 +5,7 @@
 //! limit it takes a client with threads and connections of its own: one asks for all, and is
 //! closed when nobody asks.
 
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use rdkafka::admin::{AdminClient, AdminOptions, ResourceSpecifier};
@@ -21,6 +21,7 @@ use super::codes::{self, verdict};
 use super::producer::Client;
 use super::settings::KafkaSettings;
 use crate::error::{Error, ErrorKind, Result};
+use crate::lock::lock;
 
 /// A topic that exists.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -199,10 +200,6 @@ impl Directory {
         *admin = Arc::downgrade(&made);
         Some(made)
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A sign of life from any broker.

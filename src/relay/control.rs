@@ -21,7 +21,7 @@
 //! the lease may be over: then the attempt is.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -38,6 +38,7 @@ use crate::contract::Contract;
 use crate::database::{self, Session};
 use crate::error::{Error, ErrorKind, Result};
 use crate::health::{Health, SILENCE_MAX, Server};
+use crate::lock::lock;
 use crate::metrics::Metrics;
 use crate::source::claim::{self, Claims};
 use crate::source::{HEARTBEAT_PREFIX, Mark};
@@ -489,7 +490,7 @@ impl Shared {
         let written = self.session.client.query_typed(sql, &parameters).await;
         let written = written.map_err(|error| database::sort("write a heartbeat", error))?;
         let fence = written.first().map(|row| row.get(0));
-        *self.fence.lock().unwrap_or_else(PoisonError::into_inner) = fence;
+        *lock(&self.fence) = fence;
         Ok(())
     }
 
@@ -520,8 +521,7 @@ impl Shared {
 
     /// The snapshot of the fence that was written last.
     fn newest_fence(&self) -> Option<String> {
-        let fence = self.fence.lock();
-        fence.unwrap_or_else(PoisonError::into_inner).clone()
+        lock(&self.fence).clone()
     }
 
     async fn compare_publication(&self, checkpoint: &Checkpoint) -> Result<()> {

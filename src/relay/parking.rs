@@ -10,7 +10,7 @@
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::Notify;
@@ -20,6 +20,7 @@ use tracing::{debug, error, warn};
 use crate::envelope::{Address, Encoder, Record};
 use crate::error::{Error, ErrorKind, Result, joined};
 use crate::event::Event;
+use crate::lock::lock;
 use crate::metrics::ParkedMetrics;
 use crate::parked::store::{Count, Held, Store};
 use crate::parked::{Due, NewRow, OnPoison, ParkedSettings, Status};
@@ -437,10 +438,6 @@ impl Shared {
         self.is_holding.store(is_holding, Ordering::Relaxed);
         changed
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Holds {

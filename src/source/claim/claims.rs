@@ -21,7 +21,7 @@
 //! - From [`LOCKED_MAX`] such rows on nothing more is claimed.
 
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
@@ -33,6 +33,7 @@ use super::BEGIN;
 use super::statements::{LEASE, ROWS, Statements, failed};
 use crate::database::{despite_deadlocks, query_after};
 use crate::error::{Error, ErrorKind, Result};
+use crate::lock::lock;
 use crate::table::Table;
 
 /// How often claims are renewed.
@@ -160,7 +161,7 @@ impl Claims {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     /// Waits until nothing is being written about claims; nothing is as long as the guard
