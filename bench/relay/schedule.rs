@@ -21,7 +21,10 @@ const EVENTS: usize = 20_000;
 const BURST: usize = 100_000;
 
 /// How long before the first is due they are written: they must be parked by then.
-const AHEAD: Duration = Duration::from_secs(15);
+const AHEAD: Duration = Duration::from_secs(30);
+
+/// How often they are counted, which takes a moment where there are very many.
+const COUNT_INTERVAL: Duration = Duration::from_millis(500);
 
 pub(crate) async fn run(file: &Path, trials: u32, rows: i64) {
     let mut rig = Rig::start(&["max_wal_size=64GB", "checkpoint_timeout=1d"], &[]).await;
@@ -71,7 +74,7 @@ async fn lay_by(rig: &mut Rig, rows: i64) -> Run {
     }
     while parked(rig).await < rows {
         assert!(began.elapsed() < PATIENCE, "not all were parked");
-        tokio::time::sleep(Duration::from_millis(50)).await;
+        tokio::time::sleep(COUNT_INTERVAL).await;
     }
     let seconds = began.elapsed().as_secs_f64();
     meter.finish(&mut run, rows as f64, seconds);
@@ -96,7 +99,7 @@ async fn due(rig: &mut Rig, rate: usize, events: usize, trial: u32) -> Run {
     let times: Vec<Instant> = (0..events as u32).map(|n| first + step * n).collect();
     while parked(rig).await < already + events as i64 {
         assert!(Instant::now() < first, "not parked before their time");
-        tokio::time::sleep(Duration::from_millis(20)).await;
+        tokio::time::sleep(COUNT_INTERVAL).await;
     }
     tokio::time::sleep_until(first.into()).await;
     let walsender = rig.walsender(CARRIER).await;
