@@ -50,7 +50,7 @@ async fn kill_at_each_step(fixture: &Fixture, mode: &[&str]) {
         let mut command = Relay::command(fixture, &flags);
         // So slow that there always is something that is not published yet.
         let slow = if step.starts_with("clean") {
-            "sent=sleep(4);"
+            "sent=sleep(2);"
         } else {
             ""
         };
