@@ -55,7 +55,7 @@ pub(crate) use snapshot::{wait_until_ended, wait_until_seen, wait_until_visible}
 const VERSION_MIN: i32 = 140_000;
 
 /// The version of our schema that this program was written for.
-pub const SCHEMA_VERSION: i32 = 2;
+pub const SCHEMA_VERSION: i32 = 3;
 
 /// Which cluster this is, and which branch of its history.
 #[derive(Debug, Clone, PartialEq, Eq)]

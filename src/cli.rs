@@ -6,11 +6,13 @@ mod cleanup;
 mod completions;
 #[cfg(feature = "demo")]
 mod demo;
+mod inbox;
 mod logging;
 mod parked;
 mod quantity;
 mod recover;
 mod relay;
+mod service;
 mod setup;
 
 use std::panic::{self, AssertUnwindSafe};
@@ -37,6 +39,7 @@ struct Arguments {
 enum Command {
     Setup(setup::SetupCommand),
     Relay(Box<relay::RelayCommand>),
+    Inbox(Box<inbox::InboxCommand>),
     Recover(recover::RecoverCommand),
     Parked(parked::ParkedCommand),
     Cancel(cancel::CancelCommand),
@@ -67,6 +70,7 @@ pub(crate) fn main() -> u8 {
     let run = || match arguments.command {
         Command::Setup(arguments) => arguments.run(),
         Command::Relay(arguments) => arguments.run(),
+        Command::Inbox(arguments) => arguments.run(),
         Command::Recover(arguments) => arguments.run(),
         Command::Parked(arguments) => arguments.run(),
         Command::Cancel(arguments) => arguments.run(),

@@ -24,6 +24,14 @@ pub fn rounded(time: Duration) -> String {
     }
 }
 
+/// Reads a whole number of one of the [`UNITS`].
+pub fn parse(text: &str) -> Option<Duration> {
+    let (number, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit())?);
+    let (_, scale) = UNITS.iter().find(|(name, _)| *name == unit)?;
+    let millis = number.parse::<u64>().ok()?.checked_mul(*scale)?;
+    Some(Duration::from_millis(millis))
+}
+
 fn write(millis: u64, fits: impl Fn(u64, u64) -> bool) -> String {
     let fits = |unit: u64| millis >= unit && fits(millis, unit);
     let unit = UNITS.iter().rev().find(|(_, unit)| fits(*unit));

@@ -22,15 +22,33 @@ use tokio::time::{sleep, timeout};
 use tracing::warn;
 
 use crate::health::Health;
-use crate::metrics::Metrics;
+use crate::metrics::{InboxMetrics, Metrics};
 
 /// What the endpoints report on.
 #[derive(Clone)]
 pub struct Endpoints {
     /// What `/metrics` prints.
-    pub metrics: Arc<Metrics>,
+    pub metrics: Exposed,
     /// What `/readyz` judges.
     pub health: Arc<Health>,
+}
+
+/// Whose metrics there are.
+#[derive(Clone)]
+pub enum Exposed {
+    /// A relay's.
+    Relay(Arc<Metrics>),
+    /// An inbox's.
+    Inbox(Arc<InboxMetrics>),
+}
+
+impl Exposed {
+    fn text(&self, health: &Health) -> String {
+        match self {
+            Self::Relay(metrics) => metrics.text(health),
+            Self::Inbox(metrics) => metrics.text(health),
+        }
+    }
 }
 
 /// The most connections at a time. Further ones wait to be accepted.

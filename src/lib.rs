@@ -28,12 +28,14 @@
 //!    so that a consumer can drop repetitions.
 //! 4. An idle slot moves on, and a stalled one shows within seconds in metrics
 //!    and readiness.
+//! 5. An [`inbox`] has the effects of a handler that works in its transaction happen once per
+//!    consumer group, topic and message id, whatever crashes or is delivered again.
 //!
 //! # Invariants of the architecture
 //!
 //! - [`pgoutput`], [`envelope`] and [`ack`] are pure: no I/O, no logs, no clocks.
 //! - [`ack`] knows neither Kafka nor Postgres; [`source`] never sees a record,
-//!   [`publisher`] never sees an LSN. Only [`relay`] knows both.
+//!   [`publisher`] never sees an LSN. Only [`relay`] knows both. [`inbox`] knows none of them.
 //! - Progress moves in one line: where [`relay`] confirms what [`ack`] releases.
 //! - Everything that breaks ends the relay's attempt, and the next begins where
 //!   the slot was confirmed, or the checkpoint where the table is polled. There is
@@ -60,6 +62,8 @@ pub mod failpoints;
 pub mod ack;
 #[cfg(feature = "relay")]
 pub mod backlog;
+#[cfg(feature = "relay")]
+mod backoff;
 #[cfg(feature = "relay")]
 pub mod catalog;
 #[cfg(feature = "relay")]

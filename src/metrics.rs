@@ -1,6 +1,7 @@
 //! What the relay counts, in Prometheus' terms. Names are part of the contract.
 
 mod backlog;
+mod inbox;
 mod parked;
 mod partitions;
 
@@ -11,6 +12,7 @@ use prometheus::{
 };
 
 use self::backlog::BacklogMetrics;
+pub use self::inbox::InboxMetrics;
 pub use self::parked::ParkedMetrics;
 use self::partitions::PartitionMetrics;
 use crate::backlog::Backlog;
@@ -192,20 +194,7 @@ impl Default for Metrics {
         for table in ["outbox", "parked", "cancellation", "idempotency"] {
             metrics.cleaned.with_label_values(&[table]);
         }
-        let build = register(
-            &metrics.registry,
-            GaugeVec::new(options("build_info", "the version that runs"), &["version"]),
-        );
-        build
-            .with_label_values(&[env!("CARGO_PKG_VERSION")])
-            .set(1.0);
-        #[cfg(target_os = "linux")]
-        metrics
-            .registry
-            .register(Box::new(
-                prometheus::process_collector::ProcessCollector::for_self(),
-            ))
-            .expect("each metric is registered once");
+        describe_process(&metrics.registry);
         metrics
     }
 }
@@ -253,12 +242,33 @@ impl Metrics {
             .set(health.stalled_for().as_secs_f64());
         self.ready.set(health.complaints().is_empty().into());
         self.partitions.refresh();
-        let mut text = Vec::new();
-        TextEncoder::new()
-            .encode(&self.registry.gather(), &mut text)
-            .expect("metrics are valid text");
-        String::from_utf8(text).expect("metrics are UTF-8")
+        text(&self.registry)
     }
+}
+
+fn text(registry: &Registry) -> String {
+    let mut text = Vec::new();
+    TextEncoder::new()
+        .encode(&registry.gather(), &mut text)
+        .expect("metrics are valid text");
+    String::from_utf8(text).expect("metrics are UTF-8")
+}
+
+/// The version that runs, and what it takes of the machine.
+fn describe_process(registry: &Registry) {
+    let build = register(
+        registry,
+        GaugeVec::new(options("build_info", "the version that runs"), &["version"]),
+    );
+    build
+        .with_label_values(&[env!("CARGO_PKG_VERSION")])
+        .set(1.0);
+    #[cfg(target_os = "linux")]
+    registry
+        .register(Box::new(
+            prometheus::process_collector::ProcessCollector::for_self(),
+        ))
+        .expect("each metric is registered once");
 }
 
 fn options(name: &str, help: &str) -> Opts {

@@ -42,6 +42,7 @@ mod topics;
 
 pub use codes::{Verdict, verdict};
 pub use reports::Report;
+pub(crate) use settings::invalid;
 pub use settings::{BATCH_BYTES, KafkaSettings};
 pub use topics::{Patience, Topic};
 

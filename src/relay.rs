@@ -33,11 +33,11 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
-use backon::{BackoffBuilder, ExponentialBuilder};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tracing::{info, warn};
 
+use crate::backoff::{BACKOFF_MAX, backoff};
 use crate::catalog::Mode;
 use crate::contract::Contract;
 use crate::database::Database;
@@ -203,7 +203,7 @@ impl Relay {
     /// # Errors
     /// Any definite error; `NotDrained` if a stop left events to be repeated.
     pub async fn run(mut self, mut shutdown: watch::Receiver<bool>) -> Result<()> {
-        let mut backoff = backoff();
+        let mut pauses = backoff();
         let mut standing_by = false;
         // Ends with us.
         let mut beside = JoinSet::new();
@@ -232,12 +232,12 @@ impl Relay {
             self.metrics.reconnects.with_label_values(&[reason]).inc();
             // An attempt that worked, or found another relay at work, is not part of a series.
             if self.worked || error.kind() == ErrorKind::SlotInUse {
-                backoff = self::backoff();
+                pauses = backoff();
             }
             let pause = match error.kind() {
                 // The other relay may end at any moment; asking is cheap.
                 ErrorKind::SlotInUse => STANDBY_INTERVAL,
-                _ => backoff.next().unwrap_or(BACKOFF_MAX),
+                _ => pauses.next().unwrap_or(BACKOFF_MAX),
             };
             if self.worked {
                 standing_by = false;
@@ -291,19 +291,5 @@ impl Relay {
     }
 }
 
-/// The longest pause between attempts.
-const BACKOFF_MAX: Duration = Duration::from_secs(10);
-
 /// How often a relay that stands by asks for the slot.
 const STANDBY_INTERVAL: Duration = Duration::from_millis(500);
-
-/// Pauses from 0.1 s to [`BACKOFF_MAX`], each up to twice as long at random, so
-/// that many relays do not come back at once; for ever.
-fn backoff() -> impl Iterator<Item = Duration> {
-    ExponentialBuilder::default()
-        .with_min_delay(Duration::from_millis(100))
-        .with_max_delay(BACKOFF_MAX)
-        .with_jitter()
-        .without_max_times()
-        .build()
-}

@@ -77,6 +77,12 @@ pub struct SetupOptions {
     pub operator_role: Option<String>,
     /// The role that cleans up, which gets what it needs and no more; it may be the relay's.
     pub cleanup_role: Option<String>,
+    /// The role that runs an inbox, which gets what it needs and no more; its handler's rights
+    /// are its own.
+    pub inbox_role: Option<String>,
+    /// The role of an application that handles messages by itself, which gets what it needs and
+    /// no more.
+    pub handler_role: Option<String>,
     /// What becomes of rows that were committed before.
     pub backfill: Backfill,
     /// What came from another cluster, with a dump, is taken over: what was not published
@@ -509,6 +515,8 @@ impl SetupOptions {
             &self.writer_role,
             &self.operator_role,
             &self.cleanup_role,
+            &self.inbox_role,
+            &self.handler_role,
         ];
         roles.into_iter().flatten()
     }

@@ -1,30 +1,24 @@
 //! `postbox relay`.
 
-use std::net::SocketAddr;
-use std::str::FromStr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::Context;
 use clap::builder::BoolishValueParser;
 use clap::{Args, value_parser};
 use postbox::duration::in_words;
 use postbox::envelope::{Format, HeaderStyle, Route, is_topic_name};
 use postbox::health::Health;
-use postbox::http::{self, Endpoints};
+use postbox::http::{Endpoints, Exposed};
 use postbox::metrics::Metrics;
 use postbox::parked::{OnPoison, ParkedSettings};
 use postbox::relay::{CleanupSettings, Relay, RelaySettings};
 use postbox::table::{ATTEMPTS_MAX, Placement, Preset};
 use postbox::{Error, ErrorKind};
-use tokio::net::TcpListener;
-use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::{oneshot, watch};
-use tracing::{info, warn};
 
 use super::arguments::{ContractArguments, DatabaseArguments, KafkaArguments, ModeArgument};
 use super::cleanup::{OLDER_THAN_MAX, OLDER_THAN_MIN};
 use super::quantity::{size, time};
+use super::service::{Http, Service};
 
 /// Carries committed events to Kafka until it is told to stop.
 ///
@@ -452,26 +446,6 @@ impl CleanupArguments {
     }
 }
 
-#[derive(Debug, Clone, Copy)]
-enum Http {
-    Off,
-    At(SocketAddr),
-}
-
-impl FromStr for Http {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "none" => Ok(Self::Off),
-            _ => text
-                .parse()
-                .map(Self::At)
-                .map_err(|_| "use ADDRESS:PORT, such as 127.0.0.1:9464, or none".to_owned()),
-        }
-    }
-}
-
 impl RelayCommand {
     pub(super) fn run(&self) -> anyhow::Result<()> {
         self.tuning.check()?;
@@ -507,7 +481,19 @@ impl RelayCommand {
             shutdown_timeout: self.tuning.shutdown_timeout,
             cleanup: self.cleanup.resolve(preset)?,
         };
-        runtime()?.block_on(self.supervise(settings))
+        let metrics = Arc::new(Metrics::default());
+        let health = Arc::new(Health::default());
+        let endpoints = Endpoints {
+            metrics: Exposed::Relay(metrics.clone()),
+            health: health.clone(),
+        };
+        let relay = Relay::new(settings, metrics, health);
+        let service = Service {
+            name: "relay",
+            repeats: "events in flight will be sent again",
+            http: self.http,
+        };
+        service.run(endpoints, |stopped| relay.run(stopped))
     }
 
     fn check_shards(&self) -> postbox::Result<()> {
@@ -559,97 +545,6 @@ impl RelayCommand {
                 "fights --shards: its rows are claimed one by one, by as many relays as you start",
             ),
             _ => refuse("needs --mode poll, as its rows are claimed, or --mode wal"),
-        }
-    }
-
-    /// Serves http and waits for signals, while the relay has a thread and a
-    /// runtime of its own.
-    async fn supervise(&self, settings: RelaySettings) -> anyhow::Result<()> {
-        let endpoints = Endpoints {
-            metrics: Arc::new(Metrics::default()),
-            health: Arc::new(Health::default()),
-        };
-        let mut signals = Signals::new().context("listen for signals")?;
-        if let Http::At(address) = self.http {
-            let listener = listen(address).await?;
-            info!(address = %listener.local_addr()?, "serving http");
-            tokio::spawn(http::serve(listener, endpoints.clone()));
-        }
-        let relay = Relay::new(settings, endpoints.metrics, endpoints.health);
-        let (stop, stopped) = watch::channel(false);
-        let mut result = spawn(relay, stopped)?;
-        let mut first_signal = None;
-        loop {
-            tokio::select! {
-                result = &mut result => {
-                    let result = result.context("the relay's thread panicked")?;
-                    return Ok(result?);
-                }
-                name = signals.next() => {
-                    let first = *first_signal.get_or_insert_with(Instant::now);
-                    if first.elapsed() > ONE_SIGNAL {
-                        let message = "stopped by a second signal: events in flight will be sent again";
-                        return Err(Error::new(ErrorKind::NotDrained, message).into());
-                    }
-                    info!(signal = name, "stopping: drain and confirm");
-                    stop.send_replace(true);
-                }
-            }
-        }
-    }
-}
-
-/// Signals within this time are one: some supervisors signal a process and then
-/// its group.
-const ONE_SIGNAL: Duration = Duration::from_millis(500);
-
-fn spawn(
-    relay: Relay,
-    stopped: watch::Receiver<bool>,
-) -> anyhow::Result<oneshot::Receiver<postbox::Result<()>>> {
-    let runtime = runtime()?;
-    let (sender, result) = oneshot::channel();
-    std::thread::Builder::new()
-        .name("relay".to_owned())
-        .spawn(move || {
-            let result = runtime.block_on(relay.run(stopped));
-            if sender.send(result).is_err() {
-                warn!("nobody waits for the relay's result");
-            }
-        })?;
-    Ok(result)
-}
-
-fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
-    let mut builder = tokio::runtime::Builder::new_current_thread();
-    builder.enable_all().build().context("start a runtime")
-}
-
-async fn listen(address: SocketAddr) -> postbox::Result<TcpListener> {
-    TcpListener::bind(address).await.map_err(|error| {
-        let message =
-            format!("--http {address}: cannot listen there; use another address, or none");
-        Error::new(ErrorKind::Settings, message).caused_by(error)
-    })
-}
-
-struct Signals {
-    terminate: Signal,
-    interrupt: Signal,
-}
-
-impl Signals {
-    fn new() -> std::io::Result<Self> {
-        Ok(Self {
-            terminate: signal(SignalKind::terminate())?,
-            interrupt: signal(SignalKind::interrupt())?,
-        })
-    }
-
-    async fn next(&mut self) -> &'static str {
-        tokio::select! {
-            _ = self.terminate.recv() => "SIGTERM",
-            _ = self.interrupt.recv() => "SIGINT",
         }
     }
 }

@@ -62,6 +62,16 @@ pub(super) struct SetupCommand {
     #[arg(long, env = "POSTBOX_GRANT_CLEANUP_TO", value_name = "ROLE")]
     grant_cleanup_to: Option<String>,
 
+    /// Grant an existing role what `postbox inbox` needs; 1 to 63 bytes. What its handler writes is for
+    /// you to grant.
+    #[arg(long, env = "POSTBOX_GRANT_INBOX_TO", value_name = "ROLE")]
+    grant_inbox_to: Option<String>,
+
+    /// Grant an existing role what an application needs to handle messages by itself: inbox_claim,
+    /// inbox_done and inbox_fail; 1 to 63 bytes.
+    #[arg(long, env = "POSTBOX_GRANT_HANDLER_TO", value_name = "ROLE")]
+    grant_handler_to: Option<String>,
+
     /// What to do with events that were committed before. Without it, setup stops if there are any.
     #[arg(long, env = "POSTBOX_BACKFILL", value_name = "WHICH")]
     backfill: Option<BackfillArgument>,
@@ -91,6 +101,8 @@ impl SetupCommand {
             writer_role: self.grant_writer_to.clone(),
             operator_role: self.grant_operator_to.clone(),
             cleanup_role: self.grant_cleanup_to.clone(),
+            inbox_role: self.grant_inbox_to.clone(),
+            handler_role: self.grant_handler_to.clone(),
             mode: match self.mode {
                 None => Reading::AsItWas,
                 Some(mode) => Option::from(mode).map_or(Reading::Auto, Reading::By),

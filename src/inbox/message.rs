@@ -25,9 +25,11 @@
 //!   stands for itself by its hash, and is kept beside it.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
+use uuid::Uuid;
 
 use super::json::{self, Envelope};
 use crate::timestamp::Timestamp;
@@ -35,11 +37,14 @@ use crate::timestamp::Timestamp;
 /// The longest id that is stored as it is, in bytes; the same as omni-box's column has.
 const ID_BYTES_MAX: usize = 255;
 
+/// The end of the year 9999.
+const MILLIS_MAX: i64 = 253_402_300_799_999;
+
 /// A record as it was received.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Received<'a> {
     /// Where it stands.
-    pub topic: &'a str,
+    pub topic: &'a Arc<str>,
     /// Counted from zero.
     pub partition: i32,
     /// Within the partition.
@@ -60,6 +65,8 @@ pub struct Message {
     /// What it is told from others by.
     pub id: Id,
     /// Where it stands.
+    pub topic: Arc<str>,
+    /// Counted from zero.
     pub partition: i32,
     /// Within the partition.
     pub offset: i64,
@@ -102,6 +109,22 @@ impl Id {
                 original: Some(bytes.to_owned()),
             },
         }
+    }
+
+    /// What stands for it in the tables, 16 bytes for any: an id that is a UUID, as most write
+    /// it, is itself; else the first half of its SHA-256, marked as version 8. The same as
+    /// `message_uuid` in `sql/0003_inbox.sql`.
+    pub fn uuid(&self) -> Uuid {
+        let is_canonical = |uuid: &Uuid| {
+            let mut buffer = Uuid::encode_buffer();
+            *uuid.hyphenated().encode_lower(&mut buffer) == *self.text
+        };
+        let canonical = Uuid::try_parse(&self.text).ok().filter(is_canonical);
+        canonical.unwrap_or_else(|| {
+            let hash = Sha256::digest(self.text.as_bytes());
+            let half = hash[..16].try_into().expect("32 bytes");
+            uuid::Builder::from_custom_bytes(half).into_uuid()
+        })
     }
 }
 
@@ -151,16 +174,16 @@ impl Reading {
         let id = id.or_else(|| said("id").map(|id| Id::new(id.as_bytes())));
         Message {
             id: id.unwrap_or_else(|| place(record)),
+            topic: record.topic.clone(),
             partition: record.partition,
             offset: record.offset,
-            produced_at: millis(record)
-                .map(|millis| Timestamp::from_unix_micros(millis.saturating_mul(1000))),
+            produced_at: millis(record).map(|millis| Timestamp::from_unix_micros(millis * 1000)),
             key: record.key.map(|key| match text(key) {
                 Some(key) => key.to_owned(),
                 None => format!("\\x{}", hex(key)),
             }),
             event_type: word(&TYPE_HEADERS, "event_type")
-                .unwrap_or_else(|| record.topic.to_owned()),
+                .unwrap_or_else(|| record.topic.to_string()),
             schema_version: word(&VERSION_HEADERS, "schema_version"),
             headers: headers_as_json(&headers, said),
             payload: payload.map(str::to_owned),
@@ -185,8 +208,10 @@ fn place(record: &Received<'_>) -> Id {
     Id::new(format!("{topic}:{partition}:{offset}:{millis}").as_bytes())
 }
 
+/// A producer may write any number. Those that are a year of four digits are a time.
 fn millis(record: &Received<'_>) -> Option<i64> {
-    record.timestamp_millis.filter(|millis| *millis >= 0)
+    let millis = record.timestamp_millis;
+    millis.filter(|millis| (0..=MILLIS_MAX).contains(millis))
 }
 
 /// Text that Postgres can store.
@@ -224,12 +249,15 @@ fn headers_as_json(
 
 #[cfg(test)]
 mod tests {
+    use std::sync::LazyLock;
+
     use super::*;
 
     fn record<'a>(value: &'a str, headers: &[(&'a str, &'a str)]) -> Received<'a> {
+        static TOPIC: LazyLock<Arc<str>> = LazyLock::new(|| Arc::from("order"));
         let headers = headers.iter();
         Received {
-            topic: "order",
+            topic: &TOPIC,
             partition: 3,
             offset: 42,
             timestamp_millis: Some(1_700_000_000_123),

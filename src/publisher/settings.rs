@@ -228,7 +228,7 @@ fn same(ours: &str, value: &str) -> bool {
 }
 
 /// librdkafka's own words, unless they could quote a secret.
-pub(super) fn invalid(error: KafkaError) -> Error {
+pub(crate) fn invalid(error: KafkaError) -> Error {
     let (reason, name) = match error {
         KafkaError::ClientConfig(_, reason, name, _) => (reason, name),
         // Properties that do not go together: the text names them.

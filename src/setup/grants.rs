@@ -17,6 +17,8 @@ pub(super) const RELAY: &str = include_str!("../../sql/grant_relay.sql");
 pub(super) const WRITER: &str = include_str!("../../sql/grant_writer.sql");
 pub(super) const OPERATOR: &str = include_str!("../../sql/grant_operator.sql");
 pub(super) const CLEANUP: &str = include_str!("../../sql/grant_cleanup.sql");
+pub(super) const INBOX: &str = include_str!("../../sql/grant_inbox.sql");
+pub(super) const HANDLER: &str = include_str!("../../sql/grant_handler.sql");
 
 /// Amazon's servers lend the attribute through a role of this name.
 const LENDING_ROLE: &str = "rds_replication";
@@ -69,6 +71,20 @@ const CLEANUP_HAS: &str = "SELECT has_database_privilege($1::text::name, current
           FROM unnest('{outbox,parked,cancellation,idempotency}'::text[]) AS t) \
      AND (SELECT bool_and(has_function_privilege($1::text::name, oid, 'EXECUTE')) FROM pg_proc \
           WHERE proname IN ('publication_identity', 'is_settled') \
+            AND pronamespace = quote_ident(:'schema')::regnamespace)";
+
+const INBOX_HAS: &str = "SELECT has_database_privilege($1::text::name, current_database(), 'CONNECT') \
+     AND has_schema_privilege($1::text::name, :'schema', 'USAGE') \
+     AND (SELECT bool_and(has_table_privilege($1::text::name, quote_ident(:'schema') || '.' || t, 'SELECT')) \
+          FROM unnest('{migration,inbox,inbox_source,inbox_offset,inbox_message}'::text[]) AS t) \
+     AND (SELECT bool_and(has_table_privilege($1::text::name, quote_ident(:'schema') || '.' || t, 'INSERT')) \
+          FROM unnest('{inbox,inbox_source,inbox_offset,inbox_message}'::text[]) AS t) \
+     AND (SELECT bool_and(has_table_privilege($1::text::name, quote_ident(:'schema') || '.' || t, 'UPDATE')) \
+          FROM unnest('{inbox_offset,inbox_message}'::text[]) AS t) \
+     AND has_table_privilege($1::text::name, quote_ident(:'schema') || '.inbox_message', 'DELETE')";
+const HANDLER_HAS: &str = "SELECT has_schema_privilege($1::text::name, :'schema', 'USAGE') \
+     AND (SELECT bool_and(has_function_privilege($1::text::name, oid, 'EXECUTE')) FROM pg_proc \
+          WHERE proname IN ('inbox_claim', 'inbox_done', 'inbox_fail') \
             AND pronamespace = quote_ident(:'schema')::regnamespace)";
 
 /// What a relay needs of another library's table, to mark its rows.
@@ -147,6 +163,14 @@ pub(super) async fn apply(
     if let Some(role) = &options.operator_role {
         let state = grant(client, contract, role, OPERATOR, OPERATOR_HAS).await?;
         report.add(format!("grants to operator role \"{role}\""), state);
+    }
+    if let Some(role) = &options.inbox_role {
+        let state = grant(client, contract, role, INBOX, INBOX_HAS).await?;
+        report.add(format!("grants to inbox role \"{role}\""), state);
+    }
+    if let Some(role) = &options.handler_role {
+        let state = grant(client, contract, role, HANDLER, HANDLER_HAS).await?;
+        report.add(format!("grants to handler role \"{role}\""), state);
     }
     if let Some(role) = &options.cleanup_role {
         let state = grant(client, contract, role, CLEANUP, CLEANUP_HAS).await?;

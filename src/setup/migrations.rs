@@ -17,6 +17,7 @@ pub(super) const SCHEMA: &str = include_str!("../../sql/schema.sql");
 pub(super) const MIGRATIONS: &[&str] = &[
     include_str!("../../sql/0001_outbox.sql"),
     include_str!("../../sql/0002_parked.sql"),
+    include_str!("../../sql/0003_inbox.sql"),
 ];
 
 const _: () = assert!(MIGRATIONS.len() == SCHEMA_VERSION as usize);

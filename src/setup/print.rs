@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::grants::{CLEANUP, OPERATOR, RELAY, WRITER};
+use super::grants::{CLEANUP, HANDLER, INBOX, OPERATOR, RELAY, WRITER};
 use super::migrations::{MIGRATIONS, SCHEMA};
 use super::partitioned::{GRANT, MAKE, PARTITIONED, WIDTH};
 use super::polling::{NOTIFY, PARTITION_INDEXES, XID_INDEX, XID_INDEX_PARTITIONED};
@@ -109,6 +109,8 @@ pub fn print_sql(contract: &Contract, options: &SetupOptions) -> Result<String> 
         (&options.writer_role, WRITER),
         (&options.operator_role, OPERATOR),
         (&options.cleanup_role, CLEANUP),
+        (&options.inbox_role, INBOX),
+        (&options.handler_role, HANDLER),
     ] {
         if let Some(role) = role {
             script.push('\n');

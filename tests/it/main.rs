@@ -21,6 +21,7 @@ mod errors;
 mod examples;
 mod faults;
 mod http;
+mod inbox;
 mod limits;
 mod parked;
 mod parking;

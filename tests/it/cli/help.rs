@@ -25,7 +25,7 @@ fn flags(help: &str) -> Vec<(&str, &str)> {
 }
 
 /// Flags that have no default: what they name only their users know.
-const WITHOUT_DEFAULT: [&str; 36] = [
+const WITHOUT_DEFAULT: [&str; 43] = [
     "dead-letter-topic",
     "mark",
     "table",
@@ -62,6 +62,13 @@ const WITHOUT_DEFAULT: [&str; 36] = [
     "cleanup-older-than",
     "grant-cleanup-to",
     "forget",
+    "grant-inbox-to",
+    "grant-handler-to",
+    "topics",
+    "topic-regex",
+    "group",
+    "id-header",
+    "instance",
 ];
 
 #[test]
@@ -84,7 +91,8 @@ fn help_says_that_a_relay_can_be_forgotten_without_a_retention() {
 fn help_tells_of_each_flag_its_variable_its_default_and_its_unit() {
     for (command, count) in [
         ("relay", 39),
-        ("setup", 20),
+        ("setup", 22),
+        ("inbox", 25),
         ("cleanup", 14),
         ("demo", 6),
         ("parked list", 13),

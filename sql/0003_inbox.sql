@@ -1,0 +1,287 @@
+-- Migration 3: the inbox: which messages were handled, which wait, and how far each partition was read.
+--
+-- By hand, after 0002: psql -v ON_ERROR_STOP=1 -1 -v schema=postbox -f sql/0003_inbox.sql
+
+-- What a handler is given. Its own type, so that a column more in a table changes no handler.
+CREATE TYPE :"schema".message AS (
+    consumer_group text,
+    message_id text,
+    topic text,
+    partition integer,
+    kafka_offset bigint,
+    key text,
+    event_type text,
+    schema_version text,
+    headers jsonb,
+    payload jsonb,
+    body bytea,
+    created_at timestamptz
+);
+COMMENT ON TYPE :"schema".message IS
+    'a message as a handler gets it. created_at: when it was produced, null if it does not say; body: the record''s value, where it is no JSON that payload can hold';
+
+CREATE TABLE :"schema".inbox_source (
+    id integer GENERATED ALWAYS AS IDENTITY,
+    consumer_group text NOT NULL,
+    topic text NOT NULL,
+    CONSTRAINT inbox_source_pkey PRIMARY KEY (id),
+    CONSTRAINT one_number_a_source UNIQUE (consumer_group, topic)
+);
+COMMENT ON TABLE :"schema".inbox_source IS 'numbers for a group and a topic, for short rows of inbox and inbox_message';
+COMMENT ON COLUMN :"schema".inbox_source.topic IS 'empty: all topics of the group, where they share their ids (--dedup-scope group)';
+
+CREATE TABLE :"schema".inbox_offset (
+    consumer_group text NOT NULL,
+    topic text NOT NULL,
+    partition integer NOT NULL,
+    next_offset bigint NOT NULL,
+    last_id text,
+    last_timestamp bigint,
+    cluster_id text,
+    epoch bigint NOT NULL,
+    owner text,
+    updated_at timestamptz NOT NULL DEFAULT now(),
+    CONSTRAINT inbox_offset_pkey PRIMARY KEY (consumer_group, topic, partition)
+);
+COMMENT ON TABLE :"schema".inbox_offset IS 'how far a group has read each partition: moved in the transactions that store or handle what was read';
+COMMENT ON COLUMN :"schema".inbox_offset.next_offset IS 'offset of the first record that is not dealt with';
+COMMENT ON COLUMN :"schema".inbox_offset.last_id IS 'message id of the record before it, by which a log that is no longer the same is told';
+COMMENT ON COLUMN :"schema".inbox_offset.last_timestamp IS 'timestamp of that record, in milliseconds since 1970';
+COMMENT ON COLUMN :"schema".inbox_offset.cluster_id IS 'the Kafka cluster that counts so';
+COMMENT ON COLUMN :"schema".inbox_offset.epoch IS 'raised when a consumer takes the partition: one that has lost it writes nothing more';
+COMMENT ON COLUMN :"schema".inbox_offset.owner IS 'the consumer that has taken it; null: given back in order';
+
+-- Columns by size, so that none is padded: 68 bytes a row and about 45 in the index.
+CREATE TABLE :"schema".inbox (
+    kafka_offset bigint NOT NULL,
+    received_at timestamptz NOT NULL DEFAULT now(),
+    id uuid NOT NULL,
+    source integer NOT NULL,
+    partition integer NOT NULL,
+    CONSTRAINT inbox_pkey PRIMARY KEY (source, id)
+);
+COMMENT ON TABLE :"schema".inbox IS 'which messages were received: a repeated one is not handled again';
+COMMENT ON COLUMN :"schema".inbox.id IS 'the message id, if it is a UUID, else what message_uuid makes of it';
+COMMENT ON COLUMN :"schema".inbox.source IS 'group and topic: inbox_source.id';
+
+CREATE TABLE :"schema".inbox_message (
+    seq bigint GENERATED ALWAYS AS IDENTITY,
+    lane bigint NOT NULL,
+    kafka_offset bigint NOT NULL,
+    due_at timestamptz NOT NULL DEFAULT now(),
+    received_at timestamptz NOT NULL DEFAULT now(),
+    created_at timestamptz,
+    decided_at timestamptz,
+    id uuid NOT NULL,
+    source integer NOT NULL,
+    partition integer NOT NULL,
+    attempts integer NOT NULL DEFAULT 0,
+    status text NOT NULL,
+    message_id text NOT NULL,
+    original_id bytea,
+    key text,
+    event_type text NOT NULL,
+    schema_version text,
+    headers jsonb NOT NULL,
+    payload jsonb,
+    body bytea,
+    error text,
+    owes_letter boolean NOT NULL DEFAULT false,
+    decided_by text,
+    reason text,
+    CONSTRAINT inbox_message_pkey PRIMARY KEY (source, id),
+    CONSTRAINT status_is_known CHECK (status IN ('stored', 'waiting', 'dead', 'skipped')),
+    CONSTRAINT skipped_by_somebody CHECK (status <> 'skipped' OR decided_by IS NOT NULL)
+);
+COMMENT ON TABLE :"schema".inbox_message IS 'messages that are still to be handled, and those that were given up; deleted once they are handled';
+COMMENT ON COLUMN :"schema".inbox_message.seq IS 'order in which they were received: those of a lane are handled in it';
+COMMENT ON COLUMN :"schema".inbox_message.lane IS 'what is handled in order: a hash of partition and key, or as --order says';
+COMMENT ON COLUMN :"schema".inbox_message.due_at IS 'when it may be tried next, by this server''s clock; infinity: not before an earlier one of its lane';
+COMMENT ON COLUMN :"schema".inbox_message.created_at IS 'when it was produced; null: it does not say';
+COMMENT ON COLUMN :"schema".inbox_message.attempts IS 'how often it was begun';
+COMMENT ON COLUMN :"schema".inbox_message.status IS
+    'stored: for the application, or not tried yet; waiting: failed, or behind one of its lane that did; dead: given up after its attempts; skipped: given up by a person';
+COMMENT ON COLUMN :"schema".inbox_message.original_id IS 'the message id, where message_id is a hash of it';
+COMMENT ON COLUMN :"schema".inbox_message.body IS 'the record''s value, where it is no JSON that payload can hold';
+COMMENT ON COLUMN :"schema".inbox_message.error IS 'why it failed, the last time';
+COMMENT ON COLUMN :"schema".inbox_message.owes_letter IS 'a copy is still to be sent to the dead-letter topic';
+COMMENT ON COLUMN :"schema".inbox_message.decided_by IS 'who skipped it, or had it tried again';
+
+CREATE INDEX inbox_message_lane ON :"schema".inbox_message (source, partition, lane, seq)
+    WHERE status IN ('stored', 'waiting');
+CREATE INDEX inbox_message_due ON :"schema".inbox_message (source, partition, due_at) WHERE status = 'waiting';
+CREATE INDEX inbox_message_decided ON :"schema".inbox_message (source, seq) WHERE status IN ('dead', 'skipped');
+
+-- A UUID as it is written by most, in small letters, is itself. Anything else is the first half of its
+-- SHA-256, marked as version 8, which is nobody else's.
+CREATE FUNCTION :"schema".message_uuid(message_id text) RETURNS uuid
+LANGUAGE sql
+IMMUTABLE
+STRICT
+PARALLEL SAFE
+RETURN CASE
+    WHEN message_id ~ '^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$' THEN message_id::uuid
+    ELSE encode(
+        set_byte(
+            set_byte(
+                substr(sha256(convert_to(message_id, 'UTF8')), 1, 16), 6,
+                get_byte(sha256(convert_to(message_id, 'UTF8')), 6) & 15 | 128
+            ), 8,
+            get_byte(sha256(convert_to(message_id, 'UTF8')), 8) & 63 | 128
+        ), 'hex'
+    )::uuid
+END;
+COMMENT ON FUNCTION :"schema".message_uuid IS 'what a message is told from others by in inbox and inbox_message';
+
+-- For applications that handle messages by themselves. Each of them has its owner's rights, as the
+-- tables are nobody's to change: EXECUTE is all that an application needs.
+
+-- A lane is claimed as a whole, from its first message on, if that is not claimed; and lanes are walked
+-- in a circle, from somewhere, so that none waits behind a long one: that costs a look at an index for each.
+CREATE FUNCTION :"schema".inbox_claim(
+    consumer_group text,
+    most integer,
+    lease interval DEFAULT '30 seconds',
+    attempts_max integer DEFAULT 6
+) RETURNS SETOF :"schema".message
+LANGUAGE plpgsql
+SECURITY DEFINER
+SET search_path = :"schema", pg_temp
+AS $$
+DECLARE
+    place record;
+    head record;
+    start bigint;
+    at bigint;
+    has_wrapped boolean;
+    claimed integer := 0;
+    got integer;
+BEGIN
+    FOR place IN
+        SELECT s.id AS source, s.topic, o.partition
+        FROM inbox_source AS s
+        JOIN inbox_offset AS o ON o.consumer_group = s.consumer_group AND o.topic = s.topic
+        WHERE s.consumer_group = inbox_claim.consumer_group
+        ORDER BY random()
+    LOOP
+        start := ('x' || encode(uuid_send(gen_random_uuid()), 'hex'))::bit(64)::bigint;
+        at := start;
+        has_wrapped := false;
+        LOOP
+            IF claimed >= most THEN
+                RETURN;
+            END IF;
+            SELECT m.id, m.lane, m.due_at, m.attempts, m.status INTO head
+            FROM inbox_message AS m
+            WHERE m.source = place.source AND m.partition = place.partition AND m.lane >= at
+              AND m.status IN ('stored', 'waiting')
+            ORDER BY m.lane, m.seq
+            LIMIT 1;
+            IF NOT FOUND THEN
+                EXIT WHEN has_wrapped;
+                has_wrapped := true;
+                at := -9223372036854775808;
+                CONTINUE;
+            END IF;
+            EXIT WHEN has_wrapped AND head.lane >= start;
+            IF head.status = 'stored' AND head.due_at <= clock_timestamp() THEN
+                -- Looked at again once it is locked: another may have claimed it, or done it.
+                PERFORM FROM inbox_message AS m
+                WHERE m.source = place.source AND m.id = head.id AND m.status = 'stored'
+                  AND m.due_at <= clock_timestamp()
+                FOR UPDATE SKIP LOCKED;
+                IF FOUND AND head.attempts >= attempts_max THEN
+                    UPDATE inbox_message AS m
+                    SET status = 'dead', error = coalesce(m.error, 'claimed, and neither done nor failed within the lease')
+                    WHERE m.source = place.source AND m.id = head.id;
+                    -- Its lane goes on.
+                    CONTINUE;
+                ELSIF FOUND THEN
+                    RETURN QUERY
+                    WITH run AS (
+                        SELECT m.id FROM inbox_message AS m
+                        WHERE m.source = place.source AND m.partition = place.partition AND m.lane = head.lane
+                          AND m.status IN ('stored', 'waiting')
+                        ORDER BY m.seq
+                        LIMIT most - claimed
+                    ), taken AS (
+                        UPDATE inbox_message AS m
+                        SET attempts = m.attempts + 1, due_at = clock_timestamp() + lease
+                        FROM run
+                        WHERE m.source = place.source AND m.id = run.id AND m.status = 'stored'
+                        RETURNING m.*
+                    )
+                    SELECT inbox_claim.consumer_group, t.message_id, place.topic, t.partition, t.kafka_offset, t.key,
+                        t.event_type, t.schema_version, t.headers, t.payload, t.body, t.created_at
+                    FROM taken AS t
+                    ORDER BY t.seq;
+                    GET DIAGNOSTICS got = ROW_COUNT;
+                    claimed := claimed + got;
+                END IF;
+            END IF;
+            EXIT WHEN head.lane = 9223372036854775807;
+            at := head.lane + 1;
+        END LOOP;
+    END LOOP;
+END
+$$;
+COMMENT ON FUNCTION :"schema".inbox_claim IS
+    'messages to handle, which nobody else is given before the lease ends; those of a key in their order. One that is claimed attempts_max times in vain is dead';
+
+CREATE FUNCTION :"schema".inbox_done(consumer_group text, ids text[]) RETURNS bigint
+LANGUAGE sql
+SECURITY DEFINER
+SET search_path = :"schema", pg_temp
+AS $$
+    WITH done AS (
+        DELETE FROM inbox_message AS m
+        USING inbox_source AS s, unnest(inbox_done.ids) AS i (message_id)
+        WHERE s.consumer_group = inbox_done.consumer_group AND m.source = s.id
+          AND m.id = message_uuid(i.message_id) AND m.status = 'stored'
+        RETURNING m.id
+    )
+    SELECT count(*) FROM done
+$$;
+COMMENT ON FUNCTION :"schema".inbox_done IS
+    'says that messages are handled; in the transaction of what was done for them, that happens once. How many there were';
+
+CREATE FUNCTION :"schema".inbox_fail(
+    consumer_group text,
+    id text,
+    error text,
+    attempts_max integer DEFAULT 6,
+    backoff_min interval DEFAULT '1 second',
+    backoff_max interval DEFAULT '1 hour'
+) RETURNS boolean
+LANGUAGE plpgsql
+SECURITY DEFINER
+SET search_path = :"schema", pg_temp
+AS $$
+DECLARE
+    failed inbox_message;
+BEGIN
+    UPDATE inbox_message AS m
+    SET error = inbox_fail.error,
+        status = CASE WHEN m.attempts >= attempts_max THEN 'dead' ELSE m.status END,
+        due_at = clock_timestamp() + least(backoff_min * 2 ^ least(greatest(m.attempts - 1, 0), 30), backoff_max)
+    FROM inbox_source AS s
+    WHERE s.consumer_group = inbox_fail.consumer_group AND m.source = s.id
+      AND m.id = message_uuid(inbox_fail.id) AND m.status = 'stored'
+    RETURNING m.* INTO failed;
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
+    -- Those that were claimed with it are to be claimed again, and were not tried.
+    UPDATE inbox_message AS m
+    SET due_at = clock_timestamp(), attempts = greatest(m.attempts - 1, 0)
+    WHERE m.source = failed.source AND m.partition = failed.partition AND m.lane = failed.lane
+      AND m.seq > failed.seq AND m.status = 'stored' AND m.due_at > clock_timestamp();
+    RETURN true;
+END
+$$;
+COMMENT ON FUNCTION :"schema".inbox_fail IS
+    'says why a message was not handled: it is claimed again later, and after attempts_max times it is dead. Those of its key that were claimed after it are not to be handled: they come again. False if it is not there';
+
+REVOKE EXECUTE ON FUNCTION :"schema".inbox_claim, :"schema".inbox_done, :"schema".inbox_fail FROM PUBLIC;
+
+INSERT INTO :"schema".migration (version) VALUES (3);

@@ -1,0 +1,3 @@
+-- What an application needs to handle messages by itself, and nothing to read others' by.
+GRANT USAGE ON SCHEMA :"schema" TO :"role";
+GRANT EXECUTE ON FUNCTION :"schema".inbox_claim, :"schema".inbox_done, :"schema".inbox_fail TO :"role";

@@ -1,0 +1,7 @@
+-- What `postbox inbox` needs. Its handler needs its own rights besides.
+GRANT CONNECT ON DATABASE :"DBNAME" TO :"role";
+GRANT USAGE ON SCHEMA :"schema" TO :"role";
+GRANT SELECT ON :"schema".migration TO :"role";
+GRANT SELECT, INSERT ON :"schema".inbox, :"schema".inbox_source TO :"role";
+GRANT SELECT, INSERT, UPDATE ON :"schema".inbox_offset TO :"role";
+GRANT SELECT, INSERT, UPDATE, DELETE ON :"schema".inbox_message TO :"role";

@@ -1,0 +1,328 @@
+//! A batch, from its records to the commit.
+//!
+//! One transaction moves the offsets, writes which messages were received, and has the handler
+//! work: either all of it has happened, or nothing. The offsets come first: their rows are
+//! locked then, and whoever has lost a partition learns it before anything is done.
+//!
+//! # What fails
+//!
+//! A message that fails costs itself, and those of its lane. The handler works within a
+//! savepoint, on all messages at once; what fails is rolled back and tried in halves, so that
+//! one of five hundred costs nine tries more, and not five hundred. One that fails alone goes
+//! to the table with its error, and what follows in its lane goes there untried; the rest is
+//! committed, and the offsets with it.
+//!
+//! What takes too long is tried one by one instead: halves would take as long each.
+//!
+//! Deadlocks and serialization failures are nobody's fault: the whole transaction is run again.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio_postgres::error::SqlState;
+use tokio_postgres::{Client, Transaction};
+use uuid::Uuid;
+
+use super::handler::{Again, Failure, Working};
+use super::message::Message;
+use super::store::{Advance, Kept, Status, Store};
+use crate::metrics::InboxMetrics;
+
+/// What all batches have in common.
+pub(super) struct Work {
+    pub(super) store: Store,
+    pub(super) handler: Working,
+    pub(super) handler_timeout: Duration,
+    pub(super) attempts: Attempts,
+    pub(super) metrics: Arc<InboxMetrics>,
+}
+
+/// What is to be done with a batch, in the order of its records.
+pub(super) struct Batch<'a> {
+    pub(super) advances: Vec<Advance<'a>>,
+    pub(super) messages: Vec<Entry<'a>>,
+}
+
+/// A message of a batch.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Entry<'a> {
+    pub(super) message: &'a Message,
+    pub(super) id: Uuid,
+    /// Where its id counts: a number of `inbox_source`.
+    pub(super) dedup: i32,
+    pub(super) lane: Lane,
+    /// Which attempt this is, counted from one.
+    pub(super) attempt: u32,
+    /// It goes to the table untried, though nothing of its lane has failed.
+    pub(super) is_suspect: bool,
+}
+
+/// What waits for each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Lane {
+    /// As messages have it.
+    pub(super) source: i32,
+    pub(super) partition: i32,
+    pub(super) number: i64,
+}
+
+/// What became of a batch.
+#[derive(Debug, Default)]
+pub(super) struct Done<'a> {
+    /// How many were received before, by topic.
+    pub(super) duplicates: HashMap<&'a str, u64>,
+    /// How many of the others there are of each outcome, and event type.
+    pub(super) handled: HashMap<(&'static str, &'a str), u64>,
+    /// Lanes of which a message waits, now.
+    pub(super) blocked: Vec<Lane>,
+}
+
+/// Why a batch came to nothing.
+#[derive(Debug)]
+pub(super) enum Broken {
+    /// A partition is another consumer's by now.
+    Fenced,
+    Postgres(tokio_postgres::Error),
+}
+
+impl From<tokio_postgres::Error> for Broken {
+    fn from(error: tokio_postgres::Error) -> Self {
+        Self::Postgres(error)
+    }
+}
+
+/// How often something is tried, and when.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Attempts {
+    /// After so many it is a dead letter.
+    pub max: u32,
+    /// How long it waits for its second attempt, and twice as long for each further one,
+    pub backoff_min: Duration,
+    /// and at most.
+    pub backoff_max: Duration,
+}
+
+impl Default for Attempts {
+    fn default() -> Self {
+        Self {
+            max: 6,
+            backoff_min: Duration::from_secs(1),
+            backoff_max: Duration::from_secs(3600),
+        }
+    }
+}
+
+impl Attempts {
+    /// How long to wait after so many attempts; `None`: it is a dead letter.
+    pub(super) fn pause(&self, attempts: u32) -> Option<Duration> {
+        let doubled = 2u32.saturating_pow(attempts.saturating_sub(1).min(31));
+        let pause = self.backoff_min.saturating_mul(doubled);
+        (attempts < self.max).then_some(pause.min(self.backoff_max))
+    }
+}
+
+/// Runs it once, whatever comes of it.
+pub(super) async fn run<'a>(
+    client: &mut Client,
+    work: &Work,
+    blocked: &HashSet<Lane>,
+    batch: &Batch<'a>,
+) -> Result<Done<'a>, Broken> {
+    let Work { store, handler, .. } = work;
+    let mut transaction = client.transaction().await?;
+    if !store.advance(&transaction, &batch.advances).await? {
+        return Err(Broken::Fenced);
+    }
+    let mut fresh = store.receive(&transaction, &batch.messages).await?;
+    let mut done = Done::default();
+    let mut entries = Vec::with_capacity(batch.messages.len());
+    for entry in &batch.messages {
+        // Of an id that comes twice, the first.
+        if fresh.remove(&(entry.dedup, entry.id)) {
+            entries.push(*entry);
+        } else {
+            *done.duplicates.entry(&entry.message.topic).or_default() += 1;
+        }
+    }
+    let verdicts = match handler {
+        Working::Application => vec![Verdict::Stored; entries.len()],
+        _ => try_all(&mut transaction, work, &entries, blocked).await?,
+    };
+    let kept: Vec<Kept<'a>> = (entries.iter().zip(verdicts))
+        .filter_map(|(entry, verdict)| done.settle(entry, verdict))
+        .collect();
+    store.keep(&transaction, &kept).await?;
+    transaction.commit().await?;
+    Ok(done)
+}
+
+/// Has the handler try them, in their order, and those of these lanes not at all.
+pub(super) async fn try_all(
+    transaction: &mut Transaction<'_>,
+    work: &Work,
+    entries: &[Entry<'_>],
+    blocked: &HashSet<Lane>,
+) -> Result<Vec<Verdict>, tokio_postgres::Error> {
+    let mut trial = Trial {
+        work,
+        entries,
+        blocked: blocked.clone(),
+        verdicts: vec![Verdict::Behind; entries.len()],
+    };
+    for (entry, verdict) in entries.iter().zip(&mut trial.verdicts) {
+        if entry.is_suspect && trial.blocked.insert(entry.lane) {
+            *verdict = Verdict::Suspect;
+        }
+    }
+    trial.run(transaction).await?;
+    Ok(trial.verdicts)
+}
+
+/// Whether a transaction failed that is to be run again as it is.
+pub(super) fn is_to_be_run_again(error: &tokio_postgres::Error) -> bool {
+    let codes = [
+        SqlState::T_R_DEADLOCK_DETECTED,
+        SqlState::T_R_SERIALIZATION_FAILURE,
+    ];
+    error.code().is_some_and(|code| codes.contains(code))
+}
+
+impl<'a> Done<'a> {
+    /// Counts it. What is kept of it, if anything is.
+    fn settle(&mut self, entry: &Entry<'a>, verdict: Verdict) -> Option<Kept<'a>> {
+        let outcome = (verdict.name(), &*entry.message.event_type);
+        *self.handled.entry(outcome).or_default() += 1;
+        let (status, attempts, due_in, error) = match verdict {
+            Verdict::Completed | Verdict::Skipped => return None,
+            Verdict::Stored => (Status::Stored, 0, Some(Duration::ZERO), None),
+            Verdict::Suspect => (Status::Waiting, 0, Some(Duration::ZERO), None),
+            Verdict::Behind => (Status::Waiting, 0, None, None),
+            Verdict::Failed(why, Some(pause)) => (Status::Waiting, 1, Some(pause), Some(why)),
+            Verdict::Failed(why, None) => (Status::Dead, 1, Some(Duration::ZERO), Some(why)),
+        };
+        if status == Status::Waiting {
+            self.blocked.push(entry.lane);
+        }
+        Some(Kept {
+            message: entry.message,
+            lane: entry.lane,
+            status,
+            attempts,
+            due_in,
+            error,
+        })
+    }
+}
+
+/// What became of a message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Verdict {
+    Completed,
+    Skipped,
+    /// For the application.
+    Stored,
+    /// To be tried from the table, alone.
+    Suspect,
+    /// One before it of its lane waits.
+    Behind,
+    /// Why, and when it is tried again; `None`: never.
+    Failed(String, Option<Duration>),
+}
+
+impl Verdict {
+    /// As metrics have it.
+    pub(super) fn name(&self) -> &'static str {
+        match self {
+            Self::Completed => "completed",
+            Self::Skipped => "skipped",
+            Self::Stored => "stored",
+            Self::Suspect | Self::Behind => "waiting",
+            Self::Failed(_, Some(_)) => "failed",
+            Self::Failed(_, None) => "dead",
+        }
+    }
+}
+
+/// The handler at work on messages, in their order.
+struct Trial<'t> {
+    work: &'t Work,
+    entries: &'t [Entry<'t>],
+    blocked: HashSet<Lane>,
+    /// Of those that were not tried: `Behind`.
+    verdicts: Vec<Verdict>,
+}
+
+impl Trial<'_> {
+    async fn run(
+        &mut self,
+        transaction: &mut Transaction<'_>,
+    ) -> Result<(), tokio_postgres::Error> {
+        let limit = self.work.handler_timeout.as_millis();
+        let limit = format!("SET LOCAL statement_timeout = {limit}");
+        transaction.batch_execute(&limit).await?;
+        let all = 0..self.entries.len();
+        // The next is the last.
+        let mut untried = vec![all];
+        while let Some(range) = untried.pop() {
+            let indices: Vec<usize> = range.clone().filter(|index| self.may_go(*index)).collect();
+            if indices.is_empty() {
+                continue;
+            }
+            let messages: Vec<&Message> = (indices.iter())
+                .map(|index| self.entries[*index].message)
+                .collect();
+            let savepoint = transaction.savepoint("messages").await?;
+            let limit = self.work.handler_timeout;
+            let began = Instant::now();
+            let handled = self.work.handler.handle(&savepoint, &messages, limit).await;
+            let seconds = &self.work.metrics.handler_seconds;
+            seconds.observe(began.elapsed().as_secs_f64());
+            let failure = match handled? {
+                Ok(verdicts) => {
+                    savepoint.commit().await?;
+                    for (index, verdict) in indices.iter().zip(verdicts) {
+                        self.verdicts[*index] = verdict;
+                    }
+                    continue;
+                }
+                Err(failure) => failure,
+            };
+            savepoint.rollback().await?;
+            let guilty = failure.at.or((indices.len() == 1).then_some(0));
+            match guilty {
+                Some(at) => {
+                    self.fail(indices[at], failure);
+                    untried.push(range);
+                }
+                None if failure.took_too_long => {
+                    untried.extend(indices.iter().rev().map(|index| *index..index + 1));
+                }
+                None => {
+                    let middle = indices[indices.len() / 2];
+                    untried.push(middle..range.end);
+                    untried.push(range.start..middle);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether it was not tried, and may be.
+    fn may_go(&self, index: usize) -> bool {
+        self.verdicts[index] == Verdict::Behind && !self.blocked.contains(&self.entries[index].lane)
+    }
+
+    fn fail(&mut self, index: usize, failure: Failure) {
+        let pause = self.work.attempts.pause(self.entries[index].attempt);
+        let pause = match failure.again {
+            Again::InTurn => pause,
+            Again::After(after) => pause.map(|_| after),
+            Again::Never => None,
+        };
+        if pause.is_some() {
+            self.blocked.insert(self.entries[index].lane);
+        }
+        self.verdicts[index] = Verdict::Failed(failure.why, pause);
+    }
+}

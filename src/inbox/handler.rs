@@ -1,0 +1,267 @@
+//! What is done with a message.
+//!
+//! A handler works in the transaction that says that the message was received, and how far its
+//! partition was read: its effects happen once, whatever crashes. What it does elsewhere
+//! happens again with each further try.
+
+pub(super) mod sql;
+
+use std::any::Any;
+use std::error::Error as StdError;
+use std::future::poll_fn;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::Duration;
+
+use tokio_postgres::error::SqlState;
+use tokio_postgres::{Client, Transaction};
+
+use super::batch::{Verdict, is_to_be_run_again};
+use super::message::Message;
+use crate::contract::Contract;
+use crate::error::Result;
+pub use sql::Function;
+
+/// What a handler made of a message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// It is done.
+    Completed,
+    /// It is not for us; done, too.
+    Skipped,
+    /// It is to be tried again, after this time or when its turn comes; counts as an attempt.
+    Retry(Option<Duration>),
+    /// It will never do: a dead letter at once. Says why.
+    Failed(String),
+}
+
+/// What a handler could not do. The message is tried again, less and less often, and after so
+/// many attempts it is a dead letter.
+pub type HandlerError = Box<dyn StdError + Send + Sync>;
+
+/// What [`Handler::handle`] returns.
+pub type Handling<'a> = Pin<Box<dyn Future<Output = Result<Outcome, HandlerError>> + Send + 'a>>;
+
+/// Handles messages, in Rust.
+///
+/// What it writes through the transaction is committed with the message, or not at all. It may be
+/// called again for a message of whose batch another failed, after all that it wrote was
+/// rolled back.
+pub trait Handler: Send + Sync {
+    /// Handles one. Messages of a lane come in their order, one after the other.
+    fn handle<'a>(&'a self, message: &'a Message, transaction: &'a Transaction<'a>)
+    -> Handling<'a>;
+}
+
+/// Who handles.
+#[derive(Clone)]
+pub enum Handlers {
+    /// The application, which takes them from the table.
+    Application,
+    /// A function of the database.
+    Sql(Function),
+    /// A program.
+    Rust(Arc<dyn Handler>),
+}
+
+impl std::fmt::Debug for Handlers {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Application => f.write_str("none"),
+            Self::Sql(function) => write!(f, "sql:{}", function.name()),
+            Self::Rust(_) => f.write_str("rust"),
+        }
+    }
+}
+
+impl Handlers {
+    /// Makes sure that it is there.
+    pub(super) async fn prepare(
+        &self,
+        client: &Client,
+        contract: &Contract,
+        group: &str,
+    ) -> Result<Working> {
+        Ok(match self {
+            Self::Application => Working::Application,
+            Self::Sql(function) => Working::Sql(function.prepare(client, contract, group).await?),
+            Self::Rust(handler) => Working::Rust(handler.clone()),
+        })
+    }
+}
+
+/// A handler that is there.
+pub(super) enum Working {
+    Application,
+    Sql(sql::Prepared),
+    Rust(Arc<dyn Handler>),
+}
+
+/// Why messages came to nothing: all that was written since the savepoint is to be rolled back.
+#[derive(Debug)]
+pub(super) struct Failure {
+    /// Which of them failed, if that is known.
+    pub(super) at: Option<usize>,
+    pub(super) why: String,
+    pub(super) again: Again,
+    pub(super) took_too_long: bool,
+}
+
+/// When a message is tried again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Again {
+    InTurn,
+    After(Duration),
+    Never,
+}
+
+impl Failure {
+    fn new(at: Option<usize>, why: impl Into<String>, again: Again) -> Self {
+        Self {
+            at,
+            why: why.into(),
+            again,
+            took_too_long: false,
+        }
+    }
+
+    fn too_long(at: Option<usize>, limit: Duration) -> Self {
+        let limit = crate::duration::in_words(limit);
+        Self {
+            took_too_long: true,
+            ..Self::new(at, format!("not done within {limit}"), Again::InTurn)
+        }
+    }
+}
+
+impl Working {
+    /// Handles messages in their order, all or none. The outer error is about the transaction,
+    /// which is to be run again.
+    pub(super) async fn handle(
+        &self,
+        transaction: &Transaction<'_>,
+        messages: &[&Message],
+        limit: Duration,
+    ) -> Result<Result<Vec<Verdict>, Failure>, tokio_postgres::Error> {
+        let mut verdicts = Vec::with_capacity(messages.len());
+        match self {
+            Self::Application => verdicts.resize(messages.len(), Verdict::Stored),
+            Self::Sql(function) => match function.call(transaction, messages).await {
+                Ok(outcomes) => {
+                    for (at, outcome) in outcomes.into_iter().enumerate() {
+                        match verdict(at, outcome) {
+                            Ok(verdict) => verdicts.push(verdict),
+                            Err(failure) => return Ok(Err(failure)),
+                        }
+                    }
+                }
+                Err(error) if is_nobodys_fault(&error) => return Err(error),
+                Err(error) if error.code() == Some(&SqlState::QUERY_CANCELED) => {
+                    return Ok(Err(Failure::too_long(None, limit)));
+                }
+                Err(error) => {
+                    return Ok(Err(Failure::new(None, in_words(&error), Again::InTurn)));
+                }
+            },
+            Self::Rust(handler) => {
+                for (at, message) in messages.iter().enumerate() {
+                    match call(&**handler, message, transaction, at, limit).await? {
+                        Ok(verdict) => verdicts.push(verdict),
+                        Err(failure) => return Ok(Err(failure)),
+                    }
+                }
+            }
+        }
+        Ok(Ok(verdicts))
+    }
+}
+
+/// Calls it for one message.
+async fn call(
+    handler: &dyn Handler,
+    message: &Message,
+    transaction: &Transaction<'_>,
+    at: usize,
+    limit: Duration,
+) -> Result<Result<Verdict, Failure>, tokio_postgres::Error> {
+    let failed = |why: String| Ok(Err(Failure::new(Some(at), why, Again::InTurn)));
+    let Ok(mut handling) = catch_unwind(AssertUnwindSafe(|| handler.handle(message, transaction)))
+    else {
+        return failed("the handler panicked".to_owned());
+    };
+    let unwound = poll_fn(|context| {
+        let polled = catch_unwind(AssertUnwindSafe(|| handling.as_mut().poll(context)));
+        match polled {
+            Ok(Poll::Pending) => Poll::Pending,
+            Ok(Poll::Ready(handled)) => Poll::Ready(Ok(handled)),
+            Err(panic) => Poll::Ready(Err(panic)),
+        }
+    });
+    match tokio::time::timeout(limit, unwound).await {
+        // Its statement, if one is running, is ended by the same limit.
+        Err(_) => Ok(Err(Failure::too_long(Some(at), limit))),
+        Ok(Err(panic)) => failed(format!("the handler panicked: {}", panicked(&*panic))),
+        Ok(Ok(Ok(outcome))) => Ok(verdict(at, outcome)),
+        Ok(Ok(Err(error))) => match error.downcast::<tokio_postgres::Error>() {
+            Ok(error) if is_nobodys_fault(&error) => Err(*error),
+            Ok(error) => failed(in_words(&error)),
+            Err(error) => failed(chain(&*error)),
+        },
+    }
+}
+
+fn verdict(at: usize, outcome: Outcome) -> Result<Verdict, Failure> {
+    match outcome {
+        Outcome::Completed => Ok(Verdict::Completed),
+        Outcome::Skipped => Ok(Verdict::Skipped),
+        Outcome::Retry(after) => {
+            let again = after.map_or(Again::InTurn, Again::After);
+            Err(Failure::new(
+                Some(at),
+                "the handler asks for another try",
+                again,
+            ))
+        }
+        Outcome::Failed(why) => Err(Failure::new(Some(at), why, Again::Never)),
+    }
+}
+
+/// Whether it is the transaction that failed, or the session, and no message.
+fn is_nobodys_fault(error: &tokio_postgres::Error) -> bool {
+    let is_session =
+        error.is_closed() || error.source().is_some_and(<dyn StdError>::is::<io::Error>);
+    is_session || is_to_be_run_again(error)
+}
+
+/// What the database says of a failure.
+fn in_words(error: &tokio_postgres::Error) -> String {
+    let Some(refusal) = error.as_db_error() else {
+        return chain(error);
+    };
+    let mut words = format!("{} (SQLSTATE {})", refusal.message(), refusal.code().code());
+    if let Some(place) = refusal.where_() {
+        words += "; ";
+        words += place;
+    }
+    words
+}
+
+fn chain(error: &(dyn StdError + 'static)) -> String {
+    let mut words = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        words += ": ";
+        words += &error.to_string();
+        cause = error.source();
+    }
+    words
+}
+
+fn panicked(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or(panic.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("without a word")
+}
