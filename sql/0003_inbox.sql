@@ -136,7 +136,8 @@ COMMENT ON FUNCTION :"schema".message_uuid IS 'what a message is told from other
 -- For applications that handle messages by themselves. Each of them has its owner's rights, as the
 -- tables are nobody's to change: EXECUTE is all that an application needs.
 
--- A lane is claimed as a whole, from its first message on, if that is not claimed; and lanes are walked
+-- What was claimed before and not done may be what ends its worker: it is given alone, so that nothing
+-- else is counted with it. A lane is claimed as a whole, from its first message on, if that is not claimed; and lanes are walked
 -- in a circle, from somewhere, so that none waits behind a long one: that costs a look at an index for each.
 CREATE FUNCTION :"schema".inbox_claim(
     consumer_group text,
@@ -184,7 +185,7 @@ BEGIN
                 CONTINUE;
             END IF;
             EXIT WHEN has_wrapped AND head.lane >= start;
-            IF head.status = 'stored' AND head.due_at <= clock_timestamp() THEN
+            IF head.status = 'stored' AND head.due_at <= clock_timestamp() AND (head.attempts = 0 OR claimed = 0) THEN
                 -- Looked at again once it is locked: another may have claimed it, or done it.
                 PERFORM FROM inbox_message AS m
                 WHERE m.source = place.source AND m.id = head.id AND m.status = 'stored'
@@ -194,7 +195,11 @@ BEGIN
                     UPDATE inbox_message AS m
                     SET status = 'dead', error = coalesce(m.error, 'claimed, and neither done nor failed within the lease')
                     WHERE m.source = place.source AND m.id = head.id;
-                    -- Its lane goes on.
+                    -- Its lane goes on, with what nobody has tried.
+                    UPDATE inbox_message AS m
+                    SET attempts = 0
+                    WHERE m.source = place.source AND m.partition = place.partition AND m.lane = head.lane
+                      AND m.status = 'stored' AND m.attempts > 0;
                     CONTINUE;
                 ELSIF FOUND THEN
                     RETURN QUERY
@@ -203,7 +208,7 @@ BEGIN
                         WHERE m.source = place.source AND m.partition = place.partition AND m.lane = head.lane
                           AND m.status IN ('stored', 'waiting')
                         ORDER BY m.seq
-                        LIMIT most - claimed
+                        LIMIT CASE WHEN head.attempts > 0 THEN 1 ELSE most - claimed END
                     ), taken AS (
                         UPDATE inbox_message AS m
                         SET attempts = m.attempts + 1, due_at = clock_timestamp() + lease
@@ -217,6 +222,9 @@ BEGIN
                     ORDER BY t.seq;
                     GET DIAGNOSTICS got = ROW_COUNT;
                     claimed := claimed + got;
+                    IF head.attempts > 0 THEN
+                        RETURN;
+                    END IF;
                 END IF;
             END IF;
             EXIT WHEN head.lane = 9223372036854775807;

@@ -125,6 +125,11 @@ const FIXED: &[(&str, &str, &str)] = &[
         "a log that is not the one that was read is told: see --on-reset",
     ),
     (
+        "enable.partition.eof",
+        "false",
+        "the end of a partition is no message",
+    ),
+    (
         "isolation.level",
         "read_committed",
         "what was aborted never happened",

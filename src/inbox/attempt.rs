@@ -10,13 +10,14 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 use tracing::{debug, info};
 
 use super::batch::{self, Batch, Broken, Done, Entry, Lane, Work};
 use super::consumer::{Assigned, Change, Consumed, Consumer, Place};
+use super::handler::Working;
 use super::lane;
 use super::position::{Last, OnReset};
 use super::retries::{self, Ours};
@@ -86,6 +87,7 @@ impl<'i> Attempt<'i> {
             handler_timeout: settings.handler_timeout,
             attempts: settings.attempts.clone(),
             metrics: inbox.metrics.clone(),
+            promoted: Notify::new(),
         });
         let (ours, watched) = watch::channel(Vec::new());
         let (tell, settled) = mpsc::unbounded_channel();
@@ -131,13 +133,14 @@ impl<'i> Attempt<'i> {
                     }
                     self.free(lanes).await?;
                 }
+                // Before batches, of which there may always be another.
+                _ = lanes_tick.tick() => self.free(self.blocked.iter().copied().collect()).await?,
+                _ = pulse.tick() => self.feel_pulse().await?,
                 batch = self.consumer.batches.recv() => match batch {
                     Some(batch) => self.handle(&batch.messages).await?,
                     // The change that says why comes next.
                     None => tokio::task::yield_now().await,
                 },
-                _ = lanes_tick.tick() => self.free(self.blocked.iter().copied().collect()).await?,
-                _ = pulse.tick() => self.feel_pulse().await?,
             }
         }
     }
@@ -217,8 +220,11 @@ impl<'i> Attempt<'i> {
             .map(|claimed| claimed.start.offset())
             .collect();
         let places: Vec<Place> = assigned.iter().map(|one| one.place.clone()).collect();
-        let lanes = self.work.store.lanes(&self.session.client, &places).await?;
-        self.blocked.extend(lanes);
+        let (store, client) = (&self.work.store, &self.session.client);
+        let is_for_application = matches!(self.work.handler, Working::Application);
+        store.adopt(client, &places, is_for_application).await?;
+        let lanes = store.lanes(client, &places).await?;
+        self.blocked.extend(lanes.iter().copied());
         for (assigned, claimed) in assigned.into_iter().zip(claimed) {
             info!(
                 topic = &*assigned.place.topic,
@@ -237,6 +243,7 @@ impl<'i> Attempt<'i> {
             self.held.insert(held.assigned.place.clone(), held);
         }
         self.tell_ours();
+        self.free(lanes.into_iter().collect()).await?;
         // Nobody waits for it if the thread has ended, which it says itself.
         let _ = answer.send(starts);
         Ok(())
@@ -438,6 +445,7 @@ impl<'i> Attempt<'i> {
         for lane in lanes.iter().filter(|lane| !waiting.contains(lane)) {
             self.blocked.remove(lane);
         }
+        self.work.promoted.notify_one();
         Ok(())
     }
 

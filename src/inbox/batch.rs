@@ -20,6 +20,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use tokio::sync::Notify;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Transaction};
 use uuid::Uuid;
@@ -36,6 +37,8 @@ pub(super) struct Work {
     pub(super) handler_timeout: Duration,
     pub(super) attempts: Attempts,
     pub(super) metrics: Arc<InboxMetrics>,
+    /// Told when a lane can go on.
+    pub(super) promoted: Notify,
 }
 
 /// What is to be done with a batch, in the order of its records.
@@ -261,6 +264,16 @@ impl Trial<'_> {
         let limit = self.work.handler_timeout.as_millis();
         let limit = format!("SET LOCAL statement_timeout = {limit}");
         transaction.batch_execute(&limit).await?;
+        self.try_in_order(transaction).await?;
+        // What follows is ours.
+        let no_limit = "SET LOCAL statement_timeout TO DEFAULT";
+        transaction.batch_execute(no_limit).await
+    }
+
+    async fn try_in_order(
+        &mut self,
+        transaction: &mut Transaction<'_>,
+    ) -> Result<(), tokio_postgres::Error> {
         let all = 0..self.entries.len();
         // The next is the last.
         let mut untried = vec![all];
@@ -289,6 +302,10 @@ impl Trial<'_> {
                 Err(failure) => failure,
             };
             savepoint.rollback().await?;
+            // To roll back to a savepoint leaves it there.
+            transaction
+                .batch_execute("RELEASE SAVEPOINT messages")
+                .await?;
             let guilty = failure.at.or((indices.len() == 1).then_some(0));
             match guilty {
                 Some(at) => {
@@ -317,7 +334,7 @@ impl Trial<'_> {
         let pause = self.work.attempts.pause(self.entries[index].attempt);
         let pause = match failure.again {
             Again::InTurn => pause,
-            Again::After(after) => pause.map(|_| after),
+            Again::After(after) => pause.map(|_| after.min(self.work.attempts.backoff_max)),
             Again::Never => None,
         };
         if pause.is_some() {

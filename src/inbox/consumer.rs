@@ -278,6 +278,11 @@ impl Polling {
             let context = self.consumer.context();
             if context.has_changed.swap(false, Ordering::Relaxed) {
                 gathered.keep(context);
+                if gathered.messages.is_empty() {
+                    // Nothing is left that would have it go on later.
+                    gathered.bytes = 0;
+                    self.pause(false)?;
+                }
             }
             if has_more {
                 self.shared.hears_brokers.store(true, Ordering::Relaxed);
@@ -496,6 +501,8 @@ impl Context {
         }
         self.commit(consumer, CommitMode::Async, |place| places.contains(place));
         let refused = |error| away("give up an assignment", error);
+        // A partition that comes back would still be paused.
+        consumer.resume(list).map_err(refused)?;
         match is_cooperative(consumer) {
             true => consumer.incremental_unassign(list).map_err(refused),
             false => consumer.unassign().map_err(refused),

@@ -56,6 +56,14 @@ pub trait Handler: Send + Sync {
     -> Handling<'a>;
 }
 
+/// How many characters are kept of why a message failed.
+const WHY_MAX: usize = 4096;
+
+/// What may only fail at the commit is checked, and is to be checked there again: the constraints
+/// are as they were.
+const CHECK_DEFERRED: &str = "SAVEPOINT deferred; SET CONSTRAINTS ALL IMMEDIATE; \
+     ROLLBACK TO SAVEPOINT deferred; RELEASE SAVEPOINT deferred";
+
 /// Who handles.
 #[derive(Clone)]
 pub enum Handlers {
@@ -119,10 +127,18 @@ pub(super) enum Again {
 }
 
 impl Failure {
-    fn new(at: Option<usize>, why: impl Into<String>, again: Again) -> Self {
+    fn new(at: Option<usize>, why: impl AsRef<str>, again: Again) -> Self {
+        // Text in Postgres has no NUL.
+        let storable = |c| {
+            if c == '\0' {
+                char::REPLACEMENT_CHARACTER
+            } else {
+                c
+            }
+        };
         Self {
             at,
-            why: why.into(),
+            why: why.as_ref().chars().take(WHY_MAX).map(storable).collect(),
             again,
             took_too_long: false,
         }
@@ -175,7 +191,11 @@ impl Working {
                 }
             }
         }
-        Ok(Ok(verdicts))
+        match transaction.batch_execute(CHECK_DEFERRED).await {
+            Ok(()) => Ok(Ok(verdicts)),
+            Err(error) if is_nobodys_fault(&error) => Err(error),
+            Err(error) => Ok(Err(Failure::new(None, in_words(&error), Again::InTurn))),
+        }
     }
 }
 

@@ -84,6 +84,7 @@ async fn run(
             } else {
                 pause = LOOK_MIN;
             },
+            () = work.promoted.notified() => pause = LOOK_MIN,
             () = tokio::time::sleep(pause) => {}
             error = session.ended() => return Err(error),
         }
@@ -153,10 +154,12 @@ async fn once(
             );
             false
         }
-        _ => {
+        Verdict::Completed | Verdict::Skipped => {
             store.forget(&transaction, taken).await?;
             true
         }
+        // Only the application could handle it: it is adopted when the partition is assigned.
+        Verdict::Stored | Verdict::Suspect | Verdict::Behind => false,
     };
     transaction.commit().await?;
     Ok(is_settled)

@@ -45,6 +45,7 @@ struct Sql {
     look: String,
     claim: String,
     lanes: String,
+    adopt: String,
     promote: String,
     take_due: String,
     hold_place: String,
@@ -271,6 +272,27 @@ impl Store {
         Ok(claimed.collect())
     }
 
+    /// Has those who are at work now handle what waits for others: the application what a handler
+    /// has failed at, and the other way round.
+    pub(super) async fn adopt(
+        &self,
+        client: &Client,
+        places: &[Place],
+        is_for_application: bool,
+    ) -> Result<()> {
+        let topics: Vec<&str> = places.iter().map(|place| &*place.topic).collect();
+        let partitions: Vec<i32> = places.iter().map(|place| place.partition).collect();
+        let parameters: [Parameter<'_>; 4] = [
+            (&self.group, Type::TEXT),
+            (&topics, Type::TEXT_ARRAY),
+            (&partitions, Type::INT4_ARRAY),
+            (&is_for_application, Type::BOOL),
+        ];
+        let adopted = client.execute_typed(&self.sql.adopt, &parameters).await;
+        adopted.map_err(|error| sort("adopt messages that wait", error))?;
+        Ok(())
+    }
+
     /// The lanes of which a message waits.
     pub(super) async fn lanes(&self, client: &Client, places: &[Place]) -> Result<HashSet<Lane>> {
         let topics: Vec<&str> = places.iter().map(|place| &*place.topic).collect();
@@ -320,11 +342,16 @@ impl Store {
     ) -> Result<Option<Due>> {
         let sources: Vec<i32> = ours.iter().map(|ours| ours.source).collect();
         let partitions: Vec<i32> = ours.iter().map(|ours| ours.place.partition).collect();
-        let parameters: [Parameter<'_>; 4] = [
+        let topics: Vec<&str> = ours.iter().map(|ours| &*ours.place.topic).collect();
+        let epochs: Vec<i64> = ours.iter().map(|ours| ours.epoch).collect();
+        let parameters: [Parameter<'_>; 7] = [
             (&sources, Type::INT4_ARRAY),
             (&partitions, Type::INT4_ARRAY),
             (&attempts.backoff_min.as_secs_f64(), Type::FLOAT8),
             (&attempts.backoff_max.as_secs_f64(), Type::FLOAT8),
+            (&self.group, Type::TEXT),
+            (&topics, Type::TEXT_ARRAY),
+            (&epochs, Type::INT8_ARRAY),
         ];
         let rows = client
             .query_typed(&self.sql.take_due, &parameters)
@@ -649,6 +676,15 @@ impl Sql {
                  JOIN :\"schema\".inbox_message AS m ON m.source = s.id AND m.partition = p.partition
                  WHERE m.status = 'waiting'"
             )),
+            adopt: sql(&format!(
+                "UPDATE :\"schema\".inbox_message AS m
+                 SET status = CASE WHEN $4 THEN 'stored' ELSE 'waiting' END, attempts = 0,
+                     due_at = CASE WHEN $4 THEN now() ELSE 'infinity' END
+                 FROM {asked}
+                 JOIN :\"schema\".inbox_source AS s ON s.consumer_group = $1 AND s.topic = p.topic
+                 WHERE m.source = s.id AND m.partition = p.partition AND m.status IN ('stored', 'waiting')
+                   AND m.status = CASE WHEN $4 THEN 'waiting' ELSE 'stored' END"
+            )),
             promote: sql(
                 "WITH heads AS (
                      SELECT l.n, m.source, m.id, m.due_at
@@ -675,7 +711,12 @@ impl Sql {
                      due_at = clock_timestamp() + least($3 * 2 ^ least(m.attempts, 30), $4) * interval '1 second'
                  FROM (
                      SELECT p.n, d.source, d.id
-                     FROM unnest($1::integer[], $2::integer[]) WITH ORDINALITY AS p (source, partition, n)
+                     FROM unnest($1::integer[], $2::integer[], $6::text[], $7::bigint[]) WITH ORDINALITY
+                         AS p (source, partition, topic, epoch, n)
+                     -- Who has lost a partition counts no attempts in it.
+                     JOIN :\"schema\".inbox_offset AS o
+                         ON o.consumer_group = $5 AND o.topic = p.topic AND o.partition = p.partition
+                         AND o.epoch = p.epoch
                      CROSS JOIN LATERAL (
                          SELECT m.source, m.id, m.due_at FROM :\"schema\".inbox_message AS m
                          WHERE m.source = p.source AND m.partition = p.partition AND m.status = 'waiting'
@@ -750,7 +791,16 @@ impl Sql {
                  JOIN unnest($12::uuid[], $13::bytea[], $14::integer[], $15::bigint[], $16::text[], $17::integer[],
                      $18::float8[], $19::text[]) WITH ORDINALITY AS k
                      (id, original_id, source, lane, status, attempts, due_in, error, n) USING (n)
-                 ORDER BY n",
+                 ORDER BY n
+                 -- One that was given up, and whose id was forgotten since.
+                 ON CONFLICT (source, id) DO UPDATE
+                 SET seq = DEFAULT, kafka_offset = excluded.kafka_offset, partition = excluded.partition,
+                     lane = excluded.lane, status = excluded.status, attempts = excluded.attempts,
+                     due_at = excluded.due_at, received_at = now(), created_at = excluded.created_at,
+                     key = excluded.key, event_type = excluded.event_type,
+                     schema_version = excluded.schema_version, headers = excluded.headers,
+                     payload = excluded.payload, body = excluded.body, error = excluded.error,
+                     decided_by = NULL, decided_at = NULL, reason = NULL",
                 columns = Columns::STORED,
                 rows = Columns::ROWS,
             )),

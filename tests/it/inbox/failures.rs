@@ -80,6 +80,49 @@ async fn a_message_that_fails_too_often_is_a_dead_letter_and_its_key_goes_on() {
 }
 
 #[tokio::test]
+async fn what_waits_is_handled_by_whoever_handles_from_now_on() {
+    let stage = Stage::new(1).await;
+    poison(&stage, &["k3-4"], "raise").await;
+    stage.produce(&events());
+    let patient = ["--retry-backoff-min", "1h", "--handler", "sql:handle"];
+    let inbox = stage.start(&patient);
+    stage.wait_for_effects(194).await;
+    inbox.drain().await;
+    // The application, which does nothing about them,
+    let stored =
+        "SELECT count(*) FROM postbox.inbox_message WHERE status = 'stored' AND attempts = 0";
+    let inbox = stage.start(&[]);
+    wait_until("they are the application's", async || {
+        stage.count(stored).await == 6
+    })
+    .await;
+    inbox.drain().await;
+    // and the function again, which does.
+    stage
+        .fixture
+        .client
+        .batch_execute("TRUNCATE poison")
+        .await
+        .unwrap();
+    let inbox = stage.start(&patient);
+    stage.wait_for_effects(200).await;
+    inbox.drain().await;
+    stage.assert_once_and_in_order(&events()).await;
+}
+
+#[tokio::test]
+async fn a_message_that_would_fail_at_the_commit_costs_itself() {
+    let stage = Stage::new(1).await;
+    poison(&stage, &["k3-4", "k5-9"], "defer").await;
+    stage.produce(&events());
+    let inbox = stage.handling(&["--max-attempts", "1"]);
+    stage.wait_for_effects(198).await;
+    inbox.drain().await;
+    let dead = "SELECT count(*) FROM postbox.inbox_message WHERE status = 'dead' AND error LIKE '%foreign key%'";
+    assert_eq!(stage.count(dead).await, 2);
+}
+
+#[tokio::test]
 async fn a_message_that_hangs_is_cancelled_and_costs_itself() {
     let stage = Stage::new(1).await;
     poison(&stage, &["k3-4"], "hang").await;

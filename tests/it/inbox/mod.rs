@@ -43,14 +43,16 @@ impl Event {
 }
 
 /// Notes each message that it handles, and refuses those that are named in `poison`.
-const HANDLER: &str = "CREATE TABLE effect (seq bigserial PRIMARY KEY, message_id text, key text, version integer); \
+const HANDLER: &str = "CREATE TABLE owing (n integer PRIMARY KEY); CREATE TABLE effect (seq bigserial PRIMARY KEY, message_id text, key text, version integer); \
      CREATE TABLE poison (message_id text PRIMARY KEY, what text DEFAULT 'raise'); \
+     CREATE TABLE owed (n integer REFERENCES owing DEFERRABLE INITIALLY DEFERRED); \
      CREATE FUNCTION handle(m postbox.message) RETURNS text LANGUAGE plpgsql AS $$ \
      DECLARE p poison; BEGIN \
          SELECT * INTO p FROM poison WHERE message_id = m.message_id; \
          INSERT INTO effect (message_id, key, version) VALUES (m.message_id, m.key, (m.payload->>'version')::integer); \
          IF p.what = 'raise' THEN RAISE 'poisoned %', m.message_id; END IF; \
          IF p.what = 'hang' THEN PERFORM pg_sleep(3600); END IF; \
+         IF p.what = 'defer' THEN INSERT INTO owed VALUES (1); RETURN NULL; END IF; \
          IF p.what = 'die' THEN PERFORM pg_terminate_backend(pg_backend_pid()); END IF; \
          RETURN p.what; \
      END $$";
