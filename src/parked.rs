@@ -46,6 +46,7 @@ pub use filter::{Filter, Status};
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::backoff::doubled;
 use crate::duration::in_words;
 use crate::pgoutput::Column;
 use crate::source::Row;
@@ -152,9 +153,7 @@ impl ParkedSettings {
     /// How long to wait after so many refusals: half of it at least, the rest at random, so
     /// that what was refused together is not tried together for ever.
     pub(crate) fn backoff(&self, attempts: u32) -> Duration {
-        let doublings = attempts.saturating_sub(1).min(31);
-        let whole = self.backoff_min.saturating_mul(1 << doublings);
-        let whole = whole.min(self.backoff_max);
+        let whole = doubled(self.backoff_min, self.backoff_max, attempts);
         // Of a random UUID any bits do.
         let (random, _) = uuid::Uuid::new_v4().as_u64_pair();
         let part = (random >> 32) as f64 / f64::from(u32::MAX);

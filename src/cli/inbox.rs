@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum, value_parser};
-use postbox::duration::in_words;
 use postbox::health::Health;
 use postbox::http::{Endpoints, Exposed};
 use postbox::inbox::batch::Attempts;
@@ -18,7 +17,7 @@ use postbox::metrics::InboxMetrics;
 use postbox::{Error, ErrorKind};
 
 use super::arguments::{DatabaseArguments, KafkaArguments, SchemaArguments};
-use super::quantity::{size, time};
+use super::quantity::{check_order, size, time};
 use super::service::{Http, Service};
 
 /// Consumes topics and has each message handled once, until it is told to stop.
@@ -308,13 +307,10 @@ impl InboxCommand {
             retry_backoff_max: backoff_max,
             handler_timeout,
         } = self.failures;
-        if backoff_min > backoff_max {
-            return refuse(format!(
-                "--retry-backoff-min {} is longer than --retry-backoff-max {}",
-                in_words(backoff_min),
-                in_words(backoff_max)
-            ));
-        }
+        check_order(
+            ("--retry-backoff-min", backoff_min),
+            ("--retry-backoff-max", backoff_max),
+        )?;
         if self.group.is_empty() {
             return refuse("--group needs a name".to_owned());
         }

@@ -3,7 +3,8 @@
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-use postbox::duration;
+use postbox::duration::{self, in_words};
+use postbox::{Error, ErrorKind};
 
 /// What may follow a number, and what each is in the first of them.
 type Units = [(&'static str, u64)];
@@ -34,6 +35,19 @@ pub(super) fn size(allowed: RangeInclusive<u32>) -> impl Fn(&str) -> Result<u32,
         let bytes = read(text, SIZES, &allowed)?;
         Ok(u32::try_from(bytes).expect("the limits are of this type"))
     }
+}
+
+/// Refuses a least time that is longer than the most, each with the name of its flag.
+pub(super) fn check_order(
+    (least_flag, least): (&str, Duration),
+    (most_flag, most): (&str, Duration),
+) -> postbox::Result<()> {
+    if least <= most {
+        return Ok(());
+    }
+    let (least, most) = (in_words(least), in_words(most));
+    let message = format!("{least_flag} {least} is longer than {most_flag} {most}");
+    Err(Error::new(ErrorKind::Settings, message))
 }
 
 fn read(text: &str, units: &Units, allowed: &RangeInclusive<u64>) -> Result<u64, String> {
@@ -103,7 +117,7 @@ mod tests {
         ] {
             let time = Duration::from_millis(millis);
             assert_eq!(read_time(text), Ok(time));
-            assert_eq!(duration::in_words(time), text);
+            assert_eq!(in_words(time), text);
         }
     }
 

@@ -17,7 +17,7 @@ use postbox::{Error, ErrorKind};
 
 use super::arguments::{ContractArguments, DatabaseArguments, KafkaArguments, ModeArgument};
 use super::cleanup::{OLDER_THAN_MAX, OLDER_THAN_MIN};
-use super::quantity::{size, time};
+use super::quantity::{check_order, size, time};
 use super::service::{Http, Service};
 
 /// Carries committed events to Kafka until it is told to stop.
@@ -223,14 +223,10 @@ impl ParkedArguments {
         let defaults = ParkedSettings::default();
         let backoff_min = self.retry_backoff_min.unwrap_or(defaults.backoff_min);
         let backoff_max = self.retry_backoff_max.unwrap_or(defaults.backoff_max);
-        if backoff_min > backoff_max {
-            let message = format!(
-                "--retry-backoff-min {} is longer than --retry-backoff-max {}",
-                in_words(backoff_min),
-                in_words(backoff_max)
-            );
-            return Err(Error::new(ErrorKind::Settings, message));
-        }
+        check_order(
+            ("--retry-backoff-min", backoff_min),
+            ("--retry-backoff-max", backoff_max),
+        )?;
         if let Some(topic) = &self.dead_letter_topic
             && !is_topic_name(topic)
         {
@@ -389,15 +385,10 @@ impl TuningArguments {
             );
             return Err(Error::new(ErrorKind::Settings, message));
         }
-        if self.poll_interval_min > self.poll_interval_max {
-            let message = format!(
-                "--poll-interval-min {} is longer than --poll-interval-max {}",
-                in_words(self.poll_interval_min),
-                in_words(self.poll_interval_max)
-            );
-            return Err(Error::new(ErrorKind::Settings, message));
-        }
-        Ok(())
+        check_order(
+            ("--poll-interval-min", self.poll_interval_min),
+            ("--poll-interval-max", self.poll_interval_max),
+        )
     }
 }
 

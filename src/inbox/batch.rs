@@ -28,6 +28,7 @@ use uuid::Uuid;
 use super::handler::{Again, Failure, Working};
 use super::message::Message;
 use super::store::{Advance, Kept, Status, Store};
+use crate::backoff::doubled;
 use crate::metrics::InboxMetrics;
 
 /// What all batches have in common.
@@ -119,9 +120,7 @@ impl Default for Attempts {
 impl Attempts {
     /// How long to wait after so many attempts; `None`: it is a dead letter.
     pub(super) fn pause(&self, attempts: u32) -> Option<Duration> {
-        let doubled = 2u32.saturating_pow(attempts.saturating_sub(1).min(31));
-        let pause = self.backoff_min.saturating_mul(doubled);
-        (attempts < self.max).then_some(pause.min(self.backoff_max))
+        (attempts < self.max).then(|| doubled(self.backoff_min, self.backoff_max, attempts))
     }
 }
 

@@ -22,7 +22,7 @@ use tokio_postgres::{Client, Transaction};
 use super::batch::{Verdict, is_to_be_run_again};
 use super::message::Message;
 use crate::contract::Contract;
-use crate::error::Result;
+use crate::error::{Result, chain};
 pub use sql::Function;
 
 /// What a handler made of a message.
@@ -265,17 +265,6 @@ fn in_words(error: &tokio_postgres::Error) -> String {
     if let Some(place) = refusal.where_() {
         words += "; ";
         words += place;
-    }
-    words
-}
-
-fn chain(error: &(dyn StdError + 'static)) -> String {
-    let mut words = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        words += ": ";
-        words += &error.to_string();
-        cause = error.source();
     }
     words
 }

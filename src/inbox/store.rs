@@ -183,8 +183,7 @@ impl Store {
     ) -> Result<Vec<Claimed>> {
         let doing = || "take partitions".to_owned();
         let failed = |error| sort(doing(), error);
-        let topics: Vec<&str> = assigned.iter().map(|one| &*one.place.topic).collect();
-        let partitions: Vec<i32> = assigned.iter().map(|one| one.place.partition).collect();
+        let (topics, partitions) = by_column(assigned.iter().map(|one| &one.place));
         let places = [
             (&self.group as _, Type::TEXT),
             (&topics as _, Type::TEXT_ARRAY),
@@ -280,8 +279,7 @@ impl Store {
         places: &[Place],
         is_for_application: bool,
     ) -> Result<()> {
-        let topics: Vec<&str> = places.iter().map(|place| &*place.topic).collect();
-        let partitions: Vec<i32> = places.iter().map(|place| place.partition).collect();
+        let (topics, partitions) = by_column(places);
         let parameters: [Parameter<'_>; 4] = [
             (&self.group, Type::TEXT),
             (&topics, Type::TEXT_ARRAY),
@@ -295,8 +293,7 @@ impl Store {
 
     /// The lanes of which a message waits.
     pub(super) async fn lanes(&self, client: &Client, places: &[Place]) -> Result<HashSet<Lane>> {
-        let topics: Vec<&str> = places.iter().map(|place| &*place.topic).collect();
-        let partitions: Vec<i32> = places.iter().map(|place| place.partition).collect();
+        let (topics, partitions) = by_column(places);
         let parameters = [
             (&self.group as _, Type::TEXT),
             (&topics as _, Type::TEXT_ARRAY),
@@ -341,8 +338,7 @@ impl Store {
         ours: &[Ours],
     ) -> Result<Option<Due>> {
         let sources: Vec<i32> = ours.iter().map(|ours| ours.source).collect();
-        let partitions: Vec<i32> = ours.iter().map(|ours| ours.place.partition).collect();
-        let topics: Vec<&str> = ours.iter().map(|ours| &*ours.place.topic).collect();
+        let (topics, partitions) = by_column(ours.iter().map(|ours| &ours.place));
         let epochs: Vec<i64> = ours.iter().map(|ours| ours.epoch).collect();
         let parameters: [Parameter<'_>; 7] = [
             (&sources, Type::INT4_ARRAY),
@@ -460,8 +456,7 @@ impl Store {
 
     /// Gives partitions back, so that whoever takes them next knows that nothing was going on.
     pub(super) async fn release(&self, client: &Client, places: &[(Place, i64)]) -> Result<()> {
-        let topics: Vec<&str> = places.iter().map(|(place, _)| &*place.topic).collect();
-        let partitions: Vec<i32> = places.iter().map(|(place, _)| place.partition).collect();
+        let (topics, partitions) = by_column(places.iter().map(|(place, _)| place));
         let epochs: Vec<i64> = places.iter().map(|(_, epoch)| *epoch).collect();
         let parameters = [
             (&self.group as _, Type::TEXT),
@@ -480,8 +475,7 @@ impl Store {
         transaction: &Transaction<'_>,
         advances: &[Advance<'_>],
     ) -> std::result::Result<bool, tokio_postgres::Error> {
-        let topics: Vec<&str> = advances.iter().map(|one| &*one.place.topic).collect();
-        let partitions: Vec<i32> = advances.iter().map(|one| one.place.partition).collect();
+        let (topics, partitions) = by_column(advances.iter().map(|one| one.place));
         let epochs: Vec<i64> = advances.iter().map(|one| one.epoch).collect();
         let next: Vec<i64> = advances.iter().map(|one| one.last.offset + 1).collect();
         let ids: Vec<&str> = advances.iter().map(|one| &*one.last.id.text).collect();
@@ -571,6 +565,12 @@ impl Store {
             .await?;
         Ok(())
     }
+}
+
+/// Places as arrays, one for each column.
+fn by_column<'p>(places: impl IntoIterator<Item = &'p Place>) -> (Vec<&'p str>, Vec<i32>) {
+    let places = places.into_iter();
+    places.map(|place| (&*place.topic, place.partition)).unzip()
 }
 
 /// The numbers of these topics, made where there are none.

@@ -1,6 +1,7 @@
 //! What stands still and says nothing: readiness is red within 15 s, says why, and is
 //! green again by itself.
 
+use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use crate::support::{Fixture, Proxy, Relay, Weather, signal, wait_until};
@@ -64,7 +65,9 @@ async fn a_frozen_broker_is_seen_and_what_waits_for_it() {
         fixture.wait_for_confirmation().await;
         relay.drain().await;
     }
-    assert_eq!(fixture.records().await.len(), 3 + 20 + 20);
+    // A broker that stood still for long may be told of what is in flight once more.
+    let ids: HashSet<_> = fixture.records().await.iter().map(|seen| seen.id).collect();
+    assert_eq!(ids.len(), 3 + 20 + 20);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

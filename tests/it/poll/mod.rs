@@ -47,6 +47,7 @@ impl Fixture {
     /// Waits until all is delivered, stops the relay, and asks the oracle.
     pub(crate) async fn judge_polling(&self, relay: Relay) -> Verdict {
         self.wait_for_checkpoint().await;
+        self.wait_for_untried().await;
         relay.drain().await;
         self.verdict().await
     }

@@ -468,7 +468,7 @@ impl Fixture {
 
     /// Waits until nothing waits but what was refused, and is behind that. Brokers that have much
     /// to do may take longer to create a topic than the stream waits for it.
-    async fn wait_for_untried(&self) {
+    pub(crate) async fn wait_for_untried(&self) {
         let schema = &self.contract.schema;
         let sql = format!(
             "SELECT count(*) = 0 OR bool_or(attempts > 0) FROM {schema}.parked WHERE status = 'waiting'"
