@@ -43,17 +43,18 @@ pub mod message;
 pub mod position;
 mod retries;
 mod store;
+pub mod strategy;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use rdkafka::ClientConfig;
 use tokio::sync::watch;
-use tracing::warn;
+use tracing::{debug, warn};
 
 use crate::backoff::{BACKOFF_MAX, backoff};
 use crate::contract::Contract;
-use crate::database::Database;
+use crate::database::{Database, Session, sort};
 use crate::error::{Error, ErrorKind, Result};
 use crate::health::Health;
 use crate::metrics::InboxMetrics;
@@ -65,6 +66,7 @@ use handler::Handlers;
 use lane::Order;
 use message::Reading;
 use position::{From, OnReset};
+use strategy::Ack;
 
 /// What an inbox needs to know.
 #[derive(Debug, Clone)]
@@ -81,6 +83,8 @@ pub struct InboxSettings {
     pub group: String,
     /// Who it is within the group, if it is to keep its partitions through a restart.
     pub instance: Option<String>,
+    /// When a message counts as received.
+    pub ack: Ack,
     /// Who handles.
     pub handlers: Handlers,
     /// How records are read.
@@ -103,6 +107,8 @@ pub struct InboxSettings {
     pub batch_bytes_max: usize,
     /// How many bytes librdkafka may hold.
     pub fetch_bytes_max: usize,
+    /// How many messages may wait in the table before no more are read.
+    pub waiting_max: usize,
     /// How long a stop may take.
     pub shutdown_timeout: Duration,
 }
@@ -143,7 +149,30 @@ const FLAGS: &[(&str, &str)] = &[
     ("queued.max.messages.kbytes", "--fetch-bytes-max"),
 ];
 
+/// How much longer than a handler may take a transaction may stand still.
+const IDLE_MARGIN: Duration = Duration::from_secs(10);
+
 impl InboxSettings {
+    /// A session whose transaction ends though we do not go on with it: it locks the offsets of
+    /// partitions, and whoever takes them from one that is frozen or gone waits for that.
+    async fn session(&self, application_name: &str) -> Result<Session> {
+        let session = self.database.connect(application_name).await?;
+        let idle = self.handler_timeout + IDLE_MARGIN;
+        let limits = format!(
+            "SET idle_in_transaction_session_timeout = {}; SET tcp_keepalives_idle = 10; \
+             SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 3",
+            idle.as_millis()
+        );
+        let limited = session.client.batch_execute(&limits).await;
+        limited.map_err(|error| sort("limit how long a transaction may stand still", error))?;
+        // A statement of ours ends with us, where the server's system can tell it.
+        let watches = "SET client_connection_check_interval = 2000";
+        if let Err(error) = session.client.batch_execute(watches).await {
+            debug!("statements go on without their client: {error}");
+        }
+        Ok(session)
+    }
+
     fn consumer(&self) -> Result<ConsumerSettings> {
         Ok(ConsumerSettings {
             config: self.client()?,

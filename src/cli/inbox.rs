@@ -12,6 +12,7 @@ use postbox::inbox::handler::{Function, Handlers};
 use postbox::inbox::lane::Order;
 use postbox::inbox::message::Reading;
 use postbox::inbox::position::{From, OnReset};
+use postbox::inbox::strategy::{Ack, CommitOn};
 use postbox::inbox::{Inbox, InboxSettings};
 use postbox::metrics::InboxMetrics;
 use postbox::{Error, ErrorKind};
@@ -63,6 +64,22 @@ pub(super) struct InboxCommand {
         value_name = "HANDLER"
     )]
     handler: Handler,
+
+    /// When a message counts as received: exactly-once (with what the handler writes, in one transaction),
+    /// at-least-once (see --commit), or at-most-once (before it is handled).
+    #[arg(
+        long,
+        env = "POSTBOX_ACK",
+        default_value = "exactly-once",
+        value_name = "STRATEGY"
+    )]
+    ack: AckArgument,
+
+    /// With --ack at-least-once, what must have happened before a message counts as received: on-persist
+    /// (it is in postbox.inbox_message, and is handled from there), or on-success (it is handled, or
+    /// given up); on-success if it is not said.
+    #[arg(long, env = "POSTBOX_COMMIT", value_name = "WHEN")]
+    commit: Option<CommitArgument>,
 
     #[command(flatten)]
     database: DatabaseArguments,
@@ -225,6 +242,17 @@ struct LimitArguments {
     )]
     fetch_bytes_max: u32,
 
+    /// How many messages may wait in the table to be tried, of the partitions that are this consumer's, before
+    /// no more are read; 1 to 100000000. A batch may come on top.
+    #[arg(
+        long,
+        env = "POSTBOX_WAITING_MAX",
+        default_value = "100000",
+        value_parser = value_parser!(u32).range(1..=100_000_000),
+        value_name = "MESSAGES"
+    )]
+    waiting_max: u32,
+
     /// How long a stop may wait for a handler; 0ms to 1h. If it is not enough, the exit code is 9, and
     /// what it did is rolled back.
     #[arg(
@@ -253,6 +281,19 @@ impl FromStr for Handler {
             _ => Err("use none, or sql:SCHEMA.FUNCTION".to_owned()),
         }
     }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum AckArgument {
+    AtMostOnce,
+    AtLeastOnce,
+    ExactlyOnce,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum CommitArgument {
+    OnPersist,
+    OnSuccess,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -299,6 +340,31 @@ impl InboxCommand {
         service.run(endpoints, |stopped| inbox.run(stopped))
     }
 
+    fn ack(&self) -> postbox::Result<Ack> {
+        let refuse = |message: &str| Err(Error::new(ErrorKind::Settings, message));
+        let ack = match (self.ack, self.commit) {
+            (AckArgument::AtLeastOnce, Some(CommitArgument::OnPersist)) => {
+                Ack::AtLeastOnce(CommitOn::Persist)
+            }
+            (AckArgument::AtLeastOnce, _) => Ack::AtLeastOnce(CommitOn::Success),
+            (_, Some(_)) => {
+                return refuse(
+                    "--commit says what at-least-once means: use it with --ack at-least-once",
+                );
+            }
+            (AckArgument::AtMostOnce, None) => Ack::AtMostOnce,
+            (AckArgument::ExactlyOnce, None) => Ack::ExactlyOnce,
+        };
+        let is_stored = [Ack::ExactlyOnce, Ack::AtLeastOnce(CommitOn::Persist)].contains(&ack);
+        if self.handler == Handler::None && !is_stored {
+            return refuse(
+                "--handler none stores messages for the application, which is done once and for all: use --ack \
+                 exactly-once, or name a handler",
+            );
+        }
+        Ok(ack)
+    }
+
     fn resolve(&self) -> postbox::Result<InboxSettings> {
         let refuse = |message: String| Err(Error::new(ErrorKind::Settings, message));
         let FailureArguments {
@@ -330,6 +396,7 @@ impl InboxCommand {
             topics: self.topics.iter().cloned().chain(regex).collect(),
             group: self.group.clone(),
             instance: self.messages.instance.clone(),
+            ack: self.ack()?,
             handlers: match &self.handler {
                 Handler::None => Handlers::Application,
                 Handler::Sql(name) => Handlers::Sql(Function::new(name)),
@@ -361,6 +428,7 @@ impl InboxCommand {
             batch_max: self.limits.batch_max as usize,
             batch_bytes_max: self.limits.batch_bytes_max as usize,
             fetch_bytes_max: self.limits.fetch_bytes_max as usize,
+            waiting_max: self.limits.waiting_max as usize,
             shutdown_timeout: self.limits.shutdown_timeout,
         })
     }

@@ -6,7 +6,7 @@
 //! goes to the table first, and is tried from there one by one, with its attempts counted
 //! before it begins. So a message that ends the process is found, and given up like any other.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,6 +19,7 @@ use super::batch::{self, Batch, Broken, Done, Entry, Lane, Work};
 use super::consumer::{Assigned, Change, Consumed, Consumer, Place};
 use super::handler::Working;
 use super::lane;
+use super::message::Message;
 use super::position::{Last, OnReset};
 use super::retries::{self, Ours};
 use super::store::{Advance, Source, Store, is_another, reset};
@@ -42,6 +43,10 @@ pub(super) struct Attempt<'i> {
     /// Lanes of which a message was dealt with.
     settled: mpsc::UnboundedReceiver<Lane>,
     retries: JoinHandle<Result<()>>,
+    /// Whether a batch was begun and is not committed.
+    is_at_work: bool,
+    /// How many messages wait in the table, at most.
+    waiting: usize,
 }
 
 /// A partition that is ours.
@@ -63,8 +68,8 @@ const LANES_INTERVAL: Duration = Duration::from_secs(5);
 /// How often the brokers' and the server's signs of life are looked at.
 const PULSE_INTERVAL: Duration = Duration::from_secs(2);
 
-/// How soon a transaction is run again that nobody is to blame for, at first.
-const AGAIN_AFTER: Duration = Duration::from_millis(10);
+/// How long it may take to give partitions back when something else has failed.
+const RELEASE_MAX: Duration = Duration::from_secs(1);
 
 impl<'i> Attempt<'i> {
     /// Runs until it is told to stop, and then gives everything back.
@@ -73,7 +78,7 @@ impl<'i> Attempt<'i> {
         shutdown: &mut watch::Receiver<bool>,
     ) -> Result<()> {
         let settings = &inbox.settings;
-        let session = settings.database.connect("postbox inbox").await?;
+        let session = settings.session("postbox inbox").await?;
         let version = schema_version(&session.client, &settings.contract).await?;
         check_version(&settings.contract, version.unwrap_or(0))?;
         let handler = settings
@@ -85,7 +90,10 @@ impl<'i> Attempt<'i> {
             store: Store::new(contract, group, inbox.owner.clone(), settings.shares_ids),
             handler,
             handler_timeout: settings.handler_timeout,
-            attempts: settings.attempts.clone(),
+            attempts: settings.ack.attempts(settings.attempts.clone()),
+            ack: settings.ack,
+            batch_max: settings.batch_max,
+            batch_bytes_max: settings.batch_bytes_max,
             metrics: inbox.metrics.clone(),
             promoted: Notify::new(),
         });
@@ -105,12 +113,16 @@ impl<'i> Attempt<'i> {
             ours,
             settled,
             retries,
+            is_at_work: false,
+            waiting: 0,
         };
         let ended = attempt.serve(shutdown).await;
         attempt.end(ended).await
     }
 
     async fn serve(&mut self, shutdown: &mut watch::Receiver<bool>) -> Result<()> {
+        let patience = self.inbox.settings.shutdown_timeout;
+        let stopping = shutdown.clone();
         let mut lanes_tick = interval(LANES_INTERVAL);
         lanes_tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut pulse = interval(PULSE_INTERVAL);
@@ -121,7 +133,7 @@ impl<'i> Attempt<'i> {
                 biased;
                 _ = shutdown.wait_for(|stops| *stops) => return Ok(()),
                 change = self.consumer.changes.recv() => match change {
-                    Some(change) => self.change(change).await?,
+                    Some(change) => in_time(stopping.clone(), patience, self.change(change)).await?,
                     None => return Err(ended_early()),
                 },
                 error = self.session.ended() => return Err(error),
@@ -136,8 +148,12 @@ impl<'i> Attempt<'i> {
                 // Before batches, of which there may always be another.
                 _ = lanes_tick.tick() => self.free(self.blocked.iter().copied().collect()).await?,
                 _ = pulse.tick() => self.feel_pulse().await?,
-                batch = self.consumer.batches.recv() => match batch {
-                    Some(batch) => self.handle(&batch.messages).await?,
+                batch = self.consumer.batches.recv(), if !self.is_full() => match batch {
+                    Some(batch) => {
+                        self.is_at_work = true;
+                        in_time(stopping.clone(), patience, self.handle(&batch.messages)).await?;
+                        self.is_at_work = false;
+                    }
                     // The change that says why comes next.
                     None => tokio::task::yield_now().await,
                 },
@@ -147,32 +163,33 @@ impl<'i> Attempt<'i> {
 
     /// Gives everything back, if what happened lets it.
     async fn end(self, ended: Result<()>) -> Result<()> {
+        let places: Vec<(Place, i64)> = self
+            .held
+            .iter()
+            .map(|(place, held)| (place.clone(), held.epoch))
+            .collect();
+        let (store, client) = (&self.work.store, &self.session.client);
         let stopped = match ended {
             Ok(()) => {
                 // What is being tried again is finished first.
                 self.ours.send_replace(Vec::new());
                 drop(self.ours);
                 let patience = self.inbox.settings.shutdown_timeout;
-                let done = tokio::time::timeout(patience, self.retries).await;
-                let places: Vec<(Place, i64)> = self
-                    .held
-                    .iter()
-                    .map(|(place, held)| (place.clone(), held.epoch))
-                    .collect();
-                match done {
+                match tokio::time::timeout(patience, self.retries).await {
                     Ok(done) => match joined(done) {
-                        Ok(()) => self.work.store.release(&self.session.client, &places).await,
+                        Ok(()) => store.release(client, &places).await,
                         Err(error) => Err(error),
                     },
-                    Err(_) => Err(Error::new(
-                        ErrorKind::NotDrained,
-                        "a handler was still at work when the time to stop was over: what it did is rolled back, and \
-                         is done again",
-                    )),
+                    Err(_) => Err(still_at_work()),
                 }
             }
             Err(error) => {
                 self.retries.abort();
+                // Whoever takes them next need not suspect what was never begun.
+                if !self.is_at_work {
+                    let released = store.release(client, &places);
+                    let _ = tokio::time::timeout(RELEASE_MAX, released).await;
+                }
                 Err(error)
             }
         };
@@ -207,6 +224,7 @@ impl<'i> Attempt<'i> {
             batch_max,
             ..
         } = self.inbox.settings;
+        failpoint!("inbox_assigned");
         let claims = self.work.store.claim(
             &mut self.session.client,
             &assigned,
@@ -215,6 +233,7 @@ impl<'i> Attempt<'i> {
             on_reset,
         );
         let claimed = claims.await?;
+        failpoint!("inbox_claimed");
         let starts = claimed
             .iter()
             .map(|claimed| claimed.start.offset())
@@ -237,12 +256,17 @@ impl<'i> Attempt<'i> {
                 epoch: claimed.epoch,
                 next_offset: claimed.start.next_offset,
                 witness: claimed.start.witness,
-                suspects: if claimed.was_held { batch_max } else { 0 },
+                suspects: if claimed.was_held && self.work.ack.reads_again() {
+                    batch_max
+                } else {
+                    0
+                },
                 assigned,
             };
             self.held.insert(held.assigned.place.clone(), held);
         }
         self.tell_ours();
+        self.count_waiting().await?;
         self.free(lanes.into_iter().collect()).await?;
         // Nobody waits for it if the thread has ended, which it says itself.
         let _ = answer.send(starts);
@@ -286,20 +310,14 @@ impl<'i> Attempt<'i> {
     /// Deals with what was read.
     async fn handle(&mut self, consumed: &[Consumed]) -> Result<()> {
         let order = self.inbox.settings.order;
-        let mut last: HashMap<Place, usize> = HashMap::new();
+        let ack = self.work.ack;
         let mut messages = Vec::with_capacity(consumed.len());
-        for (
-            index,
-            Consumed {
-                message,
-                assignment,
-            },
-        ) in consumed.iter().enumerate()
+        for Consumed {
+            message,
+            assignment,
+        } in consumed
         {
-            let place = Place {
-                topic: message.topic.clone(),
-                partition: message.partition,
-            };
+            let place = Place::of(message);
             // What was read under another assignment is read again under this, if it is to be.
             let Some(held) = self.held.get_mut(&place) else {
                 continue;
@@ -320,7 +338,7 @@ impl<'i> Attempt<'i> {
                 continue;
             }
             held.next_offset = message.offset + 1;
-            let is_suspect = held.suspects > 0;
+            let is_suspect = held.suspects > 0 || ack.stores_first();
             held.suspects = held.suspects.saturating_sub(1);
             messages.push(Entry {
                 message,
@@ -334,21 +352,30 @@ impl<'i> Attempt<'i> {
                 attempt: 1,
                 is_suspect,
             });
-            last.insert(place, index);
         }
-        if messages.is_empty() {
-            return Ok(());
+        for messages in messages.chunks(ack.together(messages.len())) {
+            self.handle_together(messages).await?;
         }
-        let advances = last
-            .iter()
-            .map(|(place, index)| Advance {
-                place,
-                epoch: self.held[place].epoch,
-                last: &consumed[*index].message,
-            })
-            .collect();
-        let batch = Batch { advances, messages };
-        let waits_for = format!("{} messages are being handled", batch.messages.len());
+        Ok(())
+    }
+
+    /// Deals with what has a transaction together.
+    async fn handle_together(&mut self, messages: &[Entry<'_>]) -> Result<()> {
+        // In one order, as their rows are locked.
+        let mut last: BTreeMap<Place, &Message> = BTreeMap::new();
+        for Entry { message, .. } in messages {
+            last.insert(Place::of(message), message);
+        }
+        let advances = last.iter().map(|(place, last)| Advance {
+            place,
+            epoch: self.held[place].epoch,
+            last,
+        });
+        let batch = Batch {
+            advances: advances.collect(),
+            messages,
+        };
+        let waits_for = format!("{} messages are being handled", messages.len());
         self.inbox.health.waiting(Some(waits_for));
         let began = Instant::now();
         let done = self.run_batch(&batch).await?;
@@ -356,18 +383,19 @@ impl<'i> Attempt<'i> {
         self.inbox.health.waiting(None);
         self.inbox.health.heard(Server::Postgres);
         self.inbox.health.heard(Server::Kafka);
-        let offsets = last.iter().map(|(place, index)| {
-            let next_offset = consumed[*index].message.offset + 1;
-            (place.clone(), next_offset)
-        });
+        let offsets = (last.iter()).map(|(place, last)| (place.clone(), last.offset + 1));
         self.consumer.handled(offsets);
         self.blocked.extend(done.blocked.iter().copied());
+        self.waiting += done.blocked.len();
+        if self.is_full() {
+            self.count_waiting().await?;
+        }
         let metrics = &self.inbox.metrics;
         metrics
             .transaction_seconds
             .observe(began.elapsed().as_secs_f64());
-        metrics.batch_messages.observe(batch.messages.len() as f64);
-        for entry in &batch.messages {
+        metrics.batch_messages.observe(messages.len() as f64);
+        for entry in messages {
             let topic = &*entry.message.topic;
             metrics.consumed.with_label_values(&[topic]).inc();
         }
@@ -381,40 +409,25 @@ impl<'i> Attempt<'i> {
             let labels = [*outcome, *event_type];
             metrics.handled.with_label_values(&labels).inc_by(*count);
         }
-        debug!(messages = batch.messages.len(), "batch");
+        debug!(messages = messages.len(), "batch");
         self.inbox.worked = true;
         Ok(())
     }
 
-    /// Until it has happened.
     async fn run_batch<'a>(&mut self, batch: &Batch<'a>) -> Result<Done<'a>> {
-        let mut pause = AGAIN_AFTER;
-        loop {
-            let client = &mut self.session.client;
-            match batch::run(client, &self.work, &self.blocked, batch).await {
-                Ok(done) => return Ok(done),
-                Err(Broken::Fenced) => {
-                    let message =
-                        "a partition was taken by another consumer: joining the group again";
-                    return Err(Error::new(ErrorKind::BrokerAway, message));
-                }
-                Err(Broken::Postgres(error)) if batch::is_to_be_run_again(&error) => {
-                    debug!("run a batch again: {error}");
-                    tokio::time::sleep(pause).await;
-                    pause = (pause * 2).min(Duration::from_secs(1));
-                }
-                Err(Broken::Postgres(error)) => return Err(sort("handle a batch", error)),
+        let client = &mut self.session.client;
+        match batch::run(client, &self.work, &self.blocked, batch).await {
+            Ok(done) => Ok(done),
+            Err(Broken::Fenced) => {
+                let message = "a partition was taken by another consumer: joining the group again";
+                Err(Error::new(ErrorKind::BrokerAway, message))
             }
+            Err(Broken::Postgres(error)) => Err(sort("handle a batch", error)),
         }
     }
 
     /// The last record is not the one that it was.
-    async fn reset(
-        &mut self,
-        place: &Place,
-        was: &Last,
-        is: &super::message::Message,
-    ) -> Result<()> {
+    async fn reset(&mut self, place: &Place, was: &Last, is: &Message) -> Result<()> {
         let why = format!(
             "the record at offset {} was \"{}\" and is \"{}\": the topic was made anew",
             is.offset,
@@ -446,6 +459,32 @@ impl<'i> Attempt<'i> {
             self.blocked.remove(lane);
         }
         self.work.promoted.notify_one();
+        if self.is_full() {
+            self.inbox.health.moved();
+            self.count_waiting().await?;
+        }
+        Ok(())
+    }
+
+    /// Whether so many messages wait that no more are read. Partitions are paused then.
+    fn is_full(&self) -> bool {
+        self.waiting >= self.inbox.settings.waiting_max
+    }
+
+    /// Counts what waits, as far as it matters.
+    async fn count_waiting(&mut self) -> Result<()> {
+        let most = self.inbox.settings.waiting_max;
+        let (store, client) = (&self.work.store, &self.session.client);
+        self.waiting = store
+            .count_waiting(client, &self.ours.borrow(), most)
+            .await?;
+        let waits_for = format!(
+            "{} messages wait in the table, and no more are read: see --waiting-max",
+            self.waiting
+        );
+        self.inbox
+            .health
+            .waiting(self.is_full().then_some(waits_for));
         Ok(())
     }
 
@@ -465,6 +504,33 @@ impl<'i> Attempt<'i> {
         }
         Ok(())
     }
+}
+
+/// Does it, and gives it up if it takes too long once it is time to stop.
+async fn in_time(
+    mut shutdown: watch::Receiver<bool>,
+    patience: Duration,
+    work: impl Future<Output = Result<()>>,
+) -> Result<()> {
+    let late = async {
+        // Nobody is left to tell it.
+        if shutdown.wait_for(|stops| *stops).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+        tokio::time::sleep(patience).await;
+    };
+    tokio::select! {
+        biased;
+        done = work => done,
+        () = late => Err(still_at_work()),
+    }
+}
+
+fn still_at_work() -> Error {
+    Error::new(
+        ErrorKind::NotDrained,
+        "a handler was still at work when the time to stop was over: what it did is rolled back, and is done again",
+    )
 }
 
 /// Something ended that has not said why.

@@ -23,13 +23,19 @@ use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Transaction};
+use tracing::debug;
 use uuid::Uuid;
 
 use super::handler::{Again, Failure, Working};
 use super::message::Message;
 use super::store::{Advance, Kept, Status, Store};
+use super::strategy::Ack;
 use crate::backoff::doubled;
 use crate::metrics::InboxMetrics;
+
+/// How soon a transaction is run again that nobody is to blame for.
+const AGAIN_MIN: Duration = Duration::from_millis(10);
+const AGAIN_MAX: Duration = Duration::from_secs(1);
 
 /// What all batches have in common.
 pub(super) struct Work {
@@ -37,6 +43,10 @@ pub(super) struct Work {
     pub(super) handler: Working,
     pub(super) handler_timeout: Duration,
     pub(super) attempts: Attempts,
+    pub(super) ack: Ack,
+    /// The most messages, and bytes, of a run.
+    pub(super) batch_max: usize,
+    pub(super) batch_bytes_max: usize,
     pub(super) metrics: Arc<InboxMetrics>,
     /// Told when a lane can go on.
     pub(super) promoted: Notify,
@@ -45,7 +55,7 @@ pub(super) struct Work {
 /// What is to be done with a batch, in the order of its records.
 pub(super) struct Batch<'a> {
     pub(super) advances: Vec<Advance<'a>>,
-    pub(super) messages: Vec<Entry<'a>>,
+    pub(super) messages: &'a [Entry<'a>],
 }
 
 /// A message of a batch.
@@ -72,7 +82,7 @@ pub(super) struct Lane {
 }
 
 /// What became of a batch.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct Done<'a> {
     /// How many were received before, by topic.
     pub(super) duplicates: HashMap<&'a str, u64>,
@@ -124,22 +134,77 @@ impl Attempts {
     }
 }
 
-/// Runs it once, whatever comes of it.
+/// Messages that were not received before, and what is known of the others.
+#[derive(Debug, Clone)]
+struct Received<'a> {
+    entries: Vec<Entry<'a>>,
+    done: Done<'a>,
+}
+
+/// Receives and handles it, until that has happened.
 pub(super) async fn run<'a>(
     client: &mut Client,
     work: &Work,
     blocked: &HashSet<Lane>,
     batch: &Batch<'a>,
 ) -> Result<Done<'a>, Broken> {
-    let Work { store, handler, .. } = work;
-    let mut transaction = client.transaction().await?;
-    if !store.advance(&transaction, &batch.advances).await? {
+    if work.ack != Ack::AtMostOnce {
+        return until_it_happens(async || {
+            let transaction = client.transaction().await?;
+            let received = receive(&transaction, work, batch).await?;
+            settle(transaction, work, blocked, received).await
+        })
+        .await;
+    }
+    let received = until_it_happens(async || {
+        let transaction = client.transaction().await?;
+        let received = receive(&transaction, work, batch).await?;
+        transaction.commit().await?;
+        Ok(received)
+    })
+    .await?;
+    until_it_happens(async || {
+        let transaction = client.transaction().await?;
+        for Advance { place, epoch, .. } in &batch.advances {
+            if !work.store.hold_place(&transaction, place, *epoch).await? {
+                return Err(Broken::Fenced);
+            }
+        }
+        settle(transaction, work, blocked, received.clone()).await
+    })
+    .await
+}
+
+/// Runs a transaction again that nobody is to blame for.
+async fn until_it_happens<T>(
+    mut transaction: impl AsyncFnMut() -> Result<T, Broken>,
+) -> Result<T, Broken> {
+    let mut attempts = 0;
+    loop {
+        match transaction().await {
+            Err(Broken::Postgres(error)) if is_to_be_run_again(&error) => {
+                debug!("run a batch again: {error}");
+                attempts += 1;
+                tokio::time::sleep(doubled(AGAIN_MIN, AGAIN_MAX, attempts)).await;
+            }
+            ended => return ended,
+        }
+    }
+}
+
+/// Moves the offsets, and writes which messages were received.
+async fn receive<'a>(
+    transaction: &Transaction<'_>,
+    work: &Work,
+    batch: &Batch<'a>,
+) -> Result<Received<'a>, Broken> {
+    if !work.store.advance(transaction, &batch.advances).await? {
         return Err(Broken::Fenced);
     }
-    let mut fresh = store.receive(&transaction, &batch.messages).await?;
+    let mut fresh = work.store.receive(transaction, batch.messages).await?;
     let mut done = Done::default();
     let mut entries = Vec::with_capacity(batch.messages.len());
-    for entry in &batch.messages {
+    for entry in batch.messages {
         // Of an id that comes twice, the first.
         if fresh.remove(&(entry.dedup, entry.id)) {
             entries.push(*entry);
@@ -147,15 +212,28 @@ pub(super) async fn run<'a>(
             *done.duplicates.entry(&entry.message.topic).or_default() += 1;
         }
     }
-    let verdicts = match handler {
+    failpoint!("inbox_received");
+    Ok(Received { entries, done })
+}
+
+/// Handles what was received, and commits it.
+async fn settle<'a>(
+    mut transaction: Transaction<'_>,
+    work: &Work,
+    blocked: &HashSet<Lane>,
+    Received { entries, mut done }: Received<'a>,
+) -> Result<Done<'a>, Broken> {
+    let verdicts = match work.handler {
         Working::Application => vec![Verdict::Stored; entries.len()],
         _ => try_all(&mut transaction, work, &entries, blocked).await?,
     };
     let kept: Vec<Kept<'a>> = (entries.iter().zip(verdicts))
         .filter_map(|(entry, verdict)| done.settle(entry, verdict))
         .collect();
-    store.keep(&transaction, &kept).await?;
+    work.store.keep(&transaction, &kept).await?;
+    failpoint!("inbox_handled");
     transaction.commit().await?;
+    failpoint!("inbox_committed");
     Ok(done)
 }
 
@@ -177,6 +255,7 @@ pub(super) async fn try_all(
             *verdict = Verdict::Suspect;
         }
     }
+    failpoint!("inbox_handling");
     trial.run(transaction).await?;
     Ok(trial.verdicts)
 }
@@ -275,7 +354,10 @@ impl Trial<'_> {
     ) -> Result<(), tokio_postgres::Error> {
         let all = 0..self.entries.len();
         // The next is the last.
-        let mut untried = vec![all];
+        let mut untried = match self.work.ack {
+            Ack::AtMostOnce => all.rev().map(|index| index..index + 1).collect(),
+            _ => vec![all],
+        };
         while let Some(range) = untried.pop() {
             let indices: Vec<usize> = range.clone().filter(|index| self.may_go(*index)).collect();
             if indices.is_empty() {
@@ -290,7 +372,7 @@ impl Trial<'_> {
             let handled = self.work.handler.handle(&savepoint, &messages, limit).await;
             let seconds = &self.work.metrics.handler_seconds;
             seconds.observe(began.elapsed().as_secs_f64());
-            let failure = match handled? {
+            let failures = match handled? {
                 Ok(verdicts) => {
                     savepoint.commit().await?;
                     for (index, verdict) in indices.iter().zip(verdicts) {
@@ -298,27 +380,30 @@ impl Trial<'_> {
                     }
                     continue;
                 }
-                Err(failure) => failure,
+                Err(failures) => failures,
             };
             savepoint.rollback().await?;
             // To roll back to a savepoint leaves it there.
             transaction
                 .batch_execute("RELEASE SAVEPOINT messages")
                 .await?;
-            let guilty = failure.at.or((indices.len() == 1).then_some(0));
-            match guilty {
-                Some(at) => {
-                    self.fail(indices[at], failure);
-                    untried.push(range);
+            let is_alone = indices.len() == 1;
+            if is_alone || failures.iter().all(|failure| failure.at.is_some()) {
+                let mut lanes = HashSet::new();
+                for failure in failures {
+                    let index = indices[failure.at.unwrap_or_default()];
+                    // Those behind it in its lane may have failed for that alone.
+                    if lanes.insert(self.entries[index].lane) {
+                        self.fail(index, failure);
+                    }
                 }
-                None if failure.took_too_long => {
-                    untried.extend(indices.iter().rev().map(|index| *index..index + 1));
-                }
-                None => {
-                    let middle = indices[indices.len() / 2];
-                    untried.push(middle..range.end);
-                    untried.push(range.start..middle);
-                }
+                untried.push(range);
+            } else if failures.iter().any(|failure| failure.took_too_long) {
+                untried.extend(indices.iter().rev().map(|index| *index..index + 1));
+            } else {
+                let middle = indices[indices.len() / 2];
+                untried.push(middle..range.end);
+                untried.push(range.start..middle);
             }
         }
         Ok(())

@@ -45,6 +45,16 @@ pub(super) struct Place {
     pub partition: i32,
 }
 
+impl Place {
+    /// Where this message was.
+    pub(super) fn of(message: &Message) -> Self {
+        Self {
+            topic: message.topic.clone(),
+            partition: message.partition,
+        }
+    }
+}
+
 impl std::fmt::Display for Place {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(

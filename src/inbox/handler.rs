@@ -155,38 +155,47 @@ impl Failure {
 
 impl Working {
     /// Handles messages in their order, all or none. The outer error is about the transaction,
-    /// which is to be run again.
+    /// which is to be run again; the inner one has at least one failure.
     pub(super) async fn handle(
         &self,
         transaction: &Transaction<'_>,
         messages: &[&Message],
         limit: Duration,
-    ) -> Result<Result<Vec<Verdict>, Failure>, tokio_postgres::Error> {
+    ) -> Result<Result<Vec<Verdict>, Vec<Failure>>, tokio_postgres::Error> {
         let mut verdicts = Vec::with_capacity(messages.len());
+        let unnamed = |error: &tokio_postgres::Error| {
+            Ok(Err(vec![Failure::new(
+                None,
+                in_words(error),
+                Again::InTurn,
+            )]))
+        };
         match self {
             Self::Application => verdicts.resize(messages.len(), Verdict::Stored),
             Self::Sql(function) => match function.call(transaction, messages).await {
                 Ok(outcomes) => {
+                    let mut failures = Vec::new();
                     for (at, outcome) in outcomes.into_iter().enumerate() {
                         match verdict(at, outcome) {
                             Ok(verdict) => verdicts.push(verdict),
-                            Err(failure) => return Ok(Err(failure)),
+                            Err(failure) => failures.push(failure),
                         }
+                    }
+                    if !failures.is_empty() {
+                        return Ok(Err(failures));
                     }
                 }
                 Err(error) if is_nobodys_fault(&error) => return Err(error),
                 Err(error) if error.code() == Some(&SqlState::QUERY_CANCELED) => {
-                    return Ok(Err(Failure::too_long(None, limit)));
+                    return Ok(Err(vec![Failure::too_long(None, limit)]));
                 }
-                Err(error) => {
-                    return Ok(Err(Failure::new(None, in_words(&error), Again::InTurn)));
-                }
+                Err(error) => return unnamed(&error),
             },
             Self::Rust(handler) => {
                 for (at, message) in messages.iter().enumerate() {
                     match call(&**handler, message, transaction, at, limit).await? {
                         Ok(verdict) => verdicts.push(verdict),
-                        Err(failure) => return Ok(Err(failure)),
+                        Err(failure) => return Ok(Err(vec![failure])),
                     }
                 }
             }
@@ -194,7 +203,7 @@ impl Working {
         match transaction.batch_execute(CHECK_DEFERRED).await {
             Ok(()) => Ok(Ok(verdicts)),
             Err(error) if is_nobodys_fault(&error) => Err(error),
-            Err(error) => Ok(Err(Failure::new(None, in_words(&error), Again::InTurn))),
+            Err(error) => unnamed(&error),
         }
     }
 }

@@ -3,18 +3,20 @@
 //! Of a lane only the first message has a time; those behind it wait at infinity until whoever
 //! reads the stream has them go on (`Store::promote`): it alone adds to a lane, so it alone can
 //! tell when none is left. An attempt is counted, and the next one put off, before the handler
-//! begins, in a transaction of its own: a message that ends the process has been counted.
+//! begins, in a transaction of its own: a message that ends the process has been counted. Those
+//! that were never begun are begun together, as many as a batch has; those that were, each alone,
+//! so that what ends the process costs the others one attempt.
 //!
 //! The handler's transaction locks the partition's row against whoever takes the partition, but
 //! not against the batches of our own stream.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
-use tokio_postgres::Client;
+use tokio_postgres::{Client, Transaction};
 use tracing::{error, warn};
 
 use super::InboxSettings;
@@ -43,7 +45,7 @@ pub(super) async fn spawn(
     ours: watch::Receiver<Vec<Ours>>,
     settled: mpsc::UnboundedSender<Lane>,
 ) -> Result<JoinHandle<Result<()>>> {
-    let session = settings.database.connect("postbox inbox retries").await?;
+    let session = settings.session("postbox inbox retries").await?;
     Ok(tokio::spawn(run(session, work, ours, settled)))
 }
 
@@ -56,24 +58,17 @@ async fn run(
     let mut pause = LOOK_MIN;
     loop {
         let places = ours.borrow_and_update().clone();
-        // One at a time: those that were taken with one that ends the process would be
-        // counted, too.
-        let taken = match places.is_empty() {
-            true => None,
-            false => {
-                let taken = work
-                    .store
-                    .take_due(&session.client, &work.attempts, &places);
-                taken.await?
-            }
+        let run = match places.is_empty() {
+            true => Vec::new(),
+            false => work.store.take_run(&session.client, &work, &places).await?,
         };
-        if let Some(taken) = taken {
+        if !run.is_empty() {
             pause = LOOK_MIN;
-            work.metrics.retries.inc();
-            let ours = &places[taken.place];
-            let is_settled = try_again(&mut session.client, &work, ours, &taken).await?;
-            if is_settled && settled.send(taken.lane).is_err() {
-                return Ok(());
+            failpoint!("inbox_taken");
+            for lane in try_again(&mut session.client, &work, &places, &run).await? {
+                if settled.send(lane).is_err() {
+                    return Ok(());
+                }
             }
             continue;
         }
@@ -91,15 +86,22 @@ async fn run(
     }
 }
 
-/// Whether its lane can go on.
-async fn try_again(client: &mut Client, work: &Work, ours: &Ours, taken: &Due) -> Result<bool> {
+/// The lanes that can go on.
+async fn try_again(
+    client: &mut Client,
+    work: &Work,
+    places: &[Ours],
+    run: &[Due],
+) -> Result<HashSet<Lane>> {
+    let again = run.iter().filter(|due| due.attempts > 1).count();
+    work.metrics.retries.inc_by(again as u64);
     loop {
-        match once(client, work, ours, taken).await {
-            Ok(is_settled) => return Ok(is_settled),
+        match once(client, work, places, run).await {
+            Ok(lanes) => return Ok(lanes),
             Err(error) if batch::is_to_be_run_again(&error) => {
                 tokio::time::sleep(LOOK_MIN).await;
             }
-            Err(error) => return Err(sort("try a message again", error)),
+            Err(error) => return Err(sort("try messages again", error)),
         }
     }
 }
@@ -107,60 +109,85 @@ async fn try_again(client: &mut Client, work: &Work, ours: &Ours, taken: &Due) -
 async fn once(
     client: &mut Client,
     work: &Work,
-    ours: &Ours,
-    taken: &Due,
-) -> Result<bool, tokio_postgres::Error> {
+    places: &[Ours],
+    run: &[Due],
+) -> Result<HashSet<Lane>, tokio_postgres::Error> {
     let Work { store, .. } = work;
     let mut transaction = client.transaction().await?;
-    if !store.hold(&transaction, ours, taken).await? {
-        return Ok(false);
+    let of: BTreeSet<usize> = run.iter().map(|due| due.place).collect();
+    for ours in of.into_iter().map(|place| &places[place]) {
+        if !store
+            .hold_place(&transaction, &ours.place, ours.epoch)
+            .await?
+        {
+            return Ok(HashSet::new());
+        }
     }
-    let verdict = if taken.attempts > work.attempts.max {
-        let why = "its last attempt did not end: the process did, or its session";
-        Verdict::Failed(why.to_owned(), None)
-    } else {
-        let entries = [Entry {
-            message: &taken.message,
-            id: taken.id,
-            // It was received once and for all.
-            dedup: taken.lane.source,
-            lane: taken.lane,
-            attempt: taken.attempts,
-            is_suspect: false,
-        }];
-        let blocked = HashSet::new();
-        let tried = batch::try_all(&mut transaction, work, &entries, &blocked);
-        tried.await?.pop().expect("one for each")
-    };
-    let id = &taken.message.id.text;
-    let is_settled = match verdict {
-        Verdict::Failed(why, None) => {
-            store.give_up(&transaction, taken, &why).await?;
-            error!(
-                message_id = id.as_str(),
-                topic = &*taken.message.topic,
-                attempts = taken.attempts,
-                "dead letter: {why}"
-            );
-            true
+    let held = store.hold(&transaction, run).await?;
+    let held = |due: &&Due| held.contains(&(due.lane.source, due.id));
+    let tried: Vec<&Due> = run.iter().filter(held).collect();
+    let verdicts = try_each(&mut transaction, work, &tried).await?;
+    let mut lanes: HashSet<Lane> = run.iter().map(|due| due.lane).collect();
+    let (mut done, mut untried) = (Vec::new(), Vec::new());
+    for (due, verdict) in tried.into_iter().zip(verdicts) {
+        let outcome = [verdict.name(), &*due.message.event_type];
+        match verdict {
+            Verdict::Completed | Verdict::Skipped => done.push(due),
+            Verdict::Failed(why, None) => {
+                store.give_up(&transaction, due, &why).await?;
+                error!(
+                    message_id = due.message.id.text.as_str(),
+                    topic = &*due.message.topic,
+                    attempts = due.attempts,
+                    "dead letter: {why}"
+                );
+            }
+            Verdict::Failed(why, Some(pause)) => {
+                store.fail(&transaction, due, &why, pause).await?;
+                lanes.remove(&due.lane);
+                warn!(
+                    message_id = due.message.id.text.as_str(),
+                    topic = &*due.message.topic,
+                    attempts = due.attempts,
+                    "failed: {why}"
+                );
+            }
+            // Stored: only the application could handle it, which adopts it when the partition is
+            // assigned.
+            Verdict::Behind | Verdict::Stored | Verdict::Suspect => {
+                untried.push(due);
+                lanes.remove(&due.lane);
+                continue;
+            }
         }
-        Verdict::Failed(why, Some(pause)) => {
-            store.fail(&transaction, taken, &why, pause).await?;
-            warn!(
-                message_id = id.as_str(),
-                topic = &*taken.message.topic,
-                attempts = taken.attempts,
-                "failed again: {why}"
-            );
-            false
-        }
-        Verdict::Completed | Verdict::Skipped => {
-            store.forget(&transaction, taken).await?;
-            true
-        }
-        // Only the application could handle it: it is adopted when the partition is assigned.
-        Verdict::Stored | Verdict::Suspect | Verdict::Behind => false,
-    };
+        work.metrics.handled.with_label_values(&outcome).inc();
+    }
+    store.forget(&transaction, done).await?;
+    store.put_back(&transaction, untried).await?;
+    failpoint!("inbox_retried");
     transaction.commit().await?;
-    Ok(is_settled)
+    Ok(lanes)
+}
+
+async fn try_each(
+    transaction: &mut Transaction<'_>,
+    work: &Work,
+    run: &[&Due],
+) -> Result<Vec<Verdict>, tokio_postgres::Error> {
+    // It is alone: others of a run were not begun before.
+    if run.iter().any(|due| due.attempts > work.attempts.max) {
+        let why = "its last attempt did not end: the process did, or its session";
+        return Ok(vec![Verdict::Failed(why.to_owned(), None); run.len()]);
+    }
+    let entries = run.iter().map(|due| Entry {
+        message: &due.message,
+        id: due.id,
+        // It was received once and for all.
+        dedup: due.lane.source,
+        lane: due.lane,
+        attempt: due.attempts,
+        is_suspect: false,
+    });
+    let entries: Vec<Entry<'_>> = entries.collect();
+    batch::try_all(transaction, work, &entries, &HashSet::new()).await
 }

@@ -8,7 +8,7 @@ use tokio_postgres::{Client, Row, Transaction};
 use tracing::warn;
 use uuid::Uuid;
 
-use super::batch::{Attempts, Entry, Lane};
+use super::batch::{Entry, Lane, Work};
 use super::columns::{Columns, Parameter};
 use super::consumer::{Assigned, Place};
 use super::message::{Id, Message};
@@ -46,11 +46,13 @@ struct Sql {
     claim: String,
     lanes: String,
     adopt: String,
+    count_waiting: String,
     promote: String,
-    take_due: String,
+    take_run: String,
     hold_place: String,
-    hold_message: String,
+    hold: String,
     forget: String,
+    put_back: String,
     fail: String,
     give_up: String,
     go_to: String,
@@ -97,12 +99,19 @@ pub(super) struct Due {
     pub(super) place: usize,
     pub(super) lane: Lane,
     pub(super) id: Uuid,
+    /// Where it is in its lane.
+    seq: i64,
     /// This one counts.
     pub(super) attempts: u32,
     pub(super) message: Message,
 }
 
 impl Due {
+    /// As the table counts.
+    fn counted(&self) -> i32 {
+        i32::try_from(self.attempts).unwrap_or(i32::MAX)
+    }
+
     fn read(row: &Row, ours: &[Ours]) -> Self {
         let n: i64 = row.get("n");
         let place = usize::try_from(n - 1).expect("from one on");
@@ -132,6 +141,7 @@ impl Due {
                 number: row.get("lane"),
             },
             id: row.get("id"),
+            seq: row.get("seq"),
             attempts: u32::try_from(attempts).unwrap_or_default(),
             message,
         }
@@ -311,6 +321,28 @@ impl Store {
         Ok(lanes.collect())
     }
 
+    /// How many messages of these partitions wait, or `most`, if there are more.
+    pub(super) async fn count_waiting(
+        &self,
+        client: &Client,
+        ours: &[Ours],
+        most: usize,
+    ) -> Result<usize> {
+        let sources: Vec<i32> = ours.iter().map(|ours| ours.source).collect();
+        let partitions: Vec<i32> = ours.iter().map(|ours| ours.place.partition).collect();
+        let most = i64::try_from(most).unwrap_or(i64::MAX);
+        let parameters: [Parameter<'_>; 3] = [
+            (&sources, Type::INT4_ARRAY),
+            (&partitions, Type::INT4_ARRAY),
+            (&most, Type::INT8),
+        ];
+        let rows = client
+            .query_typed(&self.sql.count_waiting, &parameters)
+            .await
+            .map_err(|error| sort("count messages that wait", error))?;
+        Ok(usize::try_from(rows[0].get::<_, i64>(0)).unwrap_or_default())
+    }
+
     /// Has the first message of each lane tried that is not to be yet. Says which lanes have one.
     pub(super) async fn promote(&self, client: &Client, lanes: &[Lane]) -> Result<HashSet<Lane>> {
         let sources: Vec<i32> = lanes.iter().map(|lane| lane.source).collect();
@@ -329,73 +361,92 @@ impl Store {
         Ok(rows.iter().map(|row| lanes[ordinal(row)]).collect())
     }
 
-    /// Begins the next attempt of what has been due for longest: it is counted, and due again
-    /// only if this attempt comes to nothing.
-    pub(super) async fn take_due(
+    /// Begins the next attempt of what has been due for longest, in the order of each lane: each is
+    /// counted, and the first of a lane is due again only if this comes to nothing.
+    ///
+    /// What was begun before may be what ended its process, and is given alone: nothing else is
+    /// counted with it. What was not is given together, with what is behind it in its lane.
+    pub(super) async fn take_run(
         &self,
         client: &Client,
-        attempts: &Attempts,
+        work: &Work,
         ours: &[Ours],
-    ) -> Result<Option<Due>> {
+    ) -> Result<Vec<Due>> {
         let sources: Vec<i32> = ours.iter().map(|ours| ours.source).collect();
         let (topics, partitions) = by_column(ours.iter().map(|ours| &ours.place));
         let epochs: Vec<i64> = ours.iter().map(|ours| ours.epoch).collect();
-        let parameters: [Parameter<'_>; 7] = [
+        let count = |count: usize| i64::try_from(count).unwrap_or(i64::MAX);
+        let parameters: [Parameter<'_>; 9] = [
             (&sources, Type::INT4_ARRAY),
             (&partitions, Type::INT4_ARRAY),
-            (&attempts.backoff_min.as_secs_f64(), Type::FLOAT8),
-            (&attempts.backoff_max.as_secs_f64(), Type::FLOAT8),
+            (&work.attempts.backoff_min.as_secs_f64(), Type::FLOAT8),
+            (&work.attempts.backoff_max.as_secs_f64(), Type::FLOAT8),
             (&self.group, Type::TEXT),
             (&topics, Type::TEXT_ARRAY),
             (&epochs, Type::INT8_ARRAY),
+            (&count(work.batch_max), Type::INT8),
+            (&count(work.batch_bytes_max), Type::INT8),
         ];
         let rows = client
-            .query_typed(&self.sql.take_due, &parameters)
+            .query_typed(&self.sql.take_run, &parameters)
             .await
             .map_err(|error| sort("look for messages to be tried again", error))?;
-        Ok(rows.first().map(|row| Due::read(row, ours)))
+        let mut run: Vec<Due> = rows.iter().map(|row| Due::read(row, ours)).collect();
+        run.sort_by_key(|due| due.seq);
+        Ok(run)
     }
 
-    /// Whether a message is still to be tried, by us: nobody takes its partition, or decides about
-    /// it, before the transaction ends.
-    pub(super) async fn hold(
+    /// Whether a partition is still ours: nobody takes it before the transaction ends.
+    pub(super) async fn hold_place(
         &self,
         transaction: &Transaction<'_>,
-        ours: &Ours,
-        due: &Due,
+        place: &Place,
+        epoch: i64,
     ) -> std::result::Result<bool, tokio_postgres::Error> {
         let place: [Parameter<'_>; 4] = [
             (&self.group, Type::TEXT),
-            (&&*ours.place.topic, Type::TEXT),
-            (&ours.place.partition, Type::INT4),
-            (&ours.epoch, Type::INT8),
+            (&&*place.topic, Type::TEXT),
+            (&place.partition, Type::INT4),
+            (&epoch, Type::INT8),
         ];
-        let attempts = i32::try_from(due.attempts).unwrap_or(i32::MAX);
-        let message: [Parameter<'_>; 3] = [
-            (&due.lane.source, Type::INT4),
-            (&due.id, Type::UUID),
-            (&attempts, Type::INT4),
-        ];
-        let (is_ours, is_waiting) = tokio::try_join!(
-            transaction.query_typed(&self.sql.hold_place, &place),
-            transaction.query_typed(&self.sql.hold_message, &message),
-        )?;
-        Ok(!is_ours.is_empty() && !is_waiting.is_empty())
+        let rows = transaction.query_typed(&self.sql.hold_place, &place).await;
+        Ok(!rows?.is_empty())
     }
 
-    /// A message is done.
-    pub(super) async fn forget(
+    /// Which of these messages are still to be tried: nobody decides about them before the
+    /// transaction ends.
+    pub(super) async fn hold(
         &self,
         transaction: &Transaction<'_>,
-        due: &Due,
-    ) -> std::result::Result<(), tokio_postgres::Error> {
-        let parameters = [
-            (&due.lane.source as _, Type::INT4),
-            (&due.id as _, Type::UUID),
+        run: &[Due],
+    ) -> std::result::Result<HashSet<(i32, Uuid)>, tokio_postgres::Error> {
+        let (sources, ids) = names(run);
+        let attempts: Vec<i32> = run.iter().map(Due::counted).collect();
+        let parameters: [Parameter<'_>; 3] = [
+            (&sources, Type::INT4_ARRAY),
+            (&ids, Type::UUID_ARRAY),
+            (&attempts, Type::INT4_ARRAY),
         ];
-        let sql = &self.sql.forget;
-        transaction.execute_typed(sql, &parameters).await?;
-        Ok(())
+        let rows = transaction.query_typed(&self.sql.hold, &parameters).await?;
+        Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
+    }
+
+    /// These messages are done.
+    pub(super) async fn forget<'d>(
+        &self,
+        transaction: &Transaction<'_>,
+        done: impl IntoIterator<Item = &'d Due>,
+    ) -> std::result::Result<(), tokio_postgres::Error> {
+        name_each(transaction, &self.sql.forget, done).await
+    }
+
+    /// These messages were not tried, after all.
+    pub(super) async fn put_back<'d>(
+        &self,
+        transaction: &Transaction<'_>,
+        untried: impl IntoIterator<Item = &'d Due>,
+    ) -> std::result::Result<(), tokio_postgres::Error> {
+        name_each(transaction, &self.sql.put_back, untried).await
     }
 
     /// An attempt came to nothing.
@@ -567,6 +618,27 @@ impl Store {
     }
 }
 
+/// What messages are called, as arrays, one for each column.
+fn names<'d>(run: impl IntoIterator<Item = &'d Due>) -> (Vec<i32>, Vec<Uuid>) {
+    let run = run.into_iter();
+    run.map(|due| (due.lane.source, due.id)).unzip()
+}
+
+/// Runs a statement that takes the names of messages.
+async fn name_each<'d>(
+    transaction: &Transaction<'_>,
+    sql: &str,
+    run: impl IntoIterator<Item = &'d Due>,
+) -> std::result::Result<(), tokio_postgres::Error> {
+    let (sources, ids) = names(run);
+    if sources.is_empty() {
+        return Ok(());
+    }
+    let parameters: [Parameter<'_>; 2] = [(&sources, Type::INT4_ARRAY), (&ids, Type::UUID_ARRAY)];
+    transaction.execute_typed(sql, &parameters).await?;
+    Ok(())
+}
+
 /// Places as arrays, one for each column.
 fn by_column<'p>(places: impl IntoIterator<Item = &'p Place>) -> (Vec<&'p str>, Vec<i32>) {
     let places = places.into_iter();
@@ -685,6 +757,14 @@ impl Sql {
                  WHERE m.source = s.id AND m.partition = p.partition AND m.status IN ('stored', 'waiting')
                    AND m.status = CASE WHEN $4 THEN 'waiting' ELSE 'stored' END"
             )),
+            count_waiting: sql(
+                "SELECT count(*) FROM (
+                     SELECT FROM unnest($1::integer[], $2::integer[]) AS p (source, partition)
+                     JOIN :\"schema\".inbox_message AS m ON m.source = p.source AND m.partition = p.partition
+                     WHERE m.status = 'waiting'
+                     LIMIT $3
+                 ) AS m",
+            ),
             promote: sql(
                 "WITH heads AS (
                      SELECT l.n, m.source, m.id, m.due_at
@@ -705,12 +785,9 @@ impl Sql {
                  )
                  SELECT n FROM heads",
             ),
-            take_due: sql(
-                "UPDATE :\"schema\".inbox_message AS m
-                 SET attempts = m.attempts + 1,
-                     due_at = clock_timestamp() + least($3 * 2 ^ least(m.attempts, 30), $4) * interval '1 second'
-                 FROM (
-                     SELECT p.n, d.source, d.id
+            take_run: sql(
+                "WITH due AS MATERIALIZED (
+                     SELECT p.n, d.*
                      FROM unnest($1::integer[], $2::integer[], $6::text[], $7::bigint[]) WITH ORDINALITY
                          AS p (source, partition, topic, epoch, n)
                      -- Who has lost a partition counts no attempts in it.
@@ -718,18 +795,54 @@ impl Sql {
                          ON o.consumer_group = $5 AND o.topic = p.topic AND o.partition = p.partition
                          AND o.epoch = p.epoch
                      CROSS JOIN LATERAL (
-                         SELECT m.source, m.id, m.due_at FROM :\"schema\".inbox_message AS m
+                         SELECT m.source, m.partition, m.lane, m.seq, m.attempts, m.due_at
+                         FROM :\"schema\".inbox_message AS m
                          WHERE m.source = p.source AND m.partition = p.partition AND m.status = 'waiting'
                            AND m.due_at <= clock_timestamp()
+                           -- A person may have another of its lane tried.
+                           AND NOT EXISTS (
+                               SELECT FROM :\"schema\".inbox_message AS b
+                               WHERE b.source = m.source AND b.partition = m.partition AND b.lane = m.lane
+                                 AND b.status = 'waiting' AND b.seq < m.seq
+                           )
                          ORDER BY m.due_at
-                         LIMIT 1
+                         LIMIT $8
                      ) AS d
                      ORDER BY d.due_at
-                     LIMIT 1
-                 ) AS d
-                 WHERE m.source = d.source AND m.id = d.id AND m.status = 'waiting'
-                   AND m.due_at <= clock_timestamp()
-                 RETURNING d.n, m.source, m.partition, m.lane, m.id, m.attempts, m.kafka_offset, m.message_id,
+                     LIMIT $8
+                 ), first AS (
+                     SELECT * FROM due ORDER BY due_at, seq LIMIT 1
+                 ), heads AS MATERIALIZED (
+                     SELECT * FROM first WHERE attempts > 0
+                     UNION ALL
+                     SELECT due.* FROM due JOIN first ON first.attempts = 0 WHERE due.attempts = 0
+                 ), run AS (
+                     SELECT h.n, h.source, m.id, sum(m.size) OVER (ORDER BY h.due_at, h.seq, m.seq) - m.size AS before
+                     FROM heads AS h
+                     CROSS JOIN LATERAL (
+                         SELECT m.*, max(m.attempts) OVER (ORDER BY m.seq) AS attempts_until
+                         FROM (
+                             SELECT m.id, m.seq, m.attempts,
+                                 pg_column_size(m.headers) + coalesce(pg_column_size(m.payload), 0)
+                                     + coalesce(pg_column_size(m.body), 0) AS size
+                             FROM :\"schema\".inbox_message AS m
+                             WHERE m.source = h.source AND m.partition = h.partition AND m.lane = h.lane
+                               AND m.status = 'waiting'
+                             ORDER BY m.seq
+                             LIMIT CASE h.attempts WHEN 0 THEN greatest($8 / (SELECT count(*) FROM heads), 1) ELSE 1 END
+                         ) AS m
+                     ) AS m
+                     WHERE m.seq = h.seq OR m.attempts_until = 0
+                 )
+                 UPDATE :\"schema\".inbox_message AS m
+                 SET attempts = m.attempts + 1,
+                     due_at = CASE m.due_at
+                         WHEN 'infinity' THEN m.due_at
+                         ELSE clock_timestamp() + least($3 * 2 ^ least(m.attempts, 30), $4) * interval '1 second'
+                     END
+                 FROM run
+                 WHERE m.source = run.source AND m.id = run.id AND m.status = 'waiting' AND run.before < $9
+                 RETURNING run.n, m.seq, m.source, m.partition, m.lane, m.id, m.attempts, m.kafka_offset, m.message_id,
                      m.original_id, m.key, m.event_type, m.schema_version, m.headers::text, m.payload::text, m.body,
                      (extract(epoch FROM m.created_at) * 1000000)::bigint AS produced",
             ),
@@ -739,12 +852,23 @@ impl Sql {
                  WHERE consumer_group = $1 AND topic = $2 AND partition = $3 AND epoch = $4
                  FOR KEY SHARE",
             ),
-            hold_message: sql(
-                "SELECT FROM :\"schema\".inbox_message
-                 WHERE source = $1 AND id = $2 AND status = 'waiting' AND attempts = $3
-                 FOR UPDATE",
+            hold: sql(
+                "SELECT m.source, m.id FROM :\"schema\".inbox_message AS m
+                 JOIN unnest($1::integer[], $2::uuid[], $3::integer[]) AS r (source, id, attempts)
+                     ON m.source = r.source AND m.id = r.id
+                 WHERE m.status = 'waiting' AND m.attempts = r.attempts
+                 ORDER BY m.source, m.id
+                 FOR UPDATE OF m",
             ),
-            forget: sql("DELETE FROM :\"schema\".inbox_message WHERE source = $1 AND id = $2"),
+            forget: sql(
+                "DELETE FROM :\"schema\".inbox_message AS m USING unnest($1::integer[], $2::uuid[]) AS r (source, id)
+                 WHERE m.source = r.source AND m.id = r.id",
+            ),
+            put_back: sql(
+                "UPDATE :\"schema\".inbox_message AS m SET attempts = m.attempts - 1
+                 FROM unnest($1::integer[], $2::uuid[]) AS r (source, id)
+                 WHERE m.source = r.source AND m.id = r.id",
+            ),
             fail: sql(
                 "UPDATE :\"schema\".inbox_message
                  SET error = $3, due_at = clock_timestamp() + $4 * interval '1 second'

@@ -25,7 +25,8 @@ fn flags(help: &str) -> Vec<(&str, &str)> {
 }
 
 /// Flags that have no default: what they name only their users know.
-const WITHOUT_DEFAULT: [&str; 43] = [
+const WITHOUT_DEFAULT: [&str; 44] = [
+    "commit",
     "dead-letter-topic",
     "mark",
     "table",
@@ -92,7 +93,7 @@ fn help_tells_of_each_flag_its_variable_its_default_and_its_unit() {
     for (command, count) in [
         ("relay", 39),
         ("setup", 22),
-        ("inbox", 25),
+        ("inbox", 28),
         ("cleanup", 14),
         ("demo", 6),
         ("parked list", 13),
