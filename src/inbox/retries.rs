@@ -158,8 +158,12 @@ async fn once(
             store.forget(&transaction, taken).await?;
             true
         }
-        // Only the application could handle it: it is adopted when the partition is assigned.
-        Verdict::Stored | Verdict::Suspect | Verdict::Behind => false,
+        // What a person has tried again: who is to handle it is not known to them.
+        Verdict::Stored => {
+            store.hand_over(&transaction, taken).await?;
+            true
+        }
+        Verdict::Suspect | Verdict::Behind => false,
     };
     transaction.commit().await?;
     Ok(is_settled)
