@@ -44,7 +44,7 @@ pub(super) fn check_reason(reason: &str) -> postbox::Result<()> {
     if !reason.trim().is_empty() {
         return Ok(());
     }
-    let message = "--reason: say why; it is what others will find with the event";
+    let message = "--reason: say why; it is what others will find with it";
     Err(Error::new(ErrorKind::Settings, message))
 }
 

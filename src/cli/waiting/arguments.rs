@@ -13,8 +13,8 @@ use crate::cli::arguments::{DatabaseArguments, SchemaArguments};
 use crate::cli::quantity;
 
 /// What a row is about.
+// Under the heading of those that it stands among.
 #[derive(Debug, Args)]
-#[command(next_help_heading = "Which of them")]
 pub(in crate::cli) struct AboutArguments {
     /// Of this topic.
     #[arg(long, env = "POSTBOX_TOPIC", value_name = "NAME")]
@@ -129,7 +129,8 @@ impl DecidingArguments {
             ));
         }
         if self.by.as_ref().is_some_and(|by| by.trim().is_empty()) {
-            let message = "--by: say who decides, or leave it out; it is what others will find with the event";
+            let message =
+                "--by: say who decides, or leave it out; it is what others will find with it";
             return refuse(message.to_owned());
         }
         Ok(())

@@ -5,6 +5,7 @@ mod failures;
 mod handling;
 mod harm;
 mod position;
+mod stored;
 
 use std::process::Command;
 use std::time::Duration;
