@@ -30,7 +30,7 @@ const SINCE: &str = "RECEIVED";
 #[derive(Debug)]
 pub(super) enum InboxCommand {
     Consume(Box<ConsumeCommand>),
-    Messages(Action),
+    Messages(Box<Action>),
 }
 
 #[derive(Debug, Subcommand)]
@@ -61,7 +61,7 @@ impl FromArgMatches for InboxCommand {
     fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
         Ok(match matches.subcommand_name() {
             None => Self::Consume(Box::new(ConsumeCommand::from_arg_matches(matches)?)),
-            Some(_) => Self::Messages(Action::from_arg_matches(matches)?),
+            Some(_) => Self::Messages(Box::new(Action::from_arg_matches(matches)?)),
         })
     }
 
@@ -75,10 +75,18 @@ impl InboxCommand {
     pub(super) fn run(&self) -> anyhow::Result<()> {
         match self {
             Self::Consume(command) => command.run(),
-            Self::Messages(Action::List(command)) => command.run(),
-            Self::Messages(Action::Show(command)) => command.run(),
-            Self::Messages(Action::Retry(command)) => command.run(),
-            Self::Messages(Action::Skip(command)) => command.run(),
+            Self::Messages(action) => action.run(),
+        }
+    }
+}
+
+impl Action {
+    fn run(&self) -> anyhow::Result<()> {
+        match self {
+            Self::List(command) => command.run(),
+            Self::Show(command) => command.run(),
+            Self::Retry(command) => command.run(),
+            Self::Skip(command) => command.run(),
         }
     }
 }

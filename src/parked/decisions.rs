@@ -54,14 +54,6 @@ pub enum Left {
 }
 
 impl Left {
-    /// All of them.
-    pub const ALL: [Self; 4] = [
-        Self::BeingSent,
-        Self::Scheduled,
-        Self::AwaitsTopic,
-        Self::Skipped,
-    ];
-
     /// Why, and what can be done.
     pub const fn reason(self) -> &'static str {
         match self {

@@ -56,9 +56,6 @@ pub enum Left {
 }
 
 impl Left {
-    /// All of them.
-    pub const ALL: [Self; 3] = [Self::BeingHandled, Self::Claimed, Self::Skipped];
-
     /// Why, and what can be done.
     pub const fn reason(self) -> &'static str {
         match self {
