@@ -87,6 +87,7 @@ CREATE TABLE :"schema".inbox_message (
     body bytea,
     error text,
     owes_letter boolean NOT NULL DEFAULT false,
+    is_claimed boolean NOT NULL DEFAULT false,
     decided_by text,
     reason text,
     CONSTRAINT inbox_message_pkey PRIMARY KEY (source, id),
@@ -105,6 +106,7 @@ COMMENT ON COLUMN :"schema".inbox_message.original_id IS 'the message id, where 
 COMMENT ON COLUMN :"schema".inbox_message.body IS 'the record''s value, where it is no JSON that payload can hold';
 COMMENT ON COLUMN :"schema".inbox_message.error IS 'why it failed, the last time';
 COMMENT ON COLUMN :"schema".inbox_message.owes_letter IS 'a copy is still to be sent to the dead-letter topic';
+COMMENT ON COLUMN :"schema".inbox_message.is_claimed IS 'by the application, until due_at: nobody decides about it meanwhile';
 COMMENT ON COLUMN :"schema".inbox_message.decided_by IS 'who skipped it, or had it tried again';
 
 CREATE INDEX inbox_message_lane ON :"schema".inbox_message (source, partition, lane, seq)
@@ -211,7 +213,7 @@ BEGIN
                         LIMIT CASE WHEN head.attempts > 0 THEN 1 ELSE most - claimed END
                     ), taken AS (
                         UPDATE inbox_message AS m
-                        SET attempts = m.attempts + 1, due_at = clock_timestamp() + lease
+                        SET attempts = m.attempts + 1, due_at = clock_timestamp() + lease, is_claimed = true
                         FROM run
                         WHERE m.source = place.source AND m.id = run.id AND m.status = 'stored'
                         RETURNING m.*
@@ -269,7 +271,7 @@ DECLARE
     failed inbox_message;
 BEGIN
     UPDATE inbox_message AS m
-    SET error = inbox_fail.error,
+    SET error = inbox_fail.error, is_claimed = false,
         status = CASE WHEN m.attempts >= attempts_max THEN 'dead' ELSE m.status END,
         due_at = clock_timestamp() + least(backoff_min * 2 ^ least(greatest(m.attempts - 1, 0), 30), backoff_max)
     FROM inbox_source AS s
@@ -281,7 +283,7 @@ BEGIN
     END IF;
     -- Those that were claimed with it are to be claimed again, and were not tried.
     UPDATE inbox_message AS m
-    SET due_at = clock_timestamp(), attempts = greatest(m.attempts - 1, 0)
+    SET due_at = clock_timestamp(), attempts = greatest(m.attempts - 1, 0), is_claimed = false
     WHERE m.source = failed.source AND m.partition = failed.partition AND m.lane = failed.lane
       AND m.seq > failed.seq AND m.status = 'stored' AND m.due_at > clock_timestamp();
     RETURN true;

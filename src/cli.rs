@@ -14,6 +14,7 @@ mod recover;
 mod relay;
 mod service;
 mod setup;
+mod waiting;
 
 use std::panic::{self, AssertUnwindSafe};
 

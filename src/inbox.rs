@@ -43,6 +43,7 @@ pub mod message;
 pub mod position;
 mod retries;
 mod store;
+pub mod stored;
 pub mod strategy;
 
 use std::sync::Arc;

@@ -106,6 +106,8 @@ pub mod properties;
 pub mod publisher;
 #[cfg(feature = "relay")]
 pub mod relay;
+#[cfg(feature = "relay")]
+mod selection;
 #[cfg(feature = "demo")]
 pub mod servers;
 #[cfg(feature = "relay")]

@@ -1,435 +1,283 @@
 //! `postbox inbox`.
 
-use std::str::FromStr;
-use std::sync::Arc;
-use std::time::Duration;
+mod arguments;
+mod consume;
+mod json;
+mod text;
 
-use clap::{Args, ValueEnum, value_parser};
-use postbox::health::Health;
-use postbox::http::{Endpoints, Exposed};
-use postbox::inbox::batch::Attempts;
-use postbox::inbox::handler::{Function, Handlers};
-use postbox::inbox::lane::Order;
-use postbox::inbox::message::Reading;
-use postbox::inbox::position::{From, OnReset};
-use postbox::inbox::strategy::{Ack, CommitOn};
-use postbox::inbox::{Inbox, InboxSettings};
-use postbox::metrics::InboxMetrics;
-use postbox::{Error, ErrorKind};
+use std::io::Write;
 
-use super::arguments::{DatabaseArguments, KafkaArguments, SchemaArguments};
-use super::quantity::{check_order, size, time};
-use super::service::{Http, Service};
+use clap::{ArgMatches, Args, Command, FromArgMatches, Subcommand};
+use postbox::inbox::stored::decisions::{self, Decided, Decision};
+use postbox::inbox::stored::{self, Contents, Filter, Stored};
 
-/// Consumes topics and has each message handled once, until it is told to stop.
-///
-/// Offsets, the ids of what was received, and what a handler in the database writes are committed in
-/// one transaction for each batch: effects happen once for each group, topic and message id, whatever
-/// crashes. A message that fails waits in postbox.inbox_message with its key, and is tried again from
-/// there.
-///
-/// It waits for Postgres and Kafka for as long as it takes, also at the start, and ends only on errors
-/// that waiting does not mend. SIGTERM and SIGINT finish the batch that is at work, and give the
-/// partitions back.
-///
-/// A TIME is a whole number of ms, s, m, h or d; a SIZE is one of bytes, KiB, MiB or GiB.
-#[derive(Debug, Args)]
-pub(super) struct InboxCommand {
-    /// The topics, parted by commas.
-    #[arg(
-        long,
-        env = "POSTBOX_TOPICS",
-        value_delimiter = ',',
-        required_unless_present = "topic_regex",
-        value_name = "LIST"
-    )]
-    topics: Vec<String>,
+use super::waiting::arguments::{
+    DecidingArguments, LimitArguments, Output, OutputArguments, PayloadArguments, PlaceArguments,
+};
+use super::waiting::json::{Whole, line};
+use super::waiting::text::printable;
+use super::waiting::{self, Kind, Report, check_reason, print, with};
+use arguments::FilterArguments;
+use consume::ConsumeCommand;
 
-    /// Topics whose whole name is this regular expression, also those that are made later; as well as, or
-    /// in the place of, --topics.
-    #[arg(long, env = "POSTBOX_TOPIC_REGEX", value_name = "REGEX")]
-    topic_regex: Option<String>,
+/// Of the sessions of whoever decides.
+const NAME: &str = "postbox inbox messages";
 
-    /// The consumer group, whose offsets and message ids are kept in Postgres.
-    #[arg(long, env = "POSTBOX_GROUP", value_name = "NAME")]
-    group: String,
+/// What its tables say of when messages came.
+const SINCE: &str = "RECEIVED";
 
-    /// Who handles messages: none (they wait in postbox.inbox_message for the application), or
-    /// sql:FUNCTION (a function that takes a postbox.message, or a postbox.message[] for a whole batch, and
-    /// works in the batch's transaction).
-    #[arg(
-        long,
-        env = "POSTBOX_HANDLER",
-        default_value = "none",
-        value_name = "HANDLER"
-    )]
-    handler: Handler,
-
-    /// When a message counts as received: exactly-once (with what the handler writes, in one transaction),
-    /// at-least-once (see --commit), or at-most-once (before it is handled).
-    #[arg(
-        long,
-        env = "POSTBOX_ACK",
-        default_value = "exactly-once",
-        value_name = "STRATEGY"
-    )]
-    ack: AckArgument,
-
-    /// With --ack at-least-once, what must have happened before a message counts as received: on-persist
-    /// (it is in postbox.inbox_message, and is handled from there), or on-success (it is handled, or
-    /// given up); on-success if it is not said.
-    #[arg(long, env = "POSTBOX_COMMIT", value_name = "WHEN")]
-    commit: Option<CommitArgument>,
-
-    #[command(flatten)]
-    database: DatabaseArguments,
-
-    #[command(flatten)]
-    schema: SchemaArguments,
-
-    #[command(flatten)]
-    kafka: KafkaArguments,
-
-    #[command(flatten)]
-    messages: MessageArguments,
-
-    #[command(flatten)]
-    failures: FailureArguments,
-
-    #[command(flatten)]
-    limits: LimitArguments,
-
-    /// Where /metrics, /healthz and /readyz are served: ADDRESS:PORT, port 0 takes a free one; none
-    /// turns them off.
-    #[arg(
-        long,
-        env = "POSTBOX_HTTP",
-        default_value = "127.0.0.1:9465",
-        value_name = "ADDRESS"
-    )]
-    http: Http,
+/// Without a subcommand it consumes; the subcommands are about what was received.
+#[derive(Debug)]
+pub(super) enum InboxCommand {
+    Consume(Box<ConsumeCommand>),
+    Messages(Box<Action>),
 }
 
-#[derive(Debug, Args)]
-#[command(next_help_heading = "Messages")]
-struct MessageArguments {
-    /// The header that has a message's id. Where it is not there, it is id, message_id, event_id or
-    /// ce_id, else the envelope's, else the record's place and time.
-    #[arg(long, env = "POSTBOX_ID_HEADER", value_name = "NAME")]
-    id_header: Option<String>,
-
-    /// Within what an id stands for one message: topic, or group (all of its topics). Not to be changed
-    /// once something was received: what was received before would be again.
-    #[arg(
-        long,
-        env = "POSTBOX_DEDUP_SCOPE",
-        default_value = "topic",
-        value_name = "SCOPE"
-    )]
-    dedup_scope: Scope,
-
-    /// What keeps its order: key (the messages of a key, in their partition), partition, or none.
-    #[arg(
-        long,
-        env = "POSTBOX_ORDER",
-        default_value = "key",
-        value_name = "ORDER"
-    )]
-    order: OrderArgument,
-
-    /// Where to begin if the group has read nothing, here or in Kafka: earliest or latest. A partition
-    /// that is new is always read from its beginning.
-    #[arg(
-        long,
-        env = "POSTBOX_FROM",
-        default_value = "earliest",
-        value_name = "END"
-    )]
-    from: FromArgument,
-
-    /// What to do where a log is not the one that was read, as its topic was made anew or its next
-    /// records are gone: stop (exit code 7), earliest or latest (go on there).
-    #[arg(
-        long,
-        env = "POSTBOX_ON_RESET",
-        default_value = "stop",
-        value_name = "POLICY"
-    )]
-    on_reset: OnResetArgument,
-
-    /// A name of this consumer within its group, which keeps its partitions while it restarts
-    /// (group.instance.id).
-    #[arg(long, env = "POSTBOX_INSTANCE", value_name = "NAME")]
-    instance: Option<String>,
+#[derive(Debug, Subcommand)]
+pub(super) enum Action {
+    List(ListCommand),
+    Show(ShowCommand),
+    Retry(RetryCommand),
+    Skip(SkipCommand),
 }
 
-#[derive(Debug, Args)]
-#[command(next_help_heading = "Messages that fail")]
-struct FailureArguments {
-    /// After how many attempts a message is given up, as a dead letter in postbox.inbox_message; 1 to
-    /// 1000. Deadlocks and serialization failures do not count.
-    #[arg(
-        long,
-        env = "POSTBOX_MAX_ATTEMPTS",
-        default_value = "6",
-        value_parser = value_parser!(u32).range(1..=1000),
-        value_name = "NUMBER"
-    )]
-    max_attempts: u32,
+// By hand: where a struct has both, what the consumer requires is required of the subcommands, too, once
+// one of its variables is set.
+impl Args for InboxCommand {
+    fn augment_args(command: Command) -> Command {
+        Action::augment_subcommands(ConsumeCommand::augment_args(command))
+            .subcommand_required(false)
+            .arg_required_else_help(false)
+            .subcommand_negates_reqs(true)
+            .args_conflicts_with_subcommands(true)
+    }
 
-    /// How long a message that failed waits for its second attempt; twice as long for each further
-    /// one; 10ms to 1h.
-    #[arg(
-        long,
-        env = "POSTBOX_RETRY_BACKOFF_MIN",
-        default_value = "1s",
-        value_parser = time(Duration::from_millis(10)..=Duration::from_secs(3600)),
-        value_name = "TIME"
-    )]
-    retry_backoff_min: Duration,
-
-    /// How long it waits at most; 10ms to 1d.
-    #[arg(
-        long,
-        env = "POSTBOX_RETRY_BACKOFF_MAX",
-        default_value = "1h",
-        value_parser = time(Duration::from_millis(10)..=Duration::from_secs(86_400)),
-        value_name = "TIME"
-    )]
-    retry_backoff_max: Duration,
-
-    /// How long a statement of the handler may take, after which it is cancelled; 10ms to 1h.
-    #[arg(
-        long,
-        env = "POSTBOX_HANDLER_TIMEOUT",
-        default_value = "30s",
-        value_parser = time(Duration::from_millis(10)..=Duration::from_secs(3600)),
-        value_name = "TIME"
-    )]
-    handler_timeout: Duration,
-}
-
-#[derive(Debug, Args)]
-#[command(next_help_heading = "Limits")]
-struct LimitArguments {
-    /// The most messages of a transaction; 1 to 100000.
-    #[arg(
-        long,
-        env = "POSTBOX_BATCH_MAX",
-        default_value = "1000",
-        value_parser = value_parser!(u32).range(1..=100_000),
-        value_name = "MESSAGES"
-    )]
-    batch_max: u32,
-
-    /// The most bytes of them; 1 to 1GiB. One larger message passes alone.
-    #[arg(
-        long,
-        env = "POSTBOX_BATCH_BYTES_MAX",
-        default_value = "4MiB",
-        value_parser = size(1..=1 << 30),
-        value_name = "SIZE"
-    )]
-    batch_bytes_max: u32,
-
-    /// How many bytes may be fetched and not handled yet; 1KiB to 1GiB.
-    #[arg(
-        long,
-        env = "POSTBOX_FETCH_BYTES_MAX",
-        default_value = "16MiB",
-        value_parser = size(1024..=1 << 30),
-        value_name = "SIZE"
-    )]
-    fetch_bytes_max: u32,
-
-    /// How many messages may wait in the table to be tried, of the partitions that are this consumer's, before
-    /// no more are read; 1 to 100000000. A batch may come on top.
-    #[arg(
-        long,
-        env = "POSTBOX_WAITING_MAX",
-        default_value = "100000",
-        value_parser = value_parser!(u32).range(1..=100_000_000),
-        value_name = "MESSAGES"
-    )]
-    waiting_max: u32,
-
-    /// How long a stop may wait for a handler; 0ms to 1h. If it is not enough, the exit code is 9, and
-    /// what it did is rolled back.
-    #[arg(
-        long,
-        env = "POSTBOX_SHUTDOWN_TIMEOUT",
-        default_value = "30s",
-        value_parser = time(Duration::ZERO..=Duration::from_secs(3600)),
-        value_name = "TIME"
-    )]
-    shutdown_timeout: Duration,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-enum Handler {
-    None,
-    Sql(String),
-}
-
-impl FromStr for Handler {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text.split_once(':') {
-            None if text == "none" => Ok(Self::None),
-            Some(("sql", function)) if !function.is_empty() => Ok(Self::Sql(function.to_owned())),
-            _ => Err("use none, or sql:SCHEMA.FUNCTION".to_owned()),
-        }
+    fn augment_args_for_update(command: Command) -> Command {
+        Self::augment_args(command)
     }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum AckArgument {
-    AtMostOnce,
-    AtLeastOnce,
-    ExactlyOnce,
-}
+impl FromArgMatches for InboxCommand {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        Ok(match matches.subcommand_name() {
+            None => Self::Consume(Box::new(ConsumeCommand::from_arg_matches(matches)?)),
+            Some(_) => Self::Messages(Box::new(Action::from_arg_matches(matches)?)),
+        })
+    }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum CommitArgument {
-    OnPersist,
-    OnSuccess,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Scope {
-    Topic,
-    Group,
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum OrderArgument {
-    Key,
-    Partition,
-    None,
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum FromArgument {
-    Earliest,
-    Latest,
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum OnResetArgument {
-    Stop,
-    Earliest,
-    Latest,
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
 }
 
 impl InboxCommand {
     pub(super) fn run(&self) -> anyhow::Result<()> {
-        let settings = self.resolve()?;
-        let metrics = Arc::new(InboxMetrics::default());
-        let health = Arc::new(Health::default());
-        let endpoints = Endpoints {
-            metrics: Exposed::Inbox(metrics.clone()),
-            health: health.clone(),
-        };
-        let inbox = Inbox::new(settings, metrics, health);
-        let service = Service {
-            name: "inbox",
-            repeats: "the batch that was at work is rolled back, and done again",
-            http: self.http,
-        };
-        service.run(endpoints, |stopped| inbox.run(stopped))
+        match self {
+            Self::Consume(command) => command.run(),
+            Self::Messages(action) => action.run(),
+        }
     }
+}
 
-    fn ack(&self) -> postbox::Result<Ack> {
-        let refuse = |message: &str| Err(Error::new(ErrorKind::Settings, message));
-        let ack = match (self.ack, self.commit) {
-            (AckArgument::AtLeastOnce, Some(CommitArgument::OnPersist)) => {
-                Ack::AtLeastOnce(CommitOn::Persist)
-            }
-            (AckArgument::AtLeastOnce, _) => Ack::AtLeastOnce(CommitOn::Success),
-            (_, Some(_)) => {
-                return refuse(
-                    "--commit says what at-least-once means: use it with --ack at-least-once",
-                );
-            }
-            (AckArgument::AtMostOnce, None) => Ack::AtMostOnce,
-            (AckArgument::ExactlyOnce, None) => Ack::ExactlyOnce,
-        };
-        let is_stored = [Ack::ExactlyOnce, Ack::AtLeastOnce(CommitOn::Persist)].contains(&ack);
-        if self.handler == Handler::None && !is_stored {
-            return refuse(
-                "--handler none stores messages for the application, which is done once and for all: use --ack \
-                 exactly-once, or name a handler",
-            );
+impl Action {
+    fn run(&self) -> anyhow::Result<()> {
+        match self {
+            Self::List(command) => command.run(),
+            Self::Show(command) => command.run(),
+            Self::Retry(command) => command.run(),
+            Self::Skip(command) => command.run(),
         }
-        Ok(ack)
     }
+}
 
-    fn resolve(&self) -> postbox::Result<InboxSettings> {
-        let refuse = |message: String| Err(Error::new(ErrorKind::Settings, message));
-        let FailureArguments {
-            max_attempts: max,
-            retry_backoff_min: backoff_min,
-            retry_backoff_max: backoff_max,
-            handler_timeout,
-        } = self.failures;
-        check_order(
-            ("--retry-backoff-min", backoff_min),
-            ("--retry-backoff-max", backoff_max),
-        )?;
-        if self.group.is_empty() {
-            return refuse("--group needs a name".to_owned());
+/// Lists messages of the inbox, in the order in which they were received.
+#[derive(Debug, Args)]
+pub(super) struct ListCommand {
+    #[command(flatten)]
+    limit: LimitArguments,
+
+    #[command(flatten)]
+    output: OutputArguments,
+
+    #[command(flatten)]
+    filter: FilterArguments,
+
+    #[command(flatten)]
+    place: PlaceArguments,
+}
+
+impl ListCommand {
+    fn run(&self) -> anyhow::Result<()> {
+        let filter = self.filter.resolve();
+        let (messages, more) = with(&self.place, NAME, async |session, contract| {
+            stored::list(&session.client, contract, &filter, self.limit.limit).await
+        })?;
+        print(|out| {
+            match self.output.output {
+                Output::Table => {
+                    waiting::text::table(out, SINCE, messages.iter().map(text::line))?;
+                }
+                Output::Json => {
+                    for message in &messages {
+                        line(out, &json::Message::of(message))?;
+                    }
+                }
+            }
+            out.flush()
+        })?;
+        if more > 0 {
+            // Not part of the results: whoever reads those takes every line for a message.
+            eprintln!("{more} more: --limit lists them too");
         }
-        if let Some(topic) = self.topics.iter().find(|topic| topic.starts_with('^')) {
-            return refuse(format!(
-                "--topics {topic} is a regular expression: use --topic-regex"
-            ));
-        }
-        let regex = self.topic_regex.as_ref().map(|regex| {
-            let regex = regex.trim_start_matches('^').trim_end_matches('$');
-            format!("^({regex})$")
-        });
-        Ok(InboxSettings {
-            database: self.database.resolve()?,
-            contract: self.schema.resolve()?,
-            kafka: self.kafka.resolve()?,
-            topics: self.topics.iter().cloned().chain(regex).collect(),
+        Ok(())
+    }
+}
+
+/// Shows everything that is known of messages of the inbox, with what is in them.
+///
+/// Headers, payloads and bodies are shown only with --payload.
+#[derive(Debug, Args)]
+pub(super) struct ShowCommand {
+    /// The messages' ids.
+    #[arg(required = true, value_name = "ID")]
+    ids: Vec<String>,
+
+    /// Of this consumer group; without it of all.
+    #[arg(long, env = "POSTBOX_GROUP", value_name = "NAME")]
+    group: Option<String>,
+
+    #[command(flatten)]
+    payload: PayloadArguments,
+
+    #[command(flatten)]
+    output: OutputArguments,
+
+    #[command(flatten)]
+    place: PlaceArguments,
+}
+
+impl ShowCommand {
+    fn run(&self) -> anyhow::Result<()> {
+        let filter = Filter {
+            ids: self.ids.clone(),
             group: self.group.clone(),
-            instance: self.messages.instance.clone(),
-            ack: self.ack()?,
-            handlers: match &self.handler {
-                Handler::None => Handlers::Application,
-                Handler::Sql(name) => Handlers::Sql(Function::new(name)),
-            },
-            reading: Reading {
-                id_header: self.messages.id_header.clone(),
-            },
-            shares_ids: self.messages.dedup_scope == Scope::Group,
-            order: match self.messages.order {
-                OrderArgument::Key => Order::Key,
-                OrderArgument::Partition => Order::Partition,
-                OrderArgument::None => Order::None,
-            },
-            from: match self.messages.from {
-                FromArgument::Earliest => From::Earliest,
-                FromArgument::Latest => From::Latest,
-            },
-            on_reset: match self.messages.on_reset {
-                OnResetArgument::Stop => OnReset::Stop,
-                OnResetArgument::Earliest => OnReset::Earliest,
-                OnResetArgument::Latest => OnReset::Latest,
-            },
-            attempts: Attempts {
-                max,
-                backoff_min,
-                backoff_max,
-            },
-            handler_timeout,
-            batch_max: self.limits.batch_max as usize,
-            batch_bytes_max: self.limits.batch_bytes_max as usize,
-            fetch_bytes_max: self.limits.fetch_bytes_max as usize,
-            waiting_max: self.limits.waiting_max as usize,
-            shutdown_timeout: self.limits.shutdown_timeout,
+            ..Filter::default()
+        };
+        let messages = with(&self.place, NAME, async |session, contract| {
+            stored::show(&session.client, contract, &filter).await
+        })?;
+        print(|out| {
+            for (message, contents) in &messages {
+                self.write(out, message, contents)?;
+            }
+            out.flush()
         })
+    }
+
+    fn write(
+        &self,
+        out: &mut dyn Write,
+        message: &Stored,
+        contents: &Contents,
+    ) -> std::io::Result<()> {
+        let (columns, with_payload) = (Ok(contents.columns()), self.payload.payload);
+        match self.output.output {
+            Output::Table => {
+                let title = format!("message {}", printable(&message.id));
+                let facts = text::facts(message);
+                waiting::text::everything(out, &title, &facts, columns, with_payload)
+            }
+            Output::Json => {
+                let message = json::Message::of(message);
+                line(out, &Whole::of(message, columns, with_payload))
+            }
+        }
+    }
+}
+
+/// Has messages of the inbox tried again, from the first attempt on.
+///
+/// One that waits is due at once, or as soon as the earlier ones of its key are done. One that was given
+/// up, after its attempts or with --status skipped by a person, is handled after those of its key that were
+/// handled since, and before those that still wait. Later ones that arrive while it is tried do not wait
+/// for it, unless others of its key wait, too, or the consumer is started anew. The consumer tries it within
+/// a second; where the application claims messages, it gives it back to the application. What is being
+/// handled or is claimed at this moment is left as it is. What was left is said, with exit code 3. It needs a
+/// filter, ids or --all.
+#[derive(Debug, Args)]
+pub(super) struct RetryCommand {
+    #[command(flatten)]
+    decision: DecisionArguments,
+}
+
+impl RetryCommand {
+    fn run(&self) -> anyhow::Result<()> {
+        self.decision.run(Decision::Retry)
+    }
+}
+
+/// Gives messages of the inbox up: they are never handled, and those that wait behind them go on.
+///
+/// Who did so, when and why is kept with the message, and `retry` takes it back. What is being handled or is
+/// claimed at this moment is left as it is. What was left is said, with exit code 3. It needs a filter, ids or
+/// --all.
+#[derive(Debug, Args)]
+pub(super) struct SkipCommand {
+    /// Why: kept with the message.
+    #[arg(long, env = "POSTBOX_REASON", value_name = "TEXT")]
+    reason: String,
+
+    #[command(flatten)]
+    decision: DecisionArguments,
+}
+
+impl SkipCommand {
+    fn run(&self) -> anyhow::Result<()> {
+        check_reason(&self.reason)?;
+        let reason = &self.reason;
+        self.decision.run(Decision::Skip { reason })
+    }
+}
+
+#[derive(Debug, Args)]
+struct DecisionArguments {
+    #[command(flatten)]
+    deciding: DecidingArguments,
+
+    #[command(flatten)]
+    filter: FilterArguments,
+
+    #[command(flatten)]
+    place: PlaceArguments,
+}
+
+impl DecisionArguments {
+    fn run(&self, decision: Decision<'_>) -> anyhow::Result<()> {
+        let filter = self.filter.resolve();
+        self.deciding.check(filter.is_empty(), "messages")?;
+        let by = self.deciding.by(&self.place)?;
+        let decided = with(&self.place, NAME, async |session, contract| {
+            let client = &mut session.client;
+            match self.deciding.dry_run {
+                true => decisions::rehearse(client, contract, &filter, decision).await,
+                false => decisions::decide(client, contract, &filter, decision, &by).await,
+            }
+        })?;
+        let report = Report {
+            rows: "messages",
+            since: SINCE,
+            kind: match decision {
+                Decision::Retry => Kind::Retry,
+                Decision::Skip { .. } => Kind::Skip,
+            },
+            decided: &decided,
+            left: |decided: &Decided| decided.left.map(|left| (left.reason(), left.name())),
+        };
+        report.print(
+            &self.deciding,
+            |decided| text::line(&decided.message),
+            |decided| json::Message::of(&decided.message),
+        )
     }
 }

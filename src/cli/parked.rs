@@ -8,17 +8,27 @@ use std::fs::{self, OpenOptions};
 use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
-use clap::builder::BoolishValueParser;
-use clap::{Args, Subcommand, value_parser};
-use postbox::contract::Contract;
-use postbox::database::{Database, Session};
-use postbox::parked::decisions::{self, Decided, Decision, Left};
-use postbox::parked::{Filter, event};
+use clap::{Args, Subcommand};
+use postbox::parked::Filter;
+use postbox::parked::decisions::{self, Decided, Decision};
+use postbox::parked::event::{self, Parked};
+use postbox::parked::row::StoredRow;
 use postbox::{Error, ErrorKind};
 
-use arguments::{FilterArguments, Output, OutputArguments, PayloadArguments, PlaceArguments};
+use super::waiting::arguments::{
+    DecidingArguments, LimitArguments, Output, OutputArguments, PayloadArguments, PlaceArguments,
+};
+use super::waiting::json::{Whole, line};
+use super::waiting::text::printable;
+use super::waiting::{self, Kind, Report, check_reason, finish, print, with};
+use arguments::FilterArguments;
+
+/// Of its sessions.
+const NAME: &str = "postbox parked";
+
+/// What its tables say of when events came.
+const SINCE: &str = "PARKED";
 
 /// Shows the events that wait for a person, another try or their time, and decides about them.
 ///
@@ -55,15 +65,8 @@ impl ParkedCommand {
 /// Lists events, in the order in which the relay read them.
 #[derive(Debug, Args)]
 struct ListCommand {
-    /// How many are listed at most; 1 to 1000000. How many more there are is said.
-    #[arg(
-        long,
-        env = "POSTBOX_LIMIT",
-        default_value_t = 100,
-        value_parser = value_parser!(u32).range(1..=1_000_000),
-        value_name = "EVENTS"
-    )]
-    limit: u32,
+    #[command(flatten)]
+    limit: LimitArguments,
 
     #[command(flatten)]
     output: OutputArguments,
@@ -78,15 +81,15 @@ struct ListCommand {
 impl ListCommand {
     fn run(&self) -> anyhow::Result<()> {
         let filter = self.filter.resolve();
-        let (events, more) = with(&self.place, async |session, contract| {
-            event::list(&session.client, contract, &filter, self.limit).await
+        let (events, more) = with(&self.place, NAME, async |session, contract| {
+            event::list(&session.client, contract, &filter, self.limit.limit).await
         })?;
         print(|out| {
             match self.output.output {
-                Output::Table => text::table(out, events.iter().map(|event| (event, None)))?,
+                Output::Table => waiting::text::table(out, SINCE, events.iter().map(text::line))?,
                 Output::Json => {
                     for event in &events {
-                        json::line(out, &json::Event::of(event))?;
+                        line(out, &json::Event::of(event))?;
                     }
                 }
             }
@@ -129,11 +132,15 @@ impl ShowCommand {
             ..Filter::default()
         };
         let mut out = BufWriter::new(io::stdout().lock());
-        let write = |event: &_, row: &_| match self.output.output {
-            Output::Table => text::everything(&mut out, event, row, self.payload.payload),
-            Output::Json => {
-                json::line(&mut out, &json::Whole::of(event, row, self.payload.payload))
-            }
+        let write = |event: &Parked, row: &StoredRow| match self.output.output {
+            Output::Table => waiting::text::everything(
+                &mut out,
+                &format!("event {}", printable(&event.id)),
+                &text::facts(event),
+                row.columns(),
+                self.payload.payload,
+            ),
+            Output::Json => line(&mut out, &whole(event, row, &self.payload)),
         };
         for_each(&self.place, &filter, write)?;
         finish(out.flush())
@@ -176,10 +183,7 @@ struct SkipCommand {
 
 impl SkipCommand {
     fn run(&self) -> anyhow::Result<()> {
-        if self.reason.trim().is_empty() {
-            let message = "--reason: say why; it is what others will find with the event";
-            return Err(Error::new(ErrorKind::Settings, message).into());
-        }
+        check_reason(&self.reason)?;
         let reason = &self.reason;
         self.decision.run(Decision::Skip { reason })
     }
@@ -187,21 +191,8 @@ impl SkipCommand {
 
 #[derive(Debug, Args)]
 struct DecisionArguments {
-    /// Decide about all that wait or are dead, where no flag says which. The variable is true or false.
-    #[arg(long, env = "POSTBOX_ALL", value_parser = BoolishValueParser::new())]
-    all: bool,
-
-    /// Change nothing, and say what would be changed. The variable is true or false.
-    #[arg(long, env = "POSTBOX_DRY_RUN", value_parser = BoolishValueParser::new())]
-    dry_run: bool,
-
-    /// Who decides: kept with the event. Without it, the operating system's user and host, and the
-    /// database's role.
-    #[arg(long, env = "POSTBOX_BY", value_name = "TEXT")]
-    by: Option<String>,
-
     #[command(flatten)]
-    output: OutputArguments,
+    deciding: DecidingArguments,
 
     #[command(flatten)]
     filter: FilterArguments,
@@ -213,81 +204,31 @@ struct DecisionArguments {
 impl DecisionArguments {
     fn run(&self, decision: Decision<'_>) -> anyhow::Result<()> {
         let filter = self.filter.resolve();
-        if filter.is_empty() && !self.all {
-            let message = "say which events: ids, a flag such as --topic or --status, or --all";
-            return Err(Error::new(ErrorKind::Settings, message).into());
-        }
-        if self.by.as_ref().is_some_and(|by| by.trim().is_empty()) {
-            let message = "--by: say who decides, or leave it out; it is what others will find with the event";
-            return Err(Error::new(ErrorKind::Settings, message).into());
-        }
-        let (database, _) = self.place.resolve()?;
-        let by = self.by.clone().unwrap_or_else(|| decider(&database));
-        let decided = with(&self.place, async |session, contract| match self.dry_run {
-            true => decisions::rehearse(&session.client, contract, &filter, decision).await,
-            false => decisions::decide(&mut session.client, contract, &filter, decision, &by).await,
+        self.deciding.check(filter.is_empty(), "events")?;
+        let by = self.deciding.by(&self.place)?;
+        let decided = with(&self.place, NAME, async |session, contract| {
+            let client = &mut session.client;
+            match self.deciding.dry_run {
+                true => decisions::rehearse(client, contract, &filter, decision).await,
+                false => decisions::decide(client, contract, &filter, decision, &by).await,
+            }
         })?;
-        print(|out| {
-            match self.output.output {
-                Output::Table => {
-                    let rows = decided.iter().map(|decided| (&decided.event, decided.left));
-                    // The summary says that there are none.
-                    if !decided.is_empty() {
-                        text::table(out, rows)?;
-                    }
-                    writeln!(out, "{}", self.summary(decision, &decided))?;
-                }
-                Output::Json => {
-                    for decided in &decided {
-                        json::line(out, &json::Outcome::of(decided, decision, self.dry_run))?;
-                    }
-                }
-            }
-            out.flush()
-        })?;
-        all_done(&decided)
+        let report = Report {
+            rows: "events",
+            since: SINCE,
+            kind: match decision {
+                Decision::Retry => Kind::Retry,
+                Decision::Skip { .. } => Kind::Skip,
+            },
+            decided: &decided,
+            left: |decided: &Decided| decided.left.map(|left| (left.reason(), left.name())),
+        };
+        report.print(
+            &self.deciding,
+            |decided| text::line(&decided.event),
+            |decided| json::Event::of(&decided.event),
+        )
     }
-
-    fn summary(&self, decision: Decision<'_>, decided: &[Decided]) -> String {
-        let done = decided.iter().filter(|decided| decided.left.is_none());
-        let (done, all) = (done.count(), decided.len());
-        match (decision, self.dry_run) {
-            (Decision::Retry, false) => format!("{done} of {all} events will be tried again"),
-            (Decision::Skip { .. }, false) => format!("{done} of {all} events are skipped"),
-            (Decision::Retry, true) => {
-                format!("{done} of {all} events would be tried again; nothing was changed")
-            }
-            (Decision::Skip { .. }, true) => {
-                format!("{done} of {all} events would be skipped; nothing was changed")
-            }
-        }
-    }
-}
-
-/// An error where something was left as it is, with the reasons.
-fn all_done(decided: &[Decided]) -> anyhow::Result<()> {
-    let reasons: Vec<_> = Left::ALL
-        .into_iter()
-        .map(|left| {
-            (
-                left,
-                decided.iter().filter(|d| d.left == Some(left)).count(),
-            )
-        })
-        .filter(|(_, count)| *count > 0)
-        .map(|(left, count)| format!("{count} {}", left.reason()))
-        .collect();
-    if reasons.is_empty() {
-        return Ok(());
-    }
-    let left = decided.iter().filter(|decided| decided.left.is_some());
-    let message = format!(
-        "{} of {} events were left as they are: {}",
-        left.count(),
-        decided.len(),
-        reasons.join("; ")
-    );
-    Err(Error::new(ErrorKind::Database, message).into())
 }
 
 /// Writes events as JSON, one a line, with the columns of their rows, so that they can be written again.
@@ -343,10 +284,7 @@ impl ExportCommand {
     fn write(&self, out: &mut dyn Write) -> anyhow::Result<u64> {
         let filter = self.filter.resolve();
         for_each(&self.place, &filter, |event, row| {
-            json::line(
-                &mut *out,
-                &json::Whole::of(event, row, self.payload.payload),
-            )
+            line(&mut *out, &whole(event, row, &self.payload))
         })
     }
 }
@@ -356,42 +294,14 @@ fn not_written(path: &Path, kind: ErrorKind, error: io::Error) -> Error {
     Error::new(kind, message).caused_by(error)
 }
 
-/// The user and the machine, as the system knows them, and the role.
-fn decider(database: &Database) -> String {
-    let ask = |program: &str, flag: &str| {
-        let output = Command::new(program).arg(flag).output().ok()?;
-        let answer = String::from_utf8(output.stdout).ok()?;
-        Some(answer.trim().to_owned()).filter(|answer| !answer.is_empty())
-    };
-    let user = ask("id", "-un").unwrap_or_else(|| "somebody".to_owned());
-    let host = ask("uname", "-n").unwrap_or_else(|| "somewhere".to_owned());
-    format!("{user}@{host}, role {}", database.user())
-}
-
-/// Runs something in a session. In transaction mode a pooler may stand in between.
-fn with<T>(
-    place: &PlaceArguments,
-    run: impl AsyncFnOnce(&mut Session, &Contract) -> postbox::Result<T>,
-) -> anyhow::Result<T> {
-    let (database, contract) = place.resolve()?;
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
-    let done = runtime.block_on(async {
-        let mut session = database.connect_pooled("postbox parked").await?;
-        run(&mut session, &contract).await
-    });
-    Ok(done?)
-}
-
 /// Writes each event that fits, for as long as somebody reads it: how many.
 fn for_each(
     place: &PlaceArguments,
     filter: &Filter,
-    mut write: impl FnMut(&event::Parked, &postbox::parked::row::StoredRow) -> io::Result<()>,
+    mut write: impl FnMut(&Parked, &StoredRow) -> io::Result<()>,
 ) -> anyhow::Result<u64> {
     let mut failed = None;
-    let done = with(place, async |session, contract| {
+    let done = with(place, NAME, async |session, contract| {
         event::for_each(&session.client, contract, filter, |event, row| {
             write(event, row).map_err(|error| {
                 failed = Some(error);
@@ -406,21 +316,10 @@ fn for_each(
     }
 }
 
-/// Writes results.
-fn print(write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> anyhow::Result<()> {
-    let mut out = BufWriter::new(io::stdout().lock());
-    finish(write(&mut out).and_then(|()| out.flush()))
-}
-
-/// Whoever reads may stop, as `head` does.
-fn finish(written: io::Result<()>) -> anyhow::Result<()> {
-    match written {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
-            let message = "write the results";
-            Err(Error::new(ErrorKind::Unexpected, message)
-                .caused_by(error)
-                .into())
-        }
-        _ => Ok(()),
-    }
+fn whole<'a>(
+    event: &'a Parked,
+    row: &'a StoredRow,
+    payload: &PayloadArguments,
+) -> Whole<'a, json::Event<'a>> {
+    Whole::of(json::Event::of(event), row.columns(), payload.payload)
 }

@@ -53,8 +53,8 @@ pub(super) struct SetupCommand {
     #[arg(long, env = "POSTBOX_GRANT_WRITER_TO", value_name = "ROLE")]
     grant_writer_to: Option<String>,
 
-    /// Grant an existing role what `postbox parked` and `postbox cancel` need, and the right to see
-    /// payloads of events that wait; 1 to 63 bytes.
+    /// Grant an existing role what `postbox parked`, `postbox cancel` and `postbox inbox list`, `show`,
+    /// `retry` and `skip` need, and the right to see payloads of what waits; 1 to 63 bytes.
     #[arg(long, env = "POSTBOX_GRANT_OPERATOR_TO", value_name = "ROLE")]
     grant_operator_to: Option<String>,
     /// Grant an existing role what `postbox cleanup` needs, but for --forget; 1 to 63 bytes. For a relay

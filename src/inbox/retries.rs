@@ -152,9 +152,9 @@ async fn once(
                     "failed: {why}"
                 );
             }
-            // Stored: only the application could handle it, which adopts it when the partition is
-            // assigned.
-            Verdict::Behind | Verdict::Stored | Verdict::Suspect => {
+            // What a person has tried again: who is to handle it is not known to them.
+            Verdict::Stored => store.hand_over(&transaction, due).await?,
+            Verdict::Behind | Verdict::Suspect => {
                 untried.push(due);
                 lanes.remove(&due.lane);
                 continue;

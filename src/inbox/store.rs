@@ -14,6 +14,7 @@ use super::consumer::{Assigned, Place};
 use super::message::{Id, Message};
 use super::position::{From, Last, OnReset, Start, Stored};
 use super::retries::Ours;
+pub(super) use super::stored::Status;
 use crate::contract::Contract;
 use crate::database::sort;
 use crate::error::{Error, ErrorKind, Result};
@@ -55,6 +56,7 @@ struct Sql {
     put_back: String,
     fail: String,
     give_up: String,
+    hand_over: String,
     go_to: String,
     release: String,
     advance: String,
@@ -144,27 +146,6 @@ impl Due {
             seq: row.get("seq"),
             attempts: u32::try_from(attempts).unwrap_or_default(),
             message,
-        }
-    }
-}
-
-/// What is to become of a message in the table.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Status {
-    /// The application takes it.
-    Stored,
-    /// It is tried again.
-    Waiting,
-    /// Nobody does.
-    Dead,
-}
-
-impl Status {
-    pub(super) fn name(self) -> &'static str {
-        match self {
-            Self::Stored => "stored",
-            Self::Waiting => "waiting",
-            Self::Dead => "dead",
         }
     }
 }
@@ -481,6 +462,21 @@ impl Store {
             (&why, Type::TEXT),
         ];
         let sql = &self.sql.give_up;
+        transaction.execute_typed(sql, &parameters).await?;
+        Ok(())
+    }
+
+    /// The application is to handle it.
+    pub(super) async fn hand_over(
+        &self,
+        transaction: &Transaction<'_>,
+        due: &Due,
+    ) -> std::result::Result<(), tokio_postgres::Error> {
+        let parameters = [
+            (&due.lane.source as _, Type::INT4),
+            (&due.id as _, Type::UUID),
+        ];
+        let sql = &self.sql.hand_over;
         transaction.execute_typed(sql, &parameters).await?;
         Ok(())
     }
@@ -876,6 +872,10 @@ impl Sql {
             ),
             give_up: sql(
                 "UPDATE :\"schema\".inbox_message SET status = 'dead', error = $3 WHERE source = $1 AND id = $2",
+            ),
+            hand_over: sql(
+                "UPDATE :\"schema\".inbox_message SET status = 'stored', attempts = 0, due_at = now()
+                 WHERE source = $1 AND id = $2",
             ),
             go_to: sql(
                 "UPDATE :\"schema\".inbox_offset

@@ -25,6 +25,7 @@ use super::filter::{Filter, Status};
 use super::same_key;
 use crate::contract::Contract;
 use crate::error::Result;
+use crate::selection::BEGIN;
 
 /// What a person decides.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,14 +54,6 @@ pub enum Left {
 }
 
 impl Left {
-    /// All of them.
-    pub const ALL: [Self; 4] = [
-        Self::BeingSent,
-        Self::Scheduled,
-        Self::AwaitsTopic,
-        Self::Skipped,
-    ];
-
     /// Why, and what can be done.
     pub const fn reason(self) -> &'static str {
         match self {
@@ -209,12 +202,6 @@ fn sorted(found: Vec<Parked>, decision: Decision<'_>) -> Vec<Decided> {
     };
     found.into_iter().map(decided).collect()
 }
-
-/// A decision that a crash of the server forgets would be taken twice.
-const BEGIN: &str = "SET LOCAL lock_timeout = '60s'; \
-     SELECT set_config('synchronous_commit', 'on', true) \
-     WHERE current_setting('synchronous_commit') IN ('off', 'local'); \
-     SELECT pg_advisory_xact_lock(hashtextextended('decide about ' || :'schema', 0))";
 
 /// Locks the events that fit, and of each of their keys the first waiting one that does not
 /// fit: it will be the head, or will no longer be.

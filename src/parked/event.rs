@@ -12,8 +12,8 @@ use tokio_postgres::{Client, Row};
 use super::filter::{Filter, Status};
 use super::row::StoredRow;
 use crate::contract::Contract;
-use crate::database::sort_with;
 use crate::error::{Error, ErrorKind, Result};
+use crate::selection;
 use crate::timestamp::Timestamp;
 
 /// For how long an event counts as being sent since the relay has taken it: a relay that was
@@ -166,26 +166,11 @@ pub(super) async fn select(
 
 /// Refuses ids that no event has which fits.
 pub(super) async fn check_ids(client: &Client, contract: &Contract, filter: &Filter) -> Result<()> {
-    if filter.ids.is_empty() {
+    let (columns, parameters) = (Filter::columns("p"), filter.parameters());
+    let rows = ":\"schema\".parked AS p";
+    let missing = selection::missing(client, contract, rows, &columns, &parameters).await;
+    let Some((first, others)) = missing.map_err(|error| refused("read", contract, error))? else {
         return Ok(());
-    }
-    let sql = contract.sql(&format!(
-        "SELECT given.id FROM unnest($1::text[]) AS given (id) \
-         WHERE NOT EXISTS (SELECT FROM :\"schema\".parked AS p WHERE p.id = given.id AND {})",
-        Filter::condition("p")
-    ));
-    let parameters = filter.parameters();
-    let missing = client.query_typed(&sql, &parameters.typed()).await;
-    let missing = missing.map_err(|error| refused("read", contract, error))?;
-    let Some(first) = missing.first() else {
-        return Ok(());
-    };
-    let first: String = first
-        .try_get(0)
-        .map_err(|error| refused("read", contract, error))?;
-    let others = match missing.len() - 1 {
-        0 => String::new(),
-        others => format!(", nor with {others} others of the ids"),
     };
     let message = format!(
         "no event \"{}\" waits in schema \"{}\"{others}: it may have been delivered, or the flags leave it out; \
@@ -198,12 +183,7 @@ pub(super) async fn check_ids(client: &Client, contract: &Contract, filter: &Fil
 
 /// Sorts an error of a statement on the table.
 pub(super) fn refused(doing: &str, contract: &Contract, error: tokio_postgres::Error) -> Error {
-    let doing = format!("{doing} \"{}.parked\"", contract.schema);
-    sort_with(doing, error, |sqlstate, _| {
-        let next_step =
-            "`postbox setup --grant-operator-to ROLE`, run by the owner, gives the right to";
-        (sqlstate == "42501").then(|| next_step.to_owned())
-    })
+    selection::refused(format!("{doing} \"{}.parked\"", contract.schema), error)
 }
 
 /// What [`Parked::read`] reads.

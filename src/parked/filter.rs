@@ -3,7 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use tokio_postgres::types::{ToSql, Type};
+use crate::selection::{Columns, Parameters, statuses};
 
 /// What an event waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -71,54 +71,38 @@ impl Filter {
         *self == Self::default()
     }
 
+    /// What it is about, in a row under this alias.
+    pub(super) fn columns(alias: &str) -> Columns {
+        let column = |name| format!("{alias}.{name}");
+        Columns {
+            id: column("id"),
+            owner: column("relay"),
+            status: column("status"),
+            topic: column("topic"),
+            key: column("key"),
+            event_type: column("event_type"),
+            error: column("error"),
+            since: column("parked_at"),
+        }
+    }
+
     /// The condition on a row under this alias; its parameters are the first eight.
     pub(super) fn condition(alias: &str) -> String {
-        format!(
-            "($1::text[] IS NULL OR {alias}.id = ANY ($1)) \
-             AND ($2::text IS NULL OR {alias}.relay = $2) \
-             AND {alias}.status = ANY ($3::text[]) \
-             AND ($4::text IS NULL OR {alias}.topic = $4) \
-             AND ($5::text IS NULL OR {alias}.key = $5) \
-             AND ($6::text IS NULL OR {alias}.event_type = $6) \
-             AND ($7::text IS NULL OR strpos({alias}.error, $7) > 0) \
-             AND ($8::float8 IS NULL OR {alias}.parked_at <= clock_timestamp() - make_interval(secs => $8))"
-        )
+        Self::columns(alias).condition()
     }
 
     pub(super) fn parameters(&self) -> Parameters<'_> {
-        let statuses = match (self.statuses.is_empty(), self.ids.is_empty()) {
-            (false, _) => self.statuses.as_slice(),
-            (true, true) => &[Status::Waiting, Status::Dead],
-            (true, false) => &Status::ALL,
-        };
+        let said: Vec<_> = self.statuses.iter().map(|status| status.name()).collect();
+        let has_ids = !self.ids.is_empty();
         Parameters {
-            ids: (!self.ids.is_empty()).then_some(&self.ids),
-            statuses: statuses.iter().map(|status| status.name()).collect(),
+            ids: has_ids.then_some(&self.ids),
+            owner: self.relay.as_deref(),
+            statuses: statuses(&said, has_ids, &Status::ALL.map(Status::name)),
+            topic: self.topic.as_deref(),
+            key: self.key.as_deref(),
+            event_type: self.event_type.as_deref(),
+            error: self.error.as_deref(),
             seconds: self.older_than.map(|time| time.as_secs_f64()),
-            filter: self,
         }
-    }
-}
-
-/// A filter as the parameters of a statement.
-pub(super) struct Parameters<'a> {
-    ids: Option<&'a Vec<String>>,
-    statuses: Vec<&'static str>,
-    seconds: Option<f64>,
-    filter: &'a Filter,
-}
-
-impl Parameters<'_> {
-    pub(super) fn typed(&self) -> [(&(dyn ToSql + Sync), Type); 8] {
-        [
-            (&self.ids, Type::TEXT_ARRAY),
-            (&self.filter.relay, Type::TEXT),
-            (&self.statuses, Type::TEXT_ARRAY),
-            (&self.filter.topic, Type::TEXT),
-            (&self.filter.key, Type::TEXT),
-            (&self.filter.event_type, Type::TEXT),
-            (&self.filter.error, Type::TEXT),
-            (&self.seconds, Type::FLOAT8),
-        ]
     }
 }

@@ -53,6 +53,12 @@ const OPERATOR_HAS: &str = "SELECT has_schema_privilege($1::text::name, :'schema
      AND (SELECT bool_and(has_column_privilege($1::text::name, quote_ident(:'schema') || '.parked', name, 'UPDATE')) \
           FROM unnest('{status, due_at, taken_at, awaits_topic, attempts, owes_letter, decided_by, decided_at, \
                        reason}'::text[]) AS name) \
+     AND has_table_privilege($1::text::name, quote_ident(:'schema') || '.inbox_source', 'SELECT') \
+     AND has_table_privilege($1::text::name, quote_ident(:'schema') || '.inbox_message', 'SELECT') \
+     AND (SELECT bool_and(has_column_privilege($1::text::name, quote_ident(:'schema') || '.inbox_message', name, \
+                                               'UPDATE')) \
+          FROM unnest('{status, due_at, attempts, is_claimed, owes_letter, decided_by, decided_at, reason}'::text[]) \
+               AS name) \
      AND has_column_privilege($1::text::name, quote_ident(:'schema') || '.outbox', 'id', 'SELECT') \
      AND has_column_privilege($1::text::name, quote_ident(:'schema') || '.outbox', 'scheduled_at', 'SELECT') \
      AND (SELECT bool_and(has_function_privilege($1::text::name, oid, 'EXECUTE')) FROM pg_proc \

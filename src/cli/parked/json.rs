@@ -1,18 +1,8 @@
-//! Events as JSON, one a line. Field names stay as they are: scripts go by them.
+//! Events as JSON. Field names stay as they are: scripts go by them.
 
-use std::io::{self, Write};
-
-use postbox::parked::decisions::{Decided, Decision};
 use postbox::parked::event::Parked;
-use postbox::parked::row::{Column, StoredRow};
 use postbox::timestamp::Timestamp;
-use serde::ser::SerializeMap;
-use serde::{Serialize, Serializer};
-
-pub(super) fn line(out: &mut dyn Write, event: &impl Serialize) -> io::Result<()> {
-    serde_json::to_writer(&mut *out, event)?;
-    out.write_all(b"\n")
-}
+use serde::Serialize;
 
 /// What is known of an event, without its row.
 #[derive(Serialize)]
@@ -71,93 +61,4 @@ impl<'a> Event<'a> {
             row_bytes: event.row_bytes,
         }
     }
-}
-
-/// An event as it was before a decision, and what became of that.
-#[derive(Serialize)]
-pub(super) struct Outcome<'a> {
-    #[serde(flatten)]
-    event: Event<'a>,
-    outcome: &'static str,
-    left_because: Option<&'static str>,
-    dry_run: bool,
-}
-
-impl<'a> Outcome<'a> {
-    pub(super) fn of(decided: &'a Decided, decision: Decision<'_>, dry_run: bool) -> Self {
-        Self {
-            event: Event::of(&decided.event),
-            outcome: match (decided.left, decision) {
-                (Some(_), _) => "left",
-                (None, Decision::Retry) => "retried",
-                (None, Decision::Skip { .. }) => "skipped",
-            },
-            left_because: decided.left.map(|left| left.name()),
-            dry_run,
-        }
-    }
-}
-
-/// An event with the columns of its row.
-#[derive(Serialize)]
-pub(super) struct Whole<'a> {
-    #[serde(flatten)]
-    event: Event<'a>,
-    columns: Option<Columns<'a>>,
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    hidden: Vec<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    unreadable: Option<String>,
-}
-
-impl<'a> Whole<'a> {
-    pub(super) fn of(event: &'a Parked, row: &'a StoredRow, with_payload: bool) -> Self {
-        let (columns, unreadable) = match row.columns() {
-            Ok(columns) => (Some(columns), None),
-            Err(why) => (None, Some(why)),
-        };
-        let is_hidden = |column: &Column<'_>| column.is_private && !with_payload;
-        let all = columns.as_deref().unwrap_or_default();
-        let hidden = all.iter().filter(|column| is_hidden(column));
-        Self {
-            event: Event::of(event),
-            hidden: hidden.map(|column| column.name).collect(),
-            columns: columns.map(|mut columns| {
-                columns.retain(|column| !is_hidden(column));
-                Columns(columns)
-            }),
-            unreadable,
-        }
-    }
-}
-
-/// By name, in the order of the table.
-struct Columns<'a>(Vec<Column<'a>>);
-
-impl Serialize for Columns<'_> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut map = serializer.serialize_map(Some(self.0.len()))?;
-        for column in &self.0 {
-            match column
-                .value
-                .map(|bytes| (bytes, std::str::from_utf8(bytes)))
-            {
-                None => map.serialize_entry(column.name, &None::<&str>)?,
-                Some((_, Ok(text))) => map.serialize_entry(column.name, text)?,
-                Some((bytes, Err(_))) => {
-                    map.serialize_entry(column.name, &Hex { hex: hex(bytes) })?;
-                }
-            }
-        }
-        map.end()
-    }
-}
-
-#[derive(Serialize)]
-struct Hex {
-    hex: String,
-}
-
-pub(super) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -5,6 +5,7 @@ mod failures;
 mod handling;
 mod harm;
 mod position;
+mod stored;
 mod strategies;
 
 use std::process::Command;

@@ -195,6 +195,11 @@ impl Fixture {
         self.command("parked", &self.database_url, flags)
     }
 
+    /// `postbox inbox` as a process, about messages that are stored, by the role of this URL.
+    pub(crate) fn inbox_as(&self, database_url: &str, flags: &[&str]) -> Output {
+        self.run("inbox", database_url, flags)
+    }
+
     /// `postbox cancel` as a process, by the role of this URL.
     pub(crate) fn cancel_as(&self, database_url: &str, flags: &[&str]) -> Output {
         self.run("cancel", database_url, flags)
