@@ -51,6 +51,21 @@ COMMENT ON COLUMN :"schema".inbox_offset.cluster_id IS 'the Kafka cluster that c
 COMMENT ON COLUMN :"schema".inbox_offset.epoch IS 'raised when a consumer takes the partition: one that has lost it writes nothing more';
 COMMENT ON COLUMN :"schema".inbox_offset.owner IS 'the consumer that has taken it; null: given back in order';
 
+CREATE TABLE :"schema".inbox_mark (
+    consumer_group text NOT NULL,
+    topic text NOT NULL,
+    partition integer NOT NULL,
+    end_offset bigint NOT NULL,
+    marked_at timestamptz NOT NULL,
+    read_until timestamptz,
+    gone_since timestamptz,
+    CONSTRAINT inbox_mark_pkey PRIMARY KEY (consumer_group, topic, partition)
+);
+COMMENT ON TABLE :"schema".inbox_mark IS 'until when a group has read each partition: rows of inbox go one --dedup-window behind it. By this server''s clock';
+COMMENT ON COLUMN :"schema".inbox_mark.end_offset IS 'the end of the partition at marked_at, or behind it';
+COMMENT ON COLUMN :"schema".inbox_mark.read_until IS 'all that was in the partition by then is dealt with; null: not known yet';
+COMMENT ON COLUMN :"schema".inbox_mark.gone_since IS 'the brokers have not known the partition since then';
+
 -- Columns by size, so that none is padded: 68 bytes a row and about 45 in the index.
 CREATE TABLE :"schema".inbox (
     kafka_offset bigint NOT NULL,
@@ -60,6 +75,10 @@ CREATE TABLE :"schema".inbox (
     partition integer NOT NULL,
     CONSTRAINT inbox_pkey PRIMARY KEY (source, id)
 );
+-- Rows go by their age. Those of a batch have one time, which the index has once: 8 bytes a row in
+-- batches of a thousand, 32 where each has one message.
+-- A BRIN index would not do: where rows are deleted and others take their place, its ranges only ever grow.
+CREATE INDEX inbox_received ON :"schema".inbox (source, received_at);
 COMMENT ON TABLE :"schema".inbox IS 'which messages were received: a repeated one is not handled again';
 COMMENT ON COLUMN :"schema".inbox.id IS 'the message id, if it is a UUID, else what message_uuid makes of it';
 COMMENT ON COLUMN :"schema".inbox.source IS 'group and topic: inbox_source.id';

@@ -35,12 +35,14 @@ mod attempt;
 pub mod batch;
 mod columns;
 mod consumer;
+mod ends;
 pub mod handler;
 mod headers;
 mod json;
 pub mod lane;
 pub mod message;
 pub mod position;
+mod retention;
 mod retries;
 mod store;
 
@@ -103,6 +105,8 @@ pub struct InboxSettings {
     pub batch_bytes_max: usize,
     /// How many bytes librdkafka may hold.
     pub fetch_bytes_max: usize,
+    /// For how long a message that is repeated is known, at least.
+    pub dedup_window: Duration,
     /// How long a stop may take.
     pub shutdown_timeout: Duration,
 }
@@ -223,11 +227,20 @@ impl Inbox {
     ///
     /// # Errors
     /// Any definite error; `NotDrained` if a stop left a handler at work.
-    pub async fn run(mut self, mut shutdown: watch::Receiver<bool>) -> Result<()> {
+    pub async fn run(mut self, shutdown: watch::Receiver<bool>) -> Result<()> {
+        let keeping = retention::run(self.settings.clone(), self.metrics.clone());
+        // Beside what is handled, whatever becomes of it; it never ends by itself.
+        tokio::select! {
+            ended = self.handle(shutdown) => ended,
+            () = keeping => Ok(()),
+        }
+    }
+
+    async fn handle(&mut self, mut shutdown: watch::Receiver<bool>) -> Result<()> {
         let mut pauses = backoff();
         loop {
             self.worked = false;
-            let Err(error) = Box::pin(Attempt::run(&mut self, &mut shutdown)).await else {
+            let Err(error) = Box::pin(Attempt::run(self, &mut shutdown)).await else {
                 return Ok(());
             };
             self.health.stopped(&error);

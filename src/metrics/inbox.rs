@@ -32,6 +32,8 @@ pub struct InboxMetrics {
     pub lag: IntGaugeVec,
     /// Attempts that broke off, by reason.
     pub reconnects: IntCounterVec,
+    /// Rows that were removed, by table.
+    pub cleaned: IntCounterVec,
     seconds_since_progress: Gauge,
     ready: IntGauge,
 }
@@ -105,6 +107,12 @@ impl Default for InboxMetrics {
                 "attempts that ended and were followed by another, by reason",
                 "reason",
             ),
+            cleaned: counters(
+                &registry,
+                "inbox_cleaned_rows_total",
+                "rows that were removed as the window had passed, by table",
+                "table",
+            ),
             seconds_since_progress: register(
                 &registry,
                 Gauge::with_opts(options(
@@ -120,6 +128,9 @@ impl Default for InboxMetrics {
             .filter(|kind| kind.is_transient())
         {
             metrics.reconnects.with_label_values(&[kind.label()]);
+        }
+        for table in ["inbox", "inbox_message"] {
+            metrics.cleaned.with_label_values(&[table]);
         }
         describe_process(&metrics.registry);
         metrics

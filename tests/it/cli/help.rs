@@ -92,7 +92,7 @@ fn help_tells_of_each_flag_its_variable_its_default_and_its_unit() {
     for (command, count) in [
         ("relay", 39),
         ("setup", 22),
-        ("inbox", 25),
+        ("inbox", 26),
         ("cleanup", 14),
         ("demo", 6),
         ("parked list", 13),

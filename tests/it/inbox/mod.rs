@@ -5,6 +5,7 @@ mod failures;
 mod handling;
 mod harm;
 mod position;
+mod retention;
 
 use std::process::Command;
 use std::time::Duration;
