@@ -42,6 +42,7 @@ mod json;
 pub mod lane;
 pub mod message;
 pub mod position;
+pub mod record;
 mod retention;
 mod retries;
 mod store;
@@ -67,6 +68,7 @@ use handler::Handlers;
 use lane::Order;
 use message::Reading;
 use position::{From, OnReset};
+pub use record::{already_processed, already_processed_in, record, record_in};
 
 /// What an inbox needs to know.
 #[derive(Debug, Clone)]

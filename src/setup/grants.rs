@@ -85,7 +85,7 @@ const INBOX_HAS: &str = "SELECT has_database_privilege($1::text::name, current_d
           FROM unnest('{inbox,inbox_message}'::text[]) AS t)";
 const HANDLER_HAS: &str = "SELECT has_schema_privilege($1::text::name, :'schema', 'USAGE') \
      AND (SELECT bool_and(has_function_privilege($1::text::name, oid, 'EXECUTE')) FROM pg_proc \
-          WHERE proname IN ('inbox_claim', 'inbox_done', 'inbox_fail') \
+          WHERE proname IN ('inbox_claim', 'inbox_done', 'inbox_fail', 'inbox_record', 'inbox_seen', 'inbox_forget') \
             AND pronamespace = quote_ident(:'schema')::regnamespace)";
 
 /// What a relay needs of another library's table, to mark its rows.

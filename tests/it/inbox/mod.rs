@@ -5,6 +5,7 @@ mod failures;
 mod handling;
 mod harm;
 mod position;
+mod record;
 mod retention;
 
 use std::process::Command;
