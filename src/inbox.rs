@@ -36,6 +36,7 @@ pub mod batch;
 mod columns;
 mod consumer;
 mod ends;
+mod gauges;
 pub mod handler;
 mod headers;
 mod json;
@@ -230,11 +231,17 @@ impl Inbox {
     /// # Errors
     /// Any definite error; `NotDrained` if a stop left a handler at work.
     pub async fn run(mut self, shutdown: watch::Receiver<bool>) -> Result<()> {
-        let keeping = retention::run(self.settings.clone(), self.metrics.clone());
+        let (settings, metrics) = (self.settings.clone(), self.metrics.clone());
+        let keeping = async {
+            tokio::join!(
+                retention::run(settings.clone(), metrics.clone()),
+                gauges::run(settings.clone(), metrics.clone()),
+            )
+        };
         // Beside what is handled, whatever becomes of it; it never ends by itself.
         tokio::select! {
             ended = self.handle(shutdown) => ended,
-            () = keeping => Ok(()),
+            _ = keeping => Ok(()),
         }
     }
 

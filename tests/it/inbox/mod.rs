@@ -2,6 +2,7 @@
 
 mod application;
 mod failures;
+mod gauges;
 mod handling;
 mod harm;
 mod position;
