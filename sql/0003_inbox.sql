@@ -51,6 +51,21 @@ COMMENT ON COLUMN :"schema".inbox_offset.cluster_id IS 'the Kafka cluster that c
 COMMENT ON COLUMN :"schema".inbox_offset.epoch IS 'raised when a consumer takes the partition: one that has lost it writes nothing more';
 COMMENT ON COLUMN :"schema".inbox_offset.owner IS 'the consumer that has taken it; null: given back in order';
 
+CREATE TABLE :"schema".inbox_mark (
+    consumer_group text NOT NULL,
+    topic text NOT NULL,
+    partition integer NOT NULL,
+    end_offset bigint NOT NULL,
+    marked_at timestamptz NOT NULL,
+    read_until timestamptz,
+    gone_since timestamptz,
+    CONSTRAINT inbox_mark_pkey PRIMARY KEY (consumer_group, topic, partition)
+);
+COMMENT ON TABLE :"schema".inbox_mark IS 'until when a group has read each partition: rows of inbox go one --dedup-window behind it. By this server''s clock';
+COMMENT ON COLUMN :"schema".inbox_mark.end_offset IS 'the end of the partition at marked_at, or behind it';
+COMMENT ON COLUMN :"schema".inbox_mark.read_until IS 'all that was in the partition by then is dealt with; null: not known yet';
+COMMENT ON COLUMN :"schema".inbox_mark.gone_since IS 'the brokers have not known the partition since then';
+
 -- Columns by size, so that none is padded: 68 bytes a row and about 45 in the index.
 CREATE TABLE :"schema".inbox (
     kafka_offset bigint NOT NULL,
@@ -60,9 +75,14 @@ CREATE TABLE :"schema".inbox (
     partition integer NOT NULL,
     CONSTRAINT inbox_pkey PRIMARY KEY (source, id)
 );
+-- Rows go by their age. Those of a batch have one time, which the index has once: 8 bytes a row in
+-- batches of a thousand, 32 where each has one message.
+-- A BRIN index would not do: where rows are deleted and others take their place, its ranges only ever grow.
+CREATE INDEX inbox_received ON :"schema".inbox (source, received_at);
 COMMENT ON TABLE :"schema".inbox IS 'which messages were received: a repeated one is not handled again';
 COMMENT ON COLUMN :"schema".inbox.id IS 'the message id, if it is a UUID, else what message_uuid makes of it';
 COMMENT ON COLUMN :"schema".inbox.source IS 'group and topic: inbox_source.id';
+COMMENT ON COLUMN :"schema".inbox.partition IS '-1: recorded by an application (inbox_record)';
 
 CREATE TABLE :"schema".inbox_message (
     seq bigint GENERATED ALWAYS AS IDENTITY,
@@ -292,6 +312,87 @@ $$;
 COMMENT ON FUNCTION :"schema".inbox_fail IS
     'says why a message was not handled: it is claimed again later, and after attempts_max times it is dead. Those of its key that were claimed after it are not to be handled: they come again. False if it is not there';
 
-REVOKE EXECUTE ON FUNCTION :"schema".inbox_claim, :"schema".inbox_done, :"schema".inbox_fail FROM PUBLIC;
+-- For applications that consume by themselves: which messages they have handled. Their rows have no place in
+-- Kafka: offset 0 of partition -1.
+
+-- Ids that are longer than any that is kept go by their hash, as with those that are received.
+CREATE FUNCTION :"schema".received_uuid(id text) RETURNS uuid
+LANGUAGE sql
+IMMUTABLE
+STRICT
+PARALLEL SAFE
+RETURN :"schema".message_uuid(
+    CASE WHEN octet_length(id) > 255 THEN 'sha256:' || encode(sha256(convert_to(id, 'UTF8')), 'hex') ELSE id END
+);
+COMMENT ON FUNCTION :"schema".received_uuid IS 'what a producer''s id is in inbox';
+
+CREATE FUNCTION :"schema".inbox_record(consumer_group text, topic text, id text) RETURNS boolean
+LANGUAGE plpgsql
+SECURITY DEFINER
+SET search_path = :"schema", pg_temp
+AS $$
+DECLARE
+    place integer;
+BEGIN
+    SELECT s.id INTO place FROM inbox_source AS s
+    WHERE s.consumer_group = inbox_record.consumer_group AND s.topic = inbox_record.topic;
+    IF NOT FOUND THEN
+        INSERT INTO inbox_source (consumer_group, topic) VALUES (inbox_record.consumer_group, inbox_record.topic)
+        ON CONFLICT DO NOTHING;
+        SELECT s.id INTO place FROM inbox_source AS s
+        WHERE s.consumer_group = inbox_record.consumer_group AND s.topic = inbox_record.topic;
+    END IF;
+    INSERT INTO inbox (kafka_offset, id, source, partition)
+    VALUES (0, received_uuid(inbox_record.id), place, -1)
+    ON CONFLICT DO NOTHING;
+    RETURN FOUND;
+END
+$$;
+COMMENT ON FUNCTION :"schema".inbox_record IS
+    'says, in the transaction of what is done for it, that a message is handled. False: it was before. Waits for another transaction that says so, too';
+
+CREATE FUNCTION :"schema".inbox_seen(consumer_group text, topic text, id text) RETURNS boolean
+LANGUAGE sql
+STABLE
+SECURITY DEFINER
+SET search_path = :"schema", pg_temp
+AS $$
+    SELECT EXISTS (
+        SELECT FROM inbox AS i
+        JOIN inbox_source AS s ON s.id = i.source
+        WHERE s.consumer_group = inbox_seen.consumer_group AND s.topic = inbox_seen.topic
+          AND i.id = received_uuid(inbox_seen.id)
+    )
+$$;
+COMMENT ON FUNCTION :"schema".inbox_seen IS
+    'whether a message was received or recorded. What is not may be at any moment: inbox_record decides';
+
+CREATE FUNCTION :"schema".inbox_forget(consumer_group text, older_than interval, most integer DEFAULT 1000)
+RETURNS bigint
+LANGUAGE sql
+SECURITY DEFINER
+SET search_path = :"schema", pg_temp
+AS $$
+    WITH forgotten AS (
+        DELETE FROM inbox WHERE ctid = ANY (ARRAY(
+            SELECT i.ctid FROM inbox_source AS s
+            CROSS JOIN LATERAL (
+                SELECT i.ctid FROM inbox AS i
+                WHERE i.source = s.id AND i.partition = -1 AND i.received_at < now() - older_than
+                ORDER BY i.received_at
+                LIMIT most
+            ) AS i
+            WHERE s.consumer_group = inbox_forget.consumer_group
+            LIMIT most
+        ))
+        RETURNING 1
+    )
+    SELECT count(*) FROM forgotten
+$$;
+COMMENT ON FUNCTION :"schema".inbox_forget IS
+    'removes what was recorded by inbox_record for longer than this, at most so many rows: how many. For groups of which no postbox inbox does it';
+
+REVOKE EXECUTE ON FUNCTION :"schema".inbox_claim, :"schema".inbox_done, :"schema".inbox_fail,
+    :"schema".inbox_record, :"schema".inbox_seen, :"schema".inbox_forget FROM PUBLIC;
 
 INSERT INTO :"schema".migration (version) VALUES (3);

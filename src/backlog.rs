@@ -165,7 +165,7 @@ pub async fn measure_claims(client: &Client, settings: &ClaimSettings) -> Result
 /// Statements of this transaction see the same. A policy that hides rows must be an error;
 /// nobody waits for us, and we wait for nobody. With these ways off, the planner goes by
 /// the indexes, however old its statistics are.
-const BEGIN: &str = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET LOCAL row_security = off; \
+pub(crate) const BEGIN: &str = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET LOCAL row_security = off; \
     SET LOCAL statement_timeout = 2000; SET LOCAL lock_timeout = 1000; SET LOCAL jit = off; \
     SET LOCAL max_parallel_workers_per_gather = 0; SET LOCAL enable_seqscan = off; \
     SET LOCAL enable_bitmapscan = off";

@@ -75,7 +75,7 @@ use crate::database::{Database, sort};
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::claim::ClaimSettings;
 
-pub(crate) use batch::is_refused;
+pub(crate) use batch::{BEGIN, PAUSE, is_refused};
 pub(crate) use claims::{HAS as CLAIMS_HAS, RIGHTS as CLAIMS_RIGHTS};
 pub use forget::forget;
 pub(crate) use outbox::RIGHTS;

@@ -35,12 +35,16 @@ mod attempt;
 pub mod batch;
 mod columns;
 mod consumer;
+mod ends;
+mod gauges;
 pub mod handler;
 mod headers;
 mod json;
 pub mod lane;
 pub mod message;
 pub mod position;
+pub mod record;
+mod retention;
 mod retries;
 mod store;
 pub mod stored;
@@ -67,6 +71,7 @@ use handler::Handlers;
 use lane::Order;
 use message::Reading;
 use position::{From, OnReset};
+pub use record::{already_processed, already_processed_in, record, record_in};
 use strategy::Ack;
 
 /// What an inbox needs to know.
@@ -110,6 +115,8 @@ pub struct InboxSettings {
     pub fetch_bytes_max: usize,
     /// How many messages may wait in the table before no more are read.
     pub waiting_max: usize,
+    /// For how long a message that is repeated is known, at least.
+    pub dedup_window: Duration,
     /// How long a stop may take.
     pub shutdown_timeout: Duration,
 }
@@ -253,11 +260,26 @@ impl Inbox {
     ///
     /// # Errors
     /// Any definite error; `NotDrained` if a stop left a handler at work.
-    pub async fn run(mut self, mut shutdown: watch::Receiver<bool>) -> Result<()> {
+    pub async fn run(mut self, shutdown: watch::Receiver<bool>) -> Result<()> {
+        let (settings, metrics) = (self.settings.clone(), self.metrics.clone());
+        let keeping = async {
+            tokio::join!(
+                retention::run(settings.clone(), metrics.clone()),
+                gauges::run(settings.clone(), metrics.clone()),
+            )
+        };
+        // Beside what is handled, whatever becomes of it; it never ends by itself.
+        tokio::select! {
+            ended = self.handle(shutdown) => ended,
+            _ = keeping => Ok(()),
+        }
+    }
+
+    async fn handle(&mut self, mut shutdown: watch::Receiver<bool>) -> Result<()> {
         let mut pauses = backoff();
         loop {
             self.worked = false;
-            let Err(error) = Box::pin(Attempt::run(&mut self, &mut shutdown)).await else {
+            let Err(error) = Box::pin(Attempt::run(self, &mut shutdown)).await else {
                 return Ok(());
             };
             self.health.stopped(&error);

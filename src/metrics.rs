@@ -13,6 +13,7 @@ use prometheus::{
 
 use self::backlog::BacklogMetrics;
 pub use self::inbox::InboxMetrics;
+pub(crate) use self::inbox::Waiting;
 pub use self::parked::ParkedMetrics;
 use self::partitions::PartitionMetrics;
 use crate::backlog::Backlog;

@@ -264,13 +264,13 @@ pub async fn cancel_in(schema: &str, transaction: &Transaction<'_>, id: Uuid) ->
     is_cancelled.ok_or_else(|| returned_nothing(schema, "cancel"))
 }
 
-fn returned_nothing(schema: &str, function: &str) -> Error {
+pub(crate) fn returned_nothing(schema: &str, function: &str) -> Error {
     let message = format!("function \"{schema}.{function}\" returned no row");
     Error::new(ErrorKind::Unexpected, message)
 }
 
 /// `grants` are the flags of a set-up that give the right to.
-fn refused(doing: &str, grants: &str, error: tokio_postgres::Error) -> Error {
+pub(crate) fn refused(doing: &str, grants: &str, error: tokio_postgres::Error) -> Error {
     let (kind, message) = match error.code() {
         Some(code) if *code == SqlState::INSUFFICIENT_PRIVILEGE => (
             ErrorKind::Rights,
@@ -298,7 +298,7 @@ fn refused(doing: &str, grants: &str, error: tokio_postgres::Error) -> Error {
     Error::new(kind, message).caused_by(error)
 }
 
-fn quote_identifier(name: &str) -> String {
+pub(crate) fn quote_identifier(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }
 

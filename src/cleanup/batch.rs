@@ -14,7 +14,7 @@ use crate::setup;
 /// deleted twice, as a crash has forgotten it, does no harm. A policy that hides a checkpoint must
 /// be an error. With these ways off, the planner goes by the indexes, however old its
 /// statistics are.
-const BEGIN: &str = "BEGIN; SET LOCAL lock_timeout = '1s'; SET LOCAL statement_timeout = '30s'; \
+pub(crate) const BEGIN: &str = "BEGIN; SET LOCAL lock_timeout = '1s'; SET LOCAL statement_timeout = '30s'; \
     SET LOCAL idle_in_transaction_session_timeout = '10s'; SET LOCAL synchronous_commit = off; \
     SET LOCAL row_security = off; SET LOCAL jit = off; SET LOCAL max_parallel_workers_per_gather = 0; \
     SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off";
@@ -32,7 +32,7 @@ const LONG_ANSWER_MAX: Duration = Duration::from_secs(3600);
 /// two cores that had more to do, a tenth of 1,000 events a second took more than 38 ms to their consumer, and
 /// without a cleanup 3. With pauses three times as long a session that writes as fast as it can wrote 22 % less;
 /// with nine, 9 and 14 %.
-const PAUSE: u32 = 9;
+pub(crate) const PAUSE: u32 = 9;
 
 /// How often the lock is asked for.
 const LOCK_INTERVAL: Duration = Duration::from_millis(50);

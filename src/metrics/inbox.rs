@@ -1,6 +1,8 @@
 //! What an inbox counts.
 
-use prometheus::{Gauge, Histogram, HistogramOpts, IntCounterVec, IntGauge, IntGaugeVec, Registry};
+use prometheus::{
+    Gauge, GaugeVec, Histogram, HistogramOpts, IntCounterVec, IntGauge, IntGaugeVec, Registry,
+};
 
 use super::{counters, describe_process, gauge, histogram, options, register, text};
 use crate::error::ErrorKind;
@@ -32,6 +34,11 @@ pub struct InboxMetrics {
     pub lag: IntGaugeVec,
     /// Attempts that broke off, by reason.
     pub reconnects: IntCounterVec,
+    messages: IntGaugeVec,
+    /// Without labels: it can be absent.
+    oldest: GaugeVec,
+    /// Rows that were removed, by table.
+    pub cleaned: IntCounterVec,
     seconds_since_progress: Gauge,
     ready: IntGauge,
 }
@@ -105,6 +112,33 @@ impl Default for InboxMetrics {
                 "attempts that ended and were followed by another, by reason",
                 "reason",
             ),
+            messages: register(
+                &registry,
+                IntGaugeVec::new(
+                    options(
+                        "inbox_messages",
+                        "messages of the group in the table, by status, as counted every 10 s; from 100000 on, at \
+                         least so many. Absent while it is not known",
+                    ),
+                    &["status"],
+                ),
+            ),
+            oldest: register(
+                &registry,
+                GaugeVec::new(
+                    options(
+                        "inbox_oldest_pending_seconds",
+                        "how long ago the oldest of those was received that are waiting or stored; 0 if there are none",
+                    ),
+                    &[],
+                ),
+            ),
+            cleaned: counters(
+                &registry,
+                "inbox_cleaned_rows_total",
+                "rows that were removed as the window had passed, by table",
+                "table",
+            ),
             seconds_since_progress: register(
                 &registry,
                 Gauge::with_opts(options(
@@ -121,12 +155,44 @@ impl Default for InboxMetrics {
         {
             metrics.reconnects.with_label_values(&[kind.label()]);
         }
+        for table in ["inbox", "inbox_message"] {
+            metrics.cleaned.with_label_values(&[table]);
+        }
         describe_process(&metrics.registry);
         metrics
     }
 }
 
+/// What waits in the table.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Waiting {
+    pub(crate) waiting: i64,
+    pub(crate) stored: i64,
+    pub(crate) dead: i64,
+    /// Of what is not dead; 0 if nothing is there.
+    pub(crate) oldest_seconds: f64,
+}
+
 impl InboxMetrics {
+    /// What was counted; `None`: it is not known.
+    pub(crate) fn set_waiting(&self, counted: Option<Waiting>) {
+        let Some(counted) = counted else {
+            self.messages.reset();
+            self.oldest.reset();
+            return;
+        };
+        for (status, messages) in [
+            ("waiting", counted.waiting),
+            ("stored", counted.stored),
+            ("dead", counted.dead),
+        ] {
+            self.messages.with_label_values(&[status]).set(messages);
+        }
+        let none: [&str; 0] = [];
+        let oldest = self.oldest.with_label_values(&none);
+        oldest.set(counted.oldest_seconds);
+    }
+
     /// Everything in Prometheus' text format.
     pub fn text(&self, health: &Health) -> String {
         self.seconds_since_progress

@@ -82,15 +82,16 @@ const CLEANUP_HAS: &str = "SELECT has_database_privilege($1::text::name, current
 const INBOX_HAS: &str = "SELECT has_database_privilege($1::text::name, current_database(), 'CONNECT') \
      AND has_schema_privilege($1::text::name, :'schema', 'USAGE') \
      AND (SELECT bool_and(has_table_privilege($1::text::name, quote_ident(:'schema') || '.' || t, 'SELECT')) \
-          FROM unnest('{migration,inbox,inbox_source,inbox_offset,inbox_message}'::text[]) AS t) \
+          FROM unnest('{migration,inbox,inbox_source,inbox_offset,inbox_mark,inbox_message}'::text[]) AS t) \
      AND (SELECT bool_and(has_table_privilege($1::text::name, quote_ident(:'schema') || '.' || t, 'INSERT')) \
-          FROM unnest('{inbox,inbox_source,inbox_offset,inbox_message}'::text[]) AS t) \
+          FROM unnest('{inbox,inbox_source,inbox_offset,inbox_mark,inbox_message}'::text[]) AS t) \
      AND (SELECT bool_and(has_table_privilege($1::text::name, quote_ident(:'schema') || '.' || t, 'UPDATE')) \
-          FROM unnest('{inbox_offset,inbox_message}'::text[]) AS t) \
-     AND has_table_privilege($1::text::name, quote_ident(:'schema') || '.inbox_message', 'DELETE')";
+          FROM unnest('{inbox_offset,inbox_mark,inbox_message}'::text[]) AS t) \
+     AND (SELECT bool_and(has_table_privilege($1::text::name, quote_ident(:'schema') || '.' || t, 'DELETE')) \
+          FROM unnest('{inbox,inbox_message}'::text[]) AS t)";
 const HANDLER_HAS: &str = "SELECT has_schema_privilege($1::text::name, :'schema', 'USAGE') \
      AND (SELECT bool_and(has_function_privilege($1::text::name, oid, 'EXECUTE')) FROM pg_proc \
-          WHERE proname IN ('inbox_claim', 'inbox_done', 'inbox_fail') \
+          WHERE proname IN ('inbox_claim', 'inbox_done', 'inbox_fail', 'inbox_record', 'inbox_seen', 'inbox_forget') \
             AND pronamespace = quote_ident(:'schema')::regnamespace)";
 
 /// What a relay needs of another library's table, to mark its rows.

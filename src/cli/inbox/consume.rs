@@ -161,6 +161,17 @@ struct MessageArguments {
     /// (group.instance.id).
     #[arg(long, env = "POSTBOX_INSTANCE", value_name = "NAME")]
     instance: Option<String>,
+
+    /// For how long a message that is repeated is known by its id, at least; 1m to 365d. Time in which
+    /// what was produced is not read yet does not count. One that is repeated later is a new message.
+    #[arg(
+        long,
+        env = "POSTBOX_DEDUP_WINDOW",
+        default_value = "7d",
+        value_parser = time(Duration::from_secs(60)..=Duration::from_secs(365 * 86_400)),
+        value_name = "TIME"
+    )]
+    dedup_window: Duration,
 }
 
 #[derive(Debug, Args)]
@@ -429,6 +440,7 @@ impl ConsumeCommand {
             batch_bytes_max: self.limits.batch_bytes_max as usize,
             fetch_bytes_max: self.limits.fetch_bytes_max as usize,
             waiting_max: self.limits.waiting_max as usize,
+            dedup_window: self.messages.dedup_window,
             shutdown_timeout: self.limits.shutdown_timeout,
         })
     }

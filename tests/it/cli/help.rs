@@ -93,7 +93,7 @@ fn help_tells_of_each_flag_its_variable_its_default_and_its_unit() {
     for (command, count) in [
         ("relay", 39),
         ("setup", 22),
-        ("inbox", 28),
+        ("inbox", 29),
         ("inbox list", 13),
         ("inbox show", 7),
         ("inbox retry", 15),

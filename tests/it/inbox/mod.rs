@@ -2,9 +2,12 @@
 
 mod application;
 mod failures;
+mod gauges;
 mod handling;
 mod harm;
 mod position;
+mod record;
+mod retention;
 mod stored;
 mod strategies;
 
