@@ -295,6 +295,7 @@ impl FromStr for Handler {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[expect(clippy::enum_variant_names, reason = "these are what the field calls them")]
 enum AckArgument {
     AtMostOnce,
     AtLeastOnce,

@@ -10,6 +10,9 @@ const EXACTLY_ONCE: &[&str] = &["--ack", "exactly-once"];
 
 const STRATEGIES: [&[&str]; 4] = [AT_MOST_ONCE, ON_PERSIST, ON_SUCCESS, EXACTLY_ONCE];
 
+/// One that comes back under its name need not wait until the group has missed it.
+const ONE: [&str; 2] = ["--instance", "one"];
+
 /// Ten messages for each of ten keys, in turns.
 fn events() -> Vec<Event> {
     (0..100)
@@ -104,11 +107,11 @@ async fn a_process_that_ends_before_it_has_handled_a_message_loses_it_at_most_on
         let stage = Stage::new(1).await;
         stage.produce(&events());
         let handler = ["--handler", "sql:handle"];
-        let mut command = stage.command(&[&handler, strategy].concat());
+        let mut command = stage.command(&[&handler, strategy, &ONE[..]].concat());
         let mut inbox = Relay::spawn(command.env("FAILPOINTS", "inbox_handling=panic"));
         assert_eq!(inbox.exit_code().await, -1);
         assert_eq!(stage.effects().await.len(), 0, "{strategy:?}");
-        let mut inbox = stage.handling(strategy);
+        let mut inbox = stage.handling(&[strategy, &ONE[..]].concat());
         inbox.wait_for_log("reading on").await;
         wait_until_read(&stage, 100).await;
         wait_until_none_waits(&stage).await;
@@ -123,7 +126,7 @@ async fn a_process_that_ends_with_a_handler_at_work_repeats_no_effect() {
         let stage = Stage::new(1).await;
         sql(&stage, "INSERT INTO poison VALUES ('k3-4', 'hang')").await;
         stage.produce(&events());
-        let inbox = stage.handling(strategy);
+        let inbox = stage.handling(&[strategy, &ONE[..]].concat());
         wait_until("a handler hangs", async || {
             let hangs = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep' \
                          AND datname = current_database()";
@@ -132,7 +135,7 @@ async fn a_process_that_ends_with_a_handler_at_work_repeats_no_effect() {
         .await;
         inbox.kill();
         sql(&stage, "TRUNCATE poison").await;
-        let mut inbox = stage.handling(strategy);
+        let mut inbox = stage.handling(&[strategy, &ONE[..]].concat());
         inbox.wait_for_log("reading on").await;
         wait_until_read(&stage, 100).await;
         wait_until_none_waits(&stage).await;
@@ -189,9 +192,8 @@ async fn a_crash_at_any_step_loses_and_repeats_nothing() {
                 "--retry-backoff-min",
                 "100ms",
             ];
-            let flags = [&flags, *strategy, &["--max-attempts", "1000"]].concat();
-            let mut command =
-                stage.command(&[&flags[..], &["--retry-backoff-max", "200ms"]].concat());
+            let more = ["--max-attempts", "1000", "--retry-backoff-max", "200ms"];
+            let mut command = stage.command(&[&flags[..], *strategy, &more, &ONE[..]].concat());
             let passages = if n < 2 { 0 } else { 2 };
             let failpoint = format!("{step}={passages}*off->panic");
             let mut inbox = Relay::spawn(command.env("FAILPOINTS", failpoint));
@@ -203,7 +205,7 @@ async fn a_crash_at_any_step_loses_and_repeats_nothing() {
             assert_eq!(inbox.exit_code().await, -1, "{strategy:?} {step}");
         }
         sql(&stage, "TRUNCATE poison").await;
-        let inbox = stage.handling(strategy);
+        let inbox = stage.handling(&[*strategy, &ONE[..]].concat());
         stage.wait_for_effects(500).await;
         inbox.drain().await;
         let later = (0..400).map(|m| Event::of(&format!("k{}", m % 10), 10 + m / 10));
