@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-matrix campaign trials fuzz bench bench-soak bench-compare bench-poll bench-claim bench-cleanup bench-schedule bench-micro bench-report lint
+.PHONY: help demo test test-matrix campaign trials fuzz bench bench-soak bench-compare bench-poll bench-claim bench-cleanup bench-schedule bench-inbox bench-micro bench-report lint
 
 VERSIONS ?= 14 15 16 17 18
 # Tests wait for servers a third of the time.
@@ -79,6 +79,10 @@ bench-cleanup: ## Measure what removing old rows costs writers and the relay: TR
 
 bench-schedule: ## Measure how late scheduled events are, and what ROWS of them that wait cost, by default a million: TRIALS.
 	@$(measure) schedule --runs $(call runs,schedule) $(if $(TRIALS),--trials $(TRIALS)) $(if $(ROWS),--scheduled $(ROWS))
+
+bench-inbox: ## Measure an inbox, by who handles, beside omni-box's: TRIALS, ROWS.
+	@dev/fetch omni-box || echo "going on without omni-box" >&2
+	@$(measure) inbox --runs $(call runs,inbox) $(options)
 
 bench-micro: ## Measure what an event costs in the pure parts of its way.
 	@dev/bootstrap build

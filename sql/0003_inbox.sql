@@ -24,11 +24,13 @@ CREATE TABLE :"schema".inbox_source (
     id integer GENERATED ALWAYS AS IDENTITY,
     consumer_group text NOT NULL,
     topic text NOT NULL,
+    owes_letters boolean NOT NULL DEFAULT false,
     CONSTRAINT inbox_source_pkey PRIMARY KEY (id),
     CONSTRAINT one_number_a_source UNIQUE (consumer_group, topic)
 );
 COMMENT ON TABLE :"schema".inbox_source IS 'numbers for a group and a topic, for short rows of inbox and inbox_message';
 COMMENT ON COLUMN :"schema".inbox_source.topic IS 'empty: all topics of the group, where they share their ids (--dedup-scope group)';
+COMMENT ON COLUMN :"schema".inbox_source.owes_letters IS 'whether its dead letters are to be copied to a topic (--dead-letter-topic)';
 
 CREATE TABLE :"schema".inbox_offset (
     consumer_group text NOT NULL,
@@ -133,6 +135,7 @@ CREATE INDEX inbox_message_lane ON :"schema".inbox_message (source, partition, l
     WHERE status IN ('stored', 'waiting');
 CREATE INDEX inbox_message_due ON :"schema".inbox_message (source, partition, due_at) WHERE status = 'waiting';
 CREATE INDEX inbox_message_decided ON :"schema".inbox_message (source, seq) WHERE status IN ('dead', 'skipped');
+CREATE INDEX inbox_message_letters ON :"schema".inbox_message (source, seq) WHERE owes_letter;
 
 -- A UUID as it is written by most, in small letters, is itself. Anything else is the first half of its
 -- SHA-256, marked as version 8, which is nobody else's.
@@ -293,6 +296,7 @@ BEGIN
     UPDATE inbox_message AS m
     SET error = inbox_fail.error, is_claimed = false,
         status = CASE WHEN m.attempts >= attempts_max THEN 'dead' ELSE m.status END,
+        owes_letter = m.attempts >= attempts_max AND s.owes_letters,
         due_at = clock_timestamp() + least(backoff_min * 2 ^ least(greatest(m.attempts - 1, 0), 30), backoff_max)
     FROM inbox_source AS s
     WHERE s.consumer_group = inbox_fail.consumer_group AND m.source = s.id

@@ -41,11 +41,13 @@ pub mod handler;
 mod headers;
 mod json;
 pub mod lane;
+mod letters;
 pub mod message;
 pub mod position;
 pub mod record;
 mod retention;
 mod retries;
+pub mod router;
 mod store;
 pub mod stored;
 pub mod strategy;
@@ -115,6 +117,8 @@ pub struct InboxSettings {
     pub fetch_bytes_max: usize,
     /// How many messages may wait in the table before no more are read.
     pub waiting_max: usize,
+    /// Where copies of dead letters go.
+    pub dead_letter_topic: Option<String>,
     /// For how long a message that is repeated is known, at least.
     pub dedup_window: Duration,
     /// How long a stop may take.
@@ -199,6 +203,8 @@ impl InboxSettings {
             ("reconnect.backoff.max.ms", "2000"),
             // How long a broker waits for more than a byte. One is enough.
             ("fetch.wait.max.ms", "100"),
+            // How soon topics and partitions are seen that are made later; the default is five minutes.
+            ("topic.metadata.refresh.interval.ms", "10000"),
         ];
         let mut config = self.kafka.client()?;
         let refuse = |message: String| Err(Error::new(ErrorKind::Settings, message));
@@ -266,6 +272,7 @@ impl Inbox {
             tokio::join!(
                 retention::run(settings.clone(), metrics.clone()),
                 gauges::run(settings.clone(), metrics.clone()),
+                letters::run(settings.clone()),
             )
         };
         // Beside what is handled, whatever becomes of it; it never ends by itself.
@@ -295,9 +302,15 @@ impl Inbox {
             let seconds = pause.as_secs_f32();
             warn!("trying again in {seconds:.1} s: {}", error.chain());
             tokio::select! {
-                _ = shutdown.wait_for(|stops| *stops) => return Ok(()),
+                () = told_to_stop(&mut shutdown) => return Ok(()),
                 () = tokio::time::sleep(pause) => {}
             }
         }
     }
+}
+
+/// Returns once it is time to stop, or nobody is left to tell.
+async fn told_to_stop(shutdown: &mut watch::Receiver<bool>) {
+    // What it returns cannot be sent to another thread, and so is dropped here.
+    let _ = shutdown.wait_for(|stops| *stops).await;
 }

@@ -14,8 +14,13 @@
 //!    (else *ghosts*);
 //! 4. *duplicates*, records beyond an id's first, stay within the window of each
 //!    crash. How many that may be is for the caller to say.
+//!
+//! What the handler of an inbox has done is judged as if it were records, of which none may be
+//! repeated: [`prepare_handler`] makes one that notes each message, and [`effects`] reads what it
+//! has noted.
 
 mod choices;
+mod effects;
 mod reader;
 mod writers;
 
@@ -25,6 +30,7 @@ use std::fmt;
 use uuid::Uuid;
 
 pub use choices::Choices;
+pub use effects::{effects, handled, prepare_handler};
 pub use reader::{Reader, Seen};
 pub use writers::{Load, PAUSE_MAX, SCHEDULE_MAX, Writers, ledger, prepare};
 

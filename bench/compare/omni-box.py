@@ -1,18 +1,24 @@
-"""A relay made of omni-box: its publisher in a loop. README.md gives the reasons for its settings."""
+"""A relay and an inbox made of omni-box. README.md gives the reasons for its settings."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
 import sys
 
 import structlog
-from aiokafka import AIOKafkaProducer
-from omni_box import OutboxPublisher
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from omni_box import InboxConsumerRunner, OutboxPublisher
 from omni_box.core.converters import RawEventConverter
-from omni_box.infra.brokers.kafka import KafkaEventPublisher
-from omni_box.infra.storage.postgres import OutboxEventDBBase, PostgresOutboxRepository
-from sqlalchemy import URL
+from omni_box.infra.brokers.kafka import KafkaEventConsumer, KafkaEventPublisher
+from omni_box.infra.storage.postgres import (
+    InboxEventDBBase,
+    OutboxEventDBBase,
+    PostgresInboxRepository,
+    PostgresOutboxRepository,
+)
+from sqlalchemy import URL, text
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase
 
@@ -30,6 +36,10 @@ class Base(DeclarativeBase):
 
 
 class Outbox(Base, OutboxEventDBBase):
+    pass
+
+
+class Inbox(Base, InboxEventDBBase):
     pass
 
 
@@ -76,11 +86,54 @@ async def relay():
     await engine.dispose()
 
 
+class Transactions:
+    def __init__(self, sessions):
+        self.sessions = sessions
+
+    @contextlib.asynccontextmanager
+    async def transaction(self):
+        async with self.sessions() as session, session.begin():
+            yield PostgresInboxRepository(session, model_class=Inbox)
+
+
+async def handle(event, repository):
+    call = text("SELECT bench_effect(:id, :key)")
+    await repository._session.execute(call, {"id": event.message_id, "key": event.event_type})
+
+
+async def inbox():
+    engine = connect()
+    transactions = Transactions(async_sessionmaker(engine, expire_on_commit=False))
+    consumer = AIOKafkaConsumer(
+        os.environ["TOPIC"],
+        bootstrap_servers=os.environ["BROKERS"],
+        group_id="omni-box",
+        enable_auto_commit=False,
+        auto_offset_reset="earliest",
+    )
+    runner = InboxConsumerRunner(
+        KafkaEventConsumer(consumer), transactions, handle, worker_id="bench", consumer_group="omni-box"
+    )
+    await runner.start()
+    working = asyncio.create_task(runner.run_forever())
+    stop = asyncio.Event()
+    for number in signal.SIGTERM, signal.SIGINT:
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    await stop.wait()
+    working.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await working
+    await runner.stop()
+    await engine.dispose()
+
+
 structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
 match sys.argv[1:]:
     case ["create"]:
         asyncio.run(create())
     case ["relay"]:
         asyncio.run(relay())
+    case ["inbox"]:
+        asyncio.run(inbox())
     case _:
-        sys.exit("usage: omni-box create | relay")
+        sys.exit("usage: omni-box create | relay | inbox")

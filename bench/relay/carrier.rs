@@ -169,26 +169,54 @@ impl Carrier {
                 .args(["--slot", TRACKED, "--publication", TRACKED])
                 .args((marks == Marks::Published).then_some("--mark")),
         };
-        let log = folder.join("log");
-        let file = std::fs::File::options()
-            .create(true)
-            .append(true)
-            .open(&log)
-            .unwrap();
-        let child = environment(&mut command, rig)
+        command
             .env("SLOT", self.slot().unwrap_or_default())
-            .env("FOLDER", folder)
-            .stdin(Stdio::null())
-            .stdout(file.try_clone().unwrap())
-            .stderr(file)
-            .spawn()
-            .unwrap();
-        Running {
-            carrier: self,
-            child,
-            log,
-            began: Instant::now(),
-        }
+            .env("FOLDER", folder);
+        spawn(command, rig, folder, self.name(), self.is_postbox())
+    }
+}
+
+/// postbox that consumes a topic, over the Unix socket.
+pub(crate) fn inbox(rig: &Rig, topic: &str, flags: &[&str]) -> Running {
+    let mut command = own_command();
+    postbox(&mut command, rig, Way::Socket, "inbox")
+        .args(["--topics", topic, "--group", topic])
+        .args(flags);
+    spawn(command, rig, rig.scratch.path(), "postbox inbox", true)
+}
+
+pub(crate) fn inbox_of_omni_box(rig: &Rig, topic: &str) -> Running {
+    let mut command = own_command();
+    let program = rig::home().join("bench/compare/omni-box");
+    command.arg(program).arg("inbox").env("TOPIC", topic);
+    spawn(command, rig, rig.scratch.path(), "omni-box", false)
+}
+
+fn spawn(
+    mut command: Command,
+    rig: &Rig,
+    folder: &Path,
+    name: &'static str,
+    is_postbox: bool,
+) -> Running {
+    let log = folder.join("log");
+    let file = std::fs::File::options()
+        .create(true)
+        .append(true)
+        .open(&log)
+        .unwrap();
+    let child = environment(&mut command, rig)
+        .stdin(Stdio::null())
+        .stdout(file.try_clone().unwrap())
+        .stderr(file)
+        .spawn()
+        .unwrap();
+    Running {
+        name,
+        is_postbox,
+        child,
+        log,
+        began: Instant::now(),
     }
 }
 
@@ -200,6 +228,10 @@ fn own_command() -> Command {
 }
 
 fn relay<'c>(command: &'c mut Command, rig: &Rig, way: Way) -> &'c mut Command {
+    postbox(command, rig, way, "relay")
+}
+
+fn postbox<'c>(command: &'c mut Command, rig: &Rig, way: Way, subcommand: &str) -> &'c mut Command {
     for (name, _) in std::env::vars_os() {
         if name.to_string_lossy().starts_with("POSTBOX") {
             command.env_remove(name);
@@ -210,7 +242,7 @@ fn relay<'c>(command: &'c mut Command, rig: &Rig, way: Way) -> &'c mut Command {
     }
     command
         .arg(rig::postbox())
-        .args(["relay", "--http", "127.0.0.1:0"])
+        .args([subcommand, "--http", "127.0.0.1:0"])
         .env("POSTBOX_DATABASE_URL", rig.database_url(way))
         .env("POSTBOX_BROKERS", rig.brokers())
 }
@@ -276,7 +308,8 @@ impl Table {
 }
 
 pub(crate) struct Running {
-    pub(crate) carrier: Carrier,
+    name: &'static str,
+    is_postbox: bool,
     child: Child,
     log: PathBuf,
     pub(crate) began: Instant,
@@ -322,7 +355,7 @@ impl Running {
         };
         // A JVM and others end by the signal, or as if they had.
         let told = status.signal() == Some(15) || status.code() == Some(143);
-        if !status.success() && (!told || self.carrier.is_postbox()) {
+        if !status.success() && (!told || self.is_postbox) {
             self.fail(&format!("ended with {status}"));
         }
     }
@@ -331,10 +364,7 @@ impl Running {
         let log = std::fs::read_to_string(&self.log).unwrap_or_default();
         let lines: Vec<&str> = log.lines().collect();
         let end = lines[lines.len().saturating_sub(20)..].join("\n  ");
-        panic!(
-            "{} {what}; its log ends with:\n  {end}",
-            self.carrier.name()
-        );
+        panic!("{} {what}; its log ends with:\n  {end}", self.name);
     }
 }
 

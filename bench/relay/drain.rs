@@ -33,7 +33,7 @@ pub(crate) async fn run(rig: &mut Rig, carrier: Carrier, backlog: &Backlog, tria
     let consumer = rig.consumer(&backlog.topic);
     let mut running = carrier.start(rig, folder.path(), Some(&backlog.end));
     if let Carrier::PgRecvlogical(_) = carrier {
-        read_to_the_end(rig, running, backlog, &mut run).await;
+        read_to_the_end(rig, carrier, running, backlog, &mut run).await;
         return run;
     }
     let records = || rig.records(&backlog.topic) - before;
@@ -86,9 +86,15 @@ pub(crate) async fn run(rig: &mut Rig, carrier: Carrier, backlog: &Backlog, tria
 
 /// A reader that writes nothing: the clock runs from when its slot is active until it
 /// ends.
-async fn read_to_the_end(rig: &Rig, mut running: Running, backlog: &Backlog, run: &mut Run) {
+async fn read_to_the_end(
+    rig: &Rig,
+    carrier: Carrier,
+    mut running: Running,
+    backlog: &Backlog,
+    run: &mut Run,
+) {
     let walsender = loop {
-        if let Some(pid) = rig.walsender(running.carrier).await {
+        if let Some(pid) = rig.walsender(carrier).await {
             break pid;
         }
         running.check();

@@ -17,6 +17,7 @@ mod clean;
 mod cost;
 mod crash;
 mod drain;
+mod inbox;
 mod latency;
 mod picture;
 mod poll;
@@ -89,6 +90,8 @@ enum Command {
         #[arg(long, default_value_t = 1_000_000)]
         scheduled: i64,
     },
+    /// An inbox, by who handles, beside omni-box's.
+    Inbox(Options),
     /// postbox at half of what this machine can write and carry.
     Soak {
         /// The file that the runs are written to.
@@ -158,6 +161,9 @@ fn main() {
             }
             Command::Schedule { options, scheduled } => {
                 schedule::run(&options.runs, options.trials, scheduled).await;
+            }
+            Command::Inbox(options) => {
+                inbox::run(&options.runs, options.trials, options.rows).await;
             }
             Command::Soak { runs, minutes } => soak(&runs, minutes).await,
             Command::Report { files } => report::print(&files),

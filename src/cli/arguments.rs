@@ -6,6 +6,7 @@ use clap::{Args, ValueEnum, value_parser};
 use postbox::catalog::Mode;
 use postbox::contract::Contract;
 use postbox::database::Database;
+use postbox::envelope::is_topic_name;
 use postbox::publisher::KafkaSettings;
 use postbox::table::{Preset, Table};
 use postbox::{Error, ErrorKind};
@@ -300,4 +301,17 @@ mod tests {
             );
         }
     }
+}
+
+/// Refuses what is no topic, naming the flag.
+pub(super) fn check_topic(flag: &str, topic: Option<&str>) -> postbox::Result<()> {
+    let Some(topic) = topic.filter(|topic| !is_topic_name(topic)) else {
+        return Ok(());
+    };
+    let message = format!(
+        "{flag} \"{}\" is not a topic name: Kafka allows 1 to 249 of the characters a-z A-Z 0-9 . _ - and neither \
+         \".\" nor \"..\"",
+        topic.escape_debug()
+    );
+    Err(Error::new(ErrorKind::Settings, message))
 }

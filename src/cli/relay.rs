@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::builder::BoolishValueParser;
 use clap::{Args, value_parser};
 use postbox::duration::in_words;
-use postbox::envelope::{Format, HeaderStyle, Route, is_topic_name};
+use postbox::envelope::{Format, HeaderStyle, Route};
 use postbox::health::Health;
 use postbox::http::{Endpoints, Exposed};
 use postbox::metrics::Metrics;
@@ -15,7 +15,9 @@ use postbox::relay::{CleanupSettings, Relay, RelaySettings};
 use postbox::table::{ATTEMPTS_MAX, Placement, Preset};
 use postbox::{Error, ErrorKind};
 
-use super::arguments::{ContractArguments, DatabaseArguments, KafkaArguments, ModeArgument};
+use super::arguments::{
+    ContractArguments, DatabaseArguments, KafkaArguments, ModeArgument, check_topic,
+};
 use super::cleanup::{OLDER_THAN_MAX, OLDER_THAN_MIN};
 use super::quantity::{check_order, size, time};
 use super::service::{Http, Service};
@@ -227,16 +229,7 @@ impl ParkedArguments {
             ("--retry-backoff-min", backoff_min),
             ("--retry-backoff-max", backoff_max),
         )?;
-        if let Some(topic) = &self.dead_letter_topic
-            && !is_topic_name(topic)
-        {
-            let message = format!(
-                "--dead-letter-topic \"{}\" is not a topic name: Kafka allows 1 to 249 of the characters a-z A-Z 0-9 \
-                 . _ - and neither \".\" nor \"..\"",
-                topic.escape_debug()
-            );
-            return Err(Error::new(ErrorKind::Settings, message));
-        }
+        check_topic("--dead-letter-topic", self.dead_letter_topic.as_deref())?;
         let as_ever = match preset {
             Preset::Spakky => ATTEMPTS_MAX,
             _ => defaults.attempts_max,

@@ -1,4 +1,4 @@
-//! The relay as a process of its own, as its users run it.
+//! The relay and the inbox as processes of their own, as their users run them.
 
 use std::collections::VecDeque;
 use std::io::{BufRead, BufReader};
@@ -10,7 +10,9 @@ use super::{IN_FLIGHT_MAX, Stage};
 use crate::error::{Error, ErrorKind, Result};
 use crate::lock::lock;
 
-pub(super) struct RelayProcess {
+/// One of them.
+pub(super) struct Process {
+    name: &'static str,
     child: Child,
     log: Arc<Mutex<VecDeque<String>>>,
 }
@@ -18,22 +20,42 @@ pub(super) struct RelayProcess {
 /// How many lines of its log are shown when it ends unasked.
 const LOG_LINES: usize = 20;
 
-impl RelayProcess {
-    pub(super) fn start(stage: &Stage) -> Result<Self> {
-        let program = std::env::current_exe().map_err(|error| unexpected("find postbox", error))?;
+impl Process {
+    pub(super) fn relay(stage: &Stage) -> Result<Self> {
         let contract = &stage.contract;
+        let in_flight_max = IN_FLIGHT_MAX.to_string();
+        let flags = [
+            ["--in-flight-max", &in_flight_max],
+            ["--slot", &contract.slot],
+            ["--publication", &contract.publication],
+        ];
+        Self::start("relay", stage, flags.as_flattened())
+    }
+
+    pub(super) fn inbox(stage: &Stage) -> Result<Self> {
+        // A name of its own: one that was killed gets its partitions back at once.
+        let flags = [
+            ["--topics", &stage.topic],
+            ["--group", &stage.topic],
+            ["--handler", &stage.handler],
+            ["--instance", "demo"],
+        ];
+        Self::start("inbox", stage, flags.as_flattened())
+    }
+
+    fn start(name: &'static str, stage: &Stage, flags: &[&str]) -> Result<Self> {
+        let failed = || format!("start the {name}");
+        let program = std::env::current_exe().map_err(|error| unexpected(failed(), error))?;
         let mut child = Command::new(program)
-            .args(["relay", "--http", "none"])
-            .args(["--in-flight-max", &IN_FLIGHT_MAX.to_string()])
-            .args(["--schema", &contract.schema, "--slot", &contract.slot])
-            .args(["--publication", &contract.publication])
+            .args([name, "--http", "none", "--schema", &stage.contract.schema])
+            .args(flags)
             .env("POSTBOX_DATABASE_URL", &stage.database_url)
             .env("POSTBOX_BROKERS", &stage.kafka.brokers)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
-            .map_err(|error| unexpected("start the relay", error))?;
+            .map_err(|error| unexpected(failed(), error))?;
         let stderr = child.stderr.take().expect("stderr is piped");
         let log = Arc::new(Mutex::new(VecDeque::new()));
         let lines = Arc::clone(&log);
@@ -49,7 +71,7 @@ impl RelayProcess {
                 }
             }
         });
-        Ok(Self { child, log })
+        Ok(Self { name, child, log })
     }
 
     pub(super) fn pid(&self) -> u32 {
@@ -61,7 +83,7 @@ impl RelayProcess {
         match self.child.try_wait() {
             Ok(None) => Ok(()),
             Ok(Some(status)) => Err(self.ended(&status.to_string())),
-            Err(error) => Err(unexpected("watch the relay", error)),
+            Err(error) => Err(unexpected(format!("watch the {}", self.name), error)),
         }
     }
 
@@ -69,7 +91,7 @@ impl RelayProcess {
     pub(super) fn kill(&mut self) -> Result<()> {
         self.check()?;
         let killed = self.child.kill().and_then(|()| self.child.wait());
-        killed.map_err(|error| unexpected("kill the relay", error))?;
+        killed.map_err(|error| unexpected(format!("kill the {}", self.name), error))?;
         Ok(())
     }
 
@@ -79,14 +101,14 @@ impl RelayProcess {
         // The standard library only knows SIGKILL.
         let pid = self.pid().to_string();
         let sent = Command::new("kill").args(["-TERM", &pid]).status();
-        sent.map_err(|error| unexpected("stop the relay", error))?;
+        sent.map_err(|error| unexpected(format!("stop the {}", self.name), error))?;
         let deadline = Instant::now() + Duration::from_secs(35);
         while Instant::now() < deadline {
             match self.child.try_wait() {
                 Ok(None) => std::thread::sleep(Duration::from_millis(20)),
                 Ok(Some(status)) if status.success() => return Ok(()),
                 Ok(Some(status)) => return Err(self.ended(&status.to_string())),
-                Err(error) => return Err(unexpected("wait for the relay", error)),
+                Err(error) => return Err(unexpected(format!("wait for the {}", self.name), error)),
             }
         }
         Err(self.ended("it did not stop within 35 s"))
@@ -100,12 +122,12 @@ impl RelayProcess {
             .collect::<String>();
         Error::new(
             ErrorKind::Unexpected,
-            format!("the relay ended ({how}):{log}"),
+            format!("the {} ended ({how}):{log}", self.name),
         )
     }
 }
 
-impl Drop for RelayProcess {
+impl Drop for Process {
     fn drop(&mut self) {
         // It may have ended already.
         let _ = self.child.kill();
@@ -113,6 +135,6 @@ impl Drop for RelayProcess {
     }
 }
 
-fn unexpected(message: &str, error: std::io::Error) -> Error {
+fn unexpected(message: String, error: std::io::Error) -> Error {
     Error::new(ErrorKind::Unexpected, message).caused_by(error)
 }

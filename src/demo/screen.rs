@@ -3,11 +3,9 @@
 use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
-use super::FRAME;
+use super::Judged;
 use super::audience::Audience;
-use super::child::RelayProcess;
-use crate::error::Result;
-use crate::oracle::{Verdict, Writers};
+use crate::oracle::Writers;
 
 pub(super) struct Screen {
     is_terminal: bool,
@@ -50,45 +48,18 @@ impl Screen {
         );
     }
 
-    /// Draws the live line until `end`.
-    pub(super) async fn follow(
-        &mut self,
-        writers: &Writers,
-        audience: &Audience,
-        relay: &mut RelayProcess,
-        end: Instant,
-    ) -> Result<()> {
-        while Instant::now() < end {
-            tokio::time::sleep(FRAME).await;
-            relay.check()?;
-            self.draw(writers, audience);
-        }
-        Ok(())
+    /// Whether the next line is to be drawn.
+    pub(super) fn is_due(&self) -> bool {
+        self.is_terminal || self.printed.elapsed() >= PLAIN_INTERVAL
     }
 
-    /// The same while there is no relay.
-    pub(super) async fn follow_without(
-        &mut self,
-        writers: &Writers,
-        audience: &Audience,
-        end: Instant,
-    ) {
-        while Instant::now() < end {
-            tokio::time::sleep(FRAME).await;
-            self.draw(writers, audience);
-        }
-    }
-
-    fn draw(&mut self, writers: &Writers, audience: &Audience) {
-        if !self.is_terminal && self.printed.elapsed() < PLAIN_INTERVAL {
-            return;
-        }
+    pub(super) fn draw(&mut self, writers: &Writers, audience: &Audience, handled: usize) {
         self.printed = Instant::now();
         let records = audience.records();
         let (since, before) = std::mem::replace(&mut self.last, (self.printed, records));
         let rate = (records - before) as f64 / (self.printed - since).as_secs_f64().max(0.001);
         let line = format!(
-            "  {}  committed {:>7}   published {records:>7}   {rate:>6.0}/s   {}",
+            "  {}  committed {:>7}   published {records:>7}   {rate:>6.0}/s   handled {handled:>7}   {}",
             self.styled("2", &self.clock()),
             writers.committed(),
             latency(audience.latencies()),
@@ -102,19 +73,25 @@ impl Screen {
         }
     }
 
-    pub(super) fn verdict(&self, verdict: &Verdict, duplicates_max: usize) {
+    pub(super) fn verdict(&self, judged: &Judged) {
+        let (records, effects) = (&judged.records, &judged.effects);
+        let handled = effects.records - effects.ghosts.len() - effects.duplicates;
         let rows = [
-            ("committed", verdict.committed, None),
-            ("records in Kafka", verdict.records, None),
-            ("lost", verdict.lost.len(), Some(0)),
-            ("out of order", verdict.inversions.len(), Some(0)),
-            ("never committed", verdict.ghosts.len(), Some(0)),
-            ("under a wrong key", verdict.misplaced.len(), Some(0)),
+            ("committed", records.committed, None),
+            ("records in Kafka", records.records, None),
+            ("lost", records.lost.len(), Some(0)),
+            ("out of order", records.inversions.len(), Some(0)),
+            ("never committed", records.ghosts.len(), Some(0)),
+            ("under a wrong key", records.misplaced.len(), Some(0)),
             (
                 "repeated by the kill",
-                verdict.duplicates,
-                Some(duplicates_max),
+                records.duplicates,
+                Some(judged.duplicates_max),
             ),
+            ("handled", handled, None),
+            ("not handled", effects.lost.len(), Some(0)),
+            ("handled twice", effects.duplicates, Some(0)),
+            ("handled out of order", effects.inversions.len(), Some(0)),
         ];
         println!("\n  {}", self.styled("1", "The oracle's verdict"));
         for (name, found, limit) in rows {
@@ -126,8 +103,8 @@ impl Screen {
             };
             println!("  {}", format!("{name:<22}{found:>9}  {judged}").trim_end());
         }
-        let (style, word) = match verdict.is_clean(duplicates_max) {
-            true => ("1;32", "nothing lost, in order"),
+        let (style, word) = match judged.is_clean() {
+            true => ("1;32", "nothing lost, in order, handled once"),
             false => ("1;31", "a defect"),
         };
         println!(

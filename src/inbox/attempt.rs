@@ -23,7 +23,7 @@ use super::message::Message;
 use super::position::{Last, OnReset};
 use super::retries::{self, Ours};
 use super::store::{Advance, Source, Store, is_another, reset};
-use super::{Inbox, InboxSettings};
+use super::{Inbox, InboxSettings, told_to_stop};
 use crate::catalog::{check_version, schema_version};
 use crate::database::{Session, sort};
 use crate::error::{Error, ErrorKind, Result, joined};
@@ -85,9 +85,8 @@ impl<'i> Attempt<'i> {
             .handlers
             .prepare(&session.client, &settings.contract, &settings.group)
             .await?;
-        let (contract, group) = (&settings.contract, &settings.group);
         let work = Arc::new(Work {
-            store: Store::new(contract, group, inbox.owner.clone(), settings.shares_ids),
+            store: Store::new(settings, inbox.owner.clone()),
             handler,
             handler_timeout: settings.handler_timeout,
             attempts: settings.ack.attempts(settings.attempts.clone()),
@@ -131,7 +130,7 @@ impl<'i> Attempt<'i> {
             // All of them can be left and come back to: what they give is taken at once.
             tokio::select! {
                 biased;
-                _ = shutdown.wait_for(|stops| *stops) => return Ok(()),
+                () = told_to_stop(shutdown) => return Ok(()),
                 change = self.consumer.changes.recv() => match change {
                     Some(change) => in_time(stopping.clone(), patience, self.change(change)).await?,
                     None => return Err(ended_early()),
@@ -148,7 +147,7 @@ impl<'i> Attempt<'i> {
                 // Before batches, of which there may always be another.
                 _ = lanes_tick.tick() => self.free(self.blocked.iter().copied().collect()).await?,
                 _ = pulse.tick() => self.feel_pulse().await?,
-                batch = self.consumer.batches.recv(), if !self.is_full() => match batch {
+                batch = self.consumer.batches.recv(), if self.may_go_on() => match batch {
                     Some(batch) => {
                         self.is_at_work = true;
                         in_time(stopping.clone(), patience, self.handle(&batch.messages)).await?;
@@ -353,7 +352,7 @@ impl<'i> Attempt<'i> {
                 is_suspect,
             });
         }
-        for messages in messages.chunks(ack.together(messages.len())) {
+        for messages in messages.chunks(self.work.together(messages.len())) {
             self.handle_together(messages).await?;
         }
         Ok(())
@@ -380,7 +379,6 @@ impl<'i> Attempt<'i> {
         let began = Instant::now();
         let done = self.run_batch(&batch).await?;
         self.inbox.health.moved();
-        self.inbox.health.waiting(None);
         self.inbox.health.heard(Server::Postgres);
         self.inbox.health.heard(Server::Kafka);
         let offsets = (last.iter()).map(|(place, last)| (place.clone(), last.offset + 1));
@@ -390,6 +388,7 @@ impl<'i> Attempt<'i> {
         if self.is_full() {
             self.count_waiting().await?;
         }
+        self.tell_what_is_waited_for();
         let metrics = &self.inbox.metrics;
         metrics
             .transaction_seconds
@@ -466,7 +465,7 @@ impl<'i> Attempt<'i> {
         Ok(())
     }
 
-    /// Whether so many messages wait that no more are read. Partitions are paused then.
+    /// Whether so many messages wait that no more are read.
     fn is_full(&self) -> bool {
         self.waiting >= self.inbox.settings.waiting_max
     }
@@ -475,23 +474,33 @@ impl<'i> Attempt<'i> {
     async fn count_waiting(&mut self) -> Result<()> {
         let most = self.inbox.settings.waiting_max;
         let (store, client) = (&self.work.store, &self.session.client);
-        self.waiting = store
-            .count_waiting(client, &self.ours.borrow(), most)
-            .await?;
-        let waits_for = format!(
-            "{} messages wait in the table, and no more are read: see --waiting-max",
-            self.waiting
-        );
-        self.inbox
-            .health
-            .waiting(self.is_full().then_some(waits_for));
+        let ours = self.ours.borrow().clone();
+        self.waiting = store.count_waiting(client, &ours, most).await?;
+        self.tell_what_is_waited_for();
         Ok(())
+    }
+
+    /// Whether what is read next can be dealt with. Partitions are paused if it cannot.
+    fn may_go_on(&self) -> bool {
+        !self.is_full() && (self.work.ack.stores_first() || self.work.away().is_none())
+    }
+
+    fn tell_what_is_waited_for(&self) {
+        let full = self.is_full().then(|| {
+            format!(
+                "{} messages wait in the table, and no more are read: see --waiting-max",
+                self.waiting
+            )
+        });
+        let away = self.work.away().map(|(why, _)| why);
+        self.inbox.health.waiting(full.or(away));
     }
 
     async fn feel_pulse(&mut self) -> Result<()> {
         let answered = self.session.client.batch_execute("").await;
         answered.map_err(|error| sort("ask for a sign of life", error))?;
         self.inbox.health.heard(Server::Postgres);
+        self.tell_what_is_waited_for();
         if self.consumer.hears_brokers() {
             self.inbox.health.heard(Server::Kafka);
         }

@@ -20,16 +20,19 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures_util::StreamExt;
+use futures_util::stream;
 use tokio::sync::Notify;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Transaction};
 use tracing::debug;
 use uuid::Uuid;
 
-use super::handler::{Again, Failure, Working};
+use super::handler::http::{Answer, Service};
+use super::handler::{Again, Failure, Working, kept_open};
 use super::message::Message;
 use super::store::{Advance, Kept, Status, Store};
-use super::strategy::Ack;
+use super::strategy::{Ack, CommitOn};
 use crate::backoff::doubled;
 use crate::metrics::InboxMetrics;
 
@@ -50,6 +53,33 @@ pub(super) struct Work {
     pub(super) metrics: Arc<InboxMetrics>,
     /// Told when a lane can go on.
     pub(super) promoted: Notify,
+}
+
+impl Work {
+    /// How many messages of a batch have a transaction together.
+    pub(super) fn together(&self, batch: usize) -> usize {
+        match (self.ack, &self.handler) {
+            (Ack::AtLeastOnce(CommitOn::Success), Working::Http(service)) => service.parallel(),
+            (Ack::AtLeastOnce(CommitOn::Success), _) => 1,
+            _ => batch.max(1),
+        }
+    }
+
+    /// How many messages are tried together from the table.
+    pub(super) fn run_max(&self) -> usize {
+        match &self.handler {
+            Working::Http(service) => service.parallel(),
+            _ => self.batch_max,
+        }
+    }
+
+    /// Why nothing can be handled now, and for how long.
+    pub(super) fn away(&self) -> Option<(String, Duration)> {
+        match &self.handler {
+            Working::Http(service) => service.away(),
+            _ => None,
+        }
+    }
 }
 
 /// What is to be done with a batch, in the order of its records.
@@ -148,40 +178,10 @@ pub(super) async fn run<'a>(
     blocked: &HashSet<Lane>,
     batch: &Batch<'a>,
 ) -> Result<Done<'a>, Broken> {
-    if work.ack != Ack::AtMostOnce {
-        return until_it_happens(async || {
-            let transaction = client.transaction().await?;
-            let received = receive(&transaction, work, batch).await?;
-            settle(transaction, work, blocked, received).await
-        })
-        .await;
-    }
-    let received = until_it_happens(async || {
-        let transaction = client.transaction().await?;
-        let received = receive(&transaction, work, batch).await?;
-        transaction.commit().await?;
-        Ok(received)
-    })
-    .await?;
-    until_it_happens(async || {
-        let transaction = client.transaction().await?;
-        for Advance { place, epoch, .. } in &batch.advances {
-            if !work.store.hold_place(&transaction, place, *epoch).await? {
-                return Err(Broken::Fenced);
-            }
-        }
-        settle(transaction, work, blocked, received.clone()).await
-    })
-    .await
-}
-
-/// Runs a transaction again that nobody is to blame for.
-async fn until_it_happens<T>(
-    mut transaction: impl AsyncFnMut() -> Result<T, Broken>,
-) -> Result<T, Broken> {
+    let mut received = None;
     let mut attempts = 0;
     loop {
-        match transaction().await {
+        match once(client, work, blocked, batch, &mut received).await {
             Err(Broken::Postgres(error)) if is_to_be_run_again(&error) => {
                 debug!("run a batch again: {error}");
                 attempts += 1;
@@ -190,6 +190,35 @@ async fn until_it_happens<T>(
             ended => return ended,
         }
     }
+}
+
+/// What was received in a transaction of its own, if that comes first, is left in `received`.
+async fn once<'a>(
+    client: &mut Client,
+    work: &Work,
+    blocked: &HashSet<Lane>,
+    batch: &Batch<'a>,
+    received: &mut Option<Received<'a>>,
+) -> Result<Done<'a>, Broken> {
+    if work.ack != Ack::AtMostOnce {
+        let transaction = client.transaction().await?;
+        let received = receive(&transaction, work, batch).await?;
+        return settle(transaction, work, blocked, received).await;
+    }
+    if received.is_none() {
+        let transaction = client.transaction().await?;
+        let now = receive(&transaction, work, batch).await?;
+        transaction.commit().await?;
+        *received = Some(now);
+    }
+    let transaction = client.transaction().await?;
+    for Advance { place, epoch, .. } in &batch.advances {
+        if !work.store.hold_place(&transaction, place, *epoch).await? {
+            return Err(Broken::Fenced);
+        }
+    }
+    let received = received.clone().expect("it was just received");
+    settle(transaction, work, blocked, received).await
 }
 
 /// Moves the offsets, and writes which messages were received.
@@ -279,6 +308,7 @@ impl<'a> Done<'a> {
             Verdict::Stored => (Status::Stored, 0, Some(Duration::ZERO), None),
             Verdict::Suspect => (Status::Waiting, 0, Some(Duration::ZERO), None),
             Verdict::Behind => (Status::Waiting, 0, None, None),
+            Verdict::Away(why, pause) => (Status::Waiting, 0, Some(pause), Some(why)),
             Verdict::Failed(why, Some(pause)) => (Status::Waiting, 1, Some(pause), Some(why)),
             Verdict::Failed(why, None) => (Status::Dead, 1, Some(Duration::ZERO), Some(why)),
         };
@@ -307,18 +337,25 @@ pub(super) enum Verdict {
     Suspect,
     /// One before it of its lane waits.
     Behind,
+    /// Who is to handle it was not reached, for this reason, and is to be asked again then.
+    Away(String, Duration),
     /// Why, and when it is tried again; `None`: never.
     Failed(String, Option<Duration>),
 }
 
 impl Verdict {
+    /// Whether those behind it wait for it.
+    fn holds_its_lane(&self) -> bool {
+        matches!(self, Self::Away(..) | Self::Failed(_, Some(_)))
+    }
+
     /// As metrics have it.
     pub(super) fn name(&self) -> &'static str {
         match self {
             Self::Completed => "completed",
             Self::Skipped => "skipped",
             Self::Stored => "stored",
-            Self::Suspect | Self::Behind => "waiting",
+            Self::Suspect | Self::Behind | Self::Away(..) => "waiting",
             Self::Failed(_, Some(_)) => "failed",
             Self::Failed(_, None) => "dead",
         }
@@ -342,7 +379,10 @@ impl Trial<'_> {
         let limit = self.work.handler_timeout.as_millis();
         let limit = format!("SET LOCAL statement_timeout = {limit}");
         transaction.batch_execute(&limit).await?;
-        self.try_in_order(transaction).await?;
+        match &self.work.handler {
+            Working::Http(service) => self.ask(service, transaction).await?,
+            _ => self.try_in_order(transaction).await?,
+        }
         // What follows is ours.
         let no_limit = "SET LOCAL statement_timeout TO DEFAULT";
         transaction.batch_execute(no_limit).await
@@ -415,15 +455,70 @@ impl Trial<'_> {
     }
 
     fn fail(&mut self, index: usize, failure: Failure) {
+        let verdict = self.failed(index, failure);
+        if verdict.holds_its_lane() {
+            self.blocked.insert(self.entries[index].lane);
+        }
+        self.verdicts[index] = verdict;
+    }
+
+    fn failed(&self, index: usize, failure: Failure) -> Verdict {
         let pause = self.work.attempts.pause(self.entries[index].attempt);
         let pause = match failure.again {
             Again::InTurn => pause,
             Again::After(after) => pause.map(|_| after.min(self.work.attempts.backoff_max)),
             Again::Never => None,
         };
-        if pause.is_some() {
-            self.blocked.insert(self.entries[index].lane);
+        Verdict::Failed(failure.why, pause)
+    }
+
+    /// Has a service handle them: those of a lane one after the other, and lanes at once.
+    async fn ask(
+        &mut self,
+        service: &Service,
+        transaction: &Transaction<'_>,
+    ) -> Result<(), tokio_postgres::Error> {
+        let mut lanes: Vec<Vec<usize>> = Vec::new();
+        let mut of: HashMap<Lane, usize> = HashMap::new();
+        for index in (0..self.entries.len()).filter(|index| self.may_go(*index)) {
+            let lane = *of.entry(self.entries[index].lane).or_insert(lanes.len());
+            match lanes.get_mut(lane) {
+                Some(lane) => lane.push(index),
+                None => lanes.push(vec![index]),
+            }
         }
-        self.verdicts[index] = Verdict::Failed(failure.why, pause);
+        let lanes = stream::iter(
+            lanes
+                .into_iter()
+                .map(|lane| self.ask_in_turn(service, lane)),
+        );
+        let lanes = lanes.buffer_unordered(service.parallel());
+        let asked = async { Ok(lanes.concat().await) };
+        for (index, verdict) in kept_open(transaction, asked).await? {
+            self.verdicts[index] = verdict;
+        }
+        Ok(())
+    }
+
+    /// Until one is to wait.
+    async fn ask_in_turn(&self, service: &Service, lane: Vec<usize>) -> Vec<(usize, Verdict)> {
+        let mut verdicts = Vec::with_capacity(lane.len());
+        for index in lane {
+            let message = self.entries[index].message;
+            let began = Instant::now();
+            let verdict = match service.ask(message, self.work.handler_timeout).await {
+                Answer::Handled => Verdict::Completed,
+                Answer::Failed(failure) => self.failed(index, failure),
+                Answer::Away(why, pause) => Verdict::Away(why, pause),
+            };
+            let seconds = &self.work.metrics.handler_seconds;
+            seconds.observe(began.elapsed().as_secs_f64());
+            let is_last = verdict.holds_its_lane();
+            verdicts.push((index, verdict));
+            if is_last {
+                break;
+            }
+        }
+        verdicts
     }
 }

@@ -1,9 +1,12 @@
 //! What is done with a message.
 //!
-//! A handler works in the transaction that says that the message was received, and how far its
-//! partition was read: its effects happen once, whatever crashes. What it does elsewhere
-//! happens again with each further try.
+//! A handler in SQL or in Rust works in the transaction that says that the message was received,
+//! and how far its partition was read: its effects happen once, whatever crashes. What it does
+//! elsewhere happens again with each further try; and all that a service does, which is asked over
+//! HTTP, is done elsewhere. So messages that a service has handled stay handled if others fail,
+//! and nothing of it is rolled back.
 
+pub(super) mod http;
 pub(super) mod sql;
 
 use std::any::Any;
@@ -23,6 +26,7 @@ use super::batch::{Verdict, is_to_be_run_again};
 use super::message::Message;
 use crate::contract::Contract;
 use crate::error::{Result, chain};
+pub use http::Endpoint;
 pub use sql::Function;
 
 /// What a handler made of a message.
@@ -71,6 +75,8 @@ pub enum Handlers {
     Application,
     /// A function of the database.
     Sql(Function),
+    /// A service.
+    Http(Endpoint),
     /// A program.
     Rust(Arc<dyn Handler>),
 }
@@ -80,6 +86,7 @@ impl std::fmt::Debug for Handlers {
         match self {
             Self::Application => f.write_str("none"),
             Self::Sql(function) => write!(f, "sql:{}", function.name()),
+            Self::Http(endpoint) => write!(f, "{endpoint:?}"),
             Self::Rust(_) => f.write_str("rust"),
         }
     }
@@ -96,6 +103,7 @@ impl Handlers {
         Ok(match self {
             Self::Application => Working::Application,
             Self::Sql(function) => Working::Sql(function.prepare(client, contract, group).await?),
+            Self::Http(endpoint) => Working::Http(endpoint.open()?),
             Self::Rust(handler) => Working::Rust(handler.clone()),
         })
     }
@@ -105,6 +113,7 @@ impl Handlers {
 pub(super) enum Working {
     Application,
     Sql(sql::Prepared),
+    Http(http::Service),
     Rust(Arc<dyn Handler>),
 }
 
@@ -191,12 +200,19 @@ impl Working {
                 }
                 Err(error) => return unnamed(&error),
             },
+            Self::Http(_) => unreachable!("nothing of it can be rolled back: `Trial::ask`"),
             Self::Rust(handler) => {
-                for (at, message) in messages.iter().enumerate() {
-                    match call(&**handler, message, transaction, at, limit).await? {
-                        Ok(verdict) => verdicts.push(verdict),
-                        Err(failure) => return Ok(Err(vec![failure])),
+                let calls = async {
+                    for (at, message) in messages.iter().enumerate() {
+                        match call(&**handler, message, transaction, at, limit).await? {
+                            Ok(verdict) => verdicts.push(verdict),
+                            Err(failure) => return Ok(Err(failure)),
+                        }
                     }
+                    Ok(Ok(()))
+                };
+                if let Err(failure) = kept_open(transaction, calls).await? {
+                    return Ok(Err(vec![failure]));
                 }
             }
         }
@@ -205,6 +221,30 @@ impl Working {
             Err(error) if is_nobodys_fault(&error) => Err(error),
             Err(error) => unnamed(&error),
         }
+    }
+}
+
+/// How often the server hears of a transaction in which nothing is done.
+const PULSE: Duration = Duration::from_secs(2);
+
+/// Does something that may take long beside a transaction, which would be ended for that: the
+/// server takes a session that says nothing for lost, as it has rows locked.
+pub(super) async fn kept_open<T>(
+    transaction: &Transaction<'_>,
+    work: impl Future<Output = Result<T, tokio_postgres::Error>>,
+) -> Result<T, tokio_postgres::Error> {
+    let pulse = async {
+        loop {
+            tokio::time::sleep(PULSE).await;
+            if let Err(error) = transaction.batch_execute("").await {
+                return Err(error);
+            }
+        }
+    };
+    tokio::select! {
+        biased;
+        done = work => done,
+        ended = pulse => ended,
     }
 }
 

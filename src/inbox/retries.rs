@@ -58,7 +58,7 @@ async fn run(
     let mut pause = LOOK_MIN;
     loop {
         let places = ours.borrow_and_update().clone();
-        let run = match places.is_empty() {
+        let run = match places.is_empty() || work.away().is_some() {
             true => Vec::new(),
             false => work.store.take_run(&session.client, &work, &places).await?,
         };
@@ -151,6 +151,10 @@ async fn once(
                     attempts = due.attempts,
                     "failed: {why}"
                 );
+            }
+            Verdict::Away(why, pause) => {
+                store.wait(&transaction, due, &why, pause).await?;
+                lanes.remove(&due.lane);
             }
             // What a person has tried again: who is to handle it is not known to them.
             Verdict::Stored => store.hand_over(&transaction, due).await?,

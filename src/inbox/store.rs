@@ -8,6 +8,7 @@ use tokio_postgres::{Client, Row, Transaction};
 use tracing::warn;
 use uuid::Uuid;
 
+use super::InboxSettings;
 use super::batch::{Entry, Lane, Work};
 use super::columns::{Columns, Parameter};
 use super::consumer::{Assigned, Place};
@@ -27,6 +28,8 @@ pub(super) struct Store {
     owner: String,
     /// Whether an id means the same in all topics of the group.
     shares_ids: bool,
+    /// Where copies of dead letters go.
+    dead_letter_topic: Option<String>,
     sql: Sql,
 }
 
@@ -41,6 +44,7 @@ pub(super) struct Source {
 
 struct Sql {
     name_sources: String,
+    owe_letters: String,
     sources: String,
     known_topics: String,
     look: String,
@@ -151,12 +155,13 @@ impl Due {
 }
 
 impl Store {
-    pub(super) fn new(contract: &Contract, group: &str, owner: String, shares_ids: bool) -> Self {
+    pub(super) fn new(settings: &InboxSettings, owner: String) -> Self {
         Self {
-            group: group.to_owned(),
+            group: settings.group.clone(),
             owner,
-            shares_ids,
-            sql: Sql::new(contract),
+            shares_ids: settings.shares_ids,
+            dead_letter_topic: settings.dead_letter_topic.clone(),
+            sql: Sql::new(&settings.contract),
         }
     }
 
@@ -187,6 +192,7 @@ impl Store {
             &self.group,
             &topics,
             self.shares_ids,
+            self.dead_letter_topic.as_deref(),
         );
         let sources = sources.await.map_err(failed)?;
         let rows = transaction
@@ -365,7 +371,7 @@ impl Store {
             (&self.group, Type::TEXT),
             (&topics, Type::TEXT_ARRAY),
             (&epochs, Type::INT8_ARRAY),
-            (&count(work.batch_max), Type::INT8),
+            (&count(work.run_max()), Type::INT8),
             (&count(work.batch_bytes_max), Type::INT8),
         ];
         let rows = client
@@ -447,6 +453,18 @@ impl Store {
         let sql = &self.sql.fail;
         transaction.execute_typed(sql, &parameters).await?;
         Ok(())
+    }
+
+    /// Nobody was there to try it: that is no attempt.
+    pub(super) async fn wait(
+        &self,
+        transaction: &Transaction<'_>,
+        due: &Due,
+        why: &str,
+        pause: Duration,
+    ) -> std::result::Result<(), tokio_postgres::Error> {
+        self.put_back(transaction, [due]).await?;
+        self.fail(transaction, due, why, pause).await
     }
 
     /// The last attempt came to nothing.
@@ -648,6 +666,7 @@ async fn name_sources<'t>(
     group: &str,
     topics: &[&'t str],
     shares_ids: bool,
+    dead_letter_topic: Option<&str>,
 ) -> std::result::Result<HashMap<&'t str, Source>, tokio_postgres::Error> {
     let all_topics: Vec<&str> = topics
         .iter()
@@ -658,6 +677,12 @@ async fn name_sources<'t>(
     transaction
         .execute_typed(&sql.name_sources, &parameters)
         .await?;
+    let owed: [Parameter<'_>; 3] = [
+        (&group, Type::TEXT),
+        (&topics, Type::TEXT_ARRAY),
+        (&dead_letter_topic, Type::TEXT),
+    ];
+    transaction.execute_typed(&sql.owe_letters, &owed).await?;
     // A statement of its own: it sees what another session has named meanwhile.
     let rows = transaction.query_typed(&sql.sources, &parameters).await?;
     let numbers: HashMap<&str, i32> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
@@ -706,6 +731,11 @@ impl Sql {
                  )
                  GROUP BY t.topic ORDER BY t.topic
                  ON CONFLICT DO NOTHING",
+            ),
+            owe_letters: sql(
+                "UPDATE :\"schema\".inbox_source SET owes_letters = coalesce(topic <> $3, false)
+                 WHERE consumer_group = $1 AND topic = ANY ($2)
+                   AND owes_letters <> coalesce(topic <> $3, false)",
             ),
             sources: sql(
                 "SELECT topic, id FROM :\"schema\".inbox_source WHERE consumer_group = $1 AND topic = ANY ($2)",
@@ -871,7 +901,10 @@ impl Sql {
                  WHERE source = $1 AND id = $2",
             ),
             give_up: sql(
-                "UPDATE :\"schema\".inbox_message SET status = 'dead', error = $3 WHERE source = $1 AND id = $2",
+                "UPDATE :\"schema\".inbox_message AS m
+                 SET status = 'dead', error = $3, owes_letter = s.owes_letters
+                 FROM :\"schema\".inbox_source AS s
+                 WHERE m.source = $1 AND m.id = $2 AND s.id = m.source",
             ),
             hand_over: sql(
                 "UPDATE :\"schema\".inbox_message SET status = 'stored', attempts = 0, due_at = now()
@@ -908,13 +941,15 @@ impl Sql {
             store: sql(&format!(
                 "INSERT INTO :\"schema\".inbox_message
                      (message_id, partition, kafka_offset, key, event_type, schema_version, headers, payload, body,
-                      created_at, id, original_id, source, lane, status, attempts, due_at, error)
+                      created_at, id, original_id, source, lane, status, attempts, due_at, error, owes_letter)
                  SELECT {columns}, k.id, k.original_id, k.source, k.lane, k.status, k.attempts,
-                     coalesce(now() + k.due_in * interval '1 second', 'infinity'), k.error
+                     coalesce(now() + k.due_in * interval '1 second', 'infinity'), k.error,
+                     k.status = 'dead' AND s.owes_letters
                  FROM {rows}
                  JOIN unnest($12::uuid[], $13::bytea[], $14::integer[], $15::bigint[], $16::text[], $17::integer[],
                      $18::float8[], $19::text[]) WITH ORDINALITY AS k
                      (id, original_id, source, lane, status, attempts, due_in, error, n) USING (n)
+                 JOIN :\"schema\".inbox_source AS s ON s.id = k.source
                  ORDER BY n
                  -- One that was given up, and whose id was forgotten since.
                  ON CONFLICT (source, id) DO UPDATE
@@ -924,6 +959,7 @@ impl Sql {
                      key = excluded.key, event_type = excluded.event_type,
                      schema_version = excluded.schema_version, headers = excluded.headers,
                      payload = excluded.payload, body = excluded.body, error = excluded.error,
+                     owes_letter = excluded.owes_letter,
                      decided_by = NULL, decided_at = NULL, reason = NULL",
                 columns = Columns::STORED,
                 rows = Columns::ROWS,

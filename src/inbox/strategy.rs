@@ -17,6 +17,10 @@
 //! others is called for one message at a time by `at-most-once` and `on-success`, and by
 //! `on-success` for the next one only once this one is committed.
 //!
+//! A service that is asked over HTTP is asked for several messages at once, of different lanes: so
+//! `on-success` commits as many together. It can have no `exactly-once`, as nothing that it does is
+//! rolled back.
+//!
 //! `at-most-once` calls a handler again for one thing: a transaction that the database itself
 //! has broken off, for a deadlock or a serialization failure.
 
@@ -43,14 +47,6 @@ pub enum CommitOn {
 }
 
 impl Ack {
-    /// How many messages of a batch have a transaction together.
-    pub(super) fn together(self, batch: usize) -> usize {
-        match self {
-            Self::AtLeastOnce(CommitOn::Success) => 1,
-            _ => batch.max(1),
-        }
-    }
-
     /// Whether each message is handled from the table.
     pub(super) fn stores_first(self) -> bool {
         self == Self::AtLeastOnce(CommitOn::Persist)

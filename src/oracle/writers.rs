@@ -408,6 +408,6 @@ fn insert_large(schema: &str) -> String {
     )
 }
 
-fn oracle_schema(schema: &str) -> String {
+pub(super) fn oracle_schema(schema: &str) -> String {
     escape_identifier(&format!("{schema}_oracle"))
 }

@@ -130,7 +130,7 @@ impl KafkaSettings {
     }
 
     /// What a producer is made of.
-    pub(super) fn producer(&self, batch_bytes: usize) -> Result<ClientConfig> {
+    pub(crate) fn producer(&self, batch_bytes: usize) -> Result<ClientConfig> {
         let mut config = self.client()?;
         for (names, value, _) in FIXED {
             config.set(names[0], *value);

@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum, value_parser};
 use postbox::health::Health;
 use postbox::http::{Endpoints, Exposed};
 use postbox::inbox::batch::Attempts;
-use postbox::inbox::handler::{Function, Handlers};
+use postbox::inbox::handler::{Endpoint, Function, Handlers};
 use postbox::inbox::lane::Order;
 use postbox::inbox::message::Reading;
 use postbox::inbox::position::{From, OnReset};
@@ -17,7 +17,7 @@ use postbox::inbox::{Inbox, InboxSettings};
 use postbox::metrics::InboxMetrics;
 use postbox::{Error, ErrorKind};
 
-use crate::cli::arguments::{DatabaseArguments, KafkaArguments, SchemaArguments};
+use crate::cli::arguments::{DatabaseArguments, KafkaArguments, SchemaArguments, check_topic};
 use crate::cli::quantity::{check_order, size, time};
 use crate::cli::service::{Http, Service};
 
@@ -54,9 +54,10 @@ pub(in crate::cli) struct ConsumeCommand {
     #[arg(long, env = "POSTBOX_GROUP", value_name = "NAME")]
     group: String,
 
-    /// Who handles messages: none (they wait in postbox.inbox_message for the application), or
+    /// Who handles messages: none (they wait in postbox.inbox_message for the application),
     /// sql:FUNCTION (a function that takes a postbox.message, or a postbox.message[] for a whole batch, and
-    /// works in the batch's transaction).
+    /// works in the batch's transaction), or http://… or https://… (a service that is asked for each message,
+    /// as a CloudEvent; not with exactly-once).
     #[arg(
         long,
         env = "POSTBOX_HANDLER",
@@ -92,6 +93,9 @@ pub(in crate::cli) struct ConsumeCommand {
 
     #[command(flatten)]
     messages: MessageArguments,
+
+    #[command(flatten)]
+    service: ServiceArguments,
 
     #[command(flatten)]
     failures: FailureArguments,
@@ -175,6 +179,31 @@ struct MessageArguments {
 }
 
 #[derive(Debug, Args)]
+#[command(next_help_heading = "A service as the handler")]
+struct ServiceArguments {
+    /// A header of each request, as NAME: VALUE, such as authorization: Bearer TOKEN; may be given several
+    /// times. The variable keeps it out of the list of processes.
+    #[arg(
+        long,
+        env = "POSTBOX_HANDLER_HEADER",
+        hide_env_values = true,
+        value_name = "HEADER"
+    )]
+    handler_header: Vec<String>,
+
+    /// For how many messages the service is asked at once, of different keys; 1 to 1000. After a crash, it
+    /// may be asked again for as many.
+    #[arg(
+        long,
+        env = "POSTBOX_HANDLER_PARALLEL",
+        default_value = "16",
+        value_parser = value_parser!(u32).range(1..=1000),
+        value_name = "MESSAGES"
+    )]
+    handler_parallel: u32,
+}
+
+#[derive(Debug, Args)]
 #[command(next_help_heading = "Messages that fail")]
 struct FailureArguments {
     /// After how many attempts a message is given up, as a dead letter in postbox.inbox_message; 1 to
@@ -187,6 +216,10 @@ struct FailureArguments {
         value_name = "NUMBER"
     )]
     max_attempts: u32,
+
+    /// A topic to which a copy of each dead letter is sent, with its error and its origin in headers.
+    #[arg(long, env = "POSTBOX_DEAD_LETTER_TOPIC", value_name = "TOPIC")]
+    dead_letter_topic: Option<String>,
 
     /// How long a message that failed waits for its second attempt; twice as long for each further
     /// one; 10ms to 1h.
@@ -209,7 +242,8 @@ struct FailureArguments {
     )]
     retry_backoff_max: Duration,
 
-    /// How long a statement of the handler may take, after which it is cancelled; 10ms to 1h.
+    /// How long a statement of the handler may take, after which it is cancelled, or a service to answer;
+    /// 10ms to 1h.
     #[arg(
         long,
         env = "POSTBOX_HANDLER_TIMEOUT",
@@ -280,6 +314,7 @@ struct LimitArguments {
 enum Handler {
     None,
     Sql(String),
+    Http(String),
 }
 
 impl FromStr for Handler {
@@ -289,13 +324,17 @@ impl FromStr for Handler {
         match text.split_once(':') {
             None if text == "none" => Ok(Self::None),
             Some(("sql", function)) if !function.is_empty() => Ok(Self::Sql(function.to_owned())),
-            _ => Err("use none, or sql:SCHEMA.FUNCTION".to_owned()),
+            Some(("http" | "https", _)) => Ok(Self::Http(text.to_owned())),
+            _ => Err("use none, sql:SCHEMA.FUNCTION, or http://HOST or https://HOST".to_owned()),
         }
     }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-#[expect(clippy::enum_variant_names, reason = "these are what the field calls them")]
+#[expect(
+    clippy::enum_variant_names,
+    reason = "these are what the field calls them"
+)]
 enum AckArgument {
     AtMostOnce,
     AtLeastOnce,
@@ -367,6 +406,15 @@ impl ConsumeCommand {
             (AckArgument::AtMostOnce, None) => Ack::AtMostOnce,
             (AckArgument::ExactlyOnce, None) => Ack::ExactlyOnce,
         };
+        if matches!(self.handler, Handler::Http(_)) && ack == Ack::ExactlyOnce {
+            return refuse(
+                "what a service does is not rolled back with our transaction, so exactly-once is not to be had: \
+                 use --ack at-least-once, or at-most-once",
+            );
+        }
+        if !matches!(self.handler, Handler::Http(_)) && !self.service.handler_header.is_empty() {
+            return refuse("--handler-header is for a service: name one with --handler http://…");
+        }
         let is_stored = [Ack::ExactlyOnce, Ack::AtLeastOnce(CommitOn::Persist)].contains(&ack);
         if self.handler == Handler::None && !is_stored {
             return refuse(
@@ -381,6 +429,7 @@ impl ConsumeCommand {
         let refuse = |message: String| Err(Error::new(ErrorKind::Settings, message));
         let FailureArguments {
             max_attempts: max,
+            ref dead_letter_topic,
             retry_backoff_min: backoff_min,
             retry_backoff_max: backoff_max,
             handler_timeout,
@@ -389,6 +438,7 @@ impl ConsumeCommand {
             ("--retry-backoff-min", backoff_min),
             ("--retry-backoff-max", backoff_max),
         )?;
+        check_topic("--dead-letter-topic", dead_letter_topic.as_deref())?;
         if self.group.is_empty() {
             return refuse("--group needs a name".to_owned());
         }
@@ -402,6 +452,7 @@ impl ConsumeCommand {
             format!("^({regex})$")
         });
         Ok(InboxSettings {
+            dead_letter_topic: dead_letter_topic.clone(),
             database: self.database.resolve()?,
             contract: self.schema.resolve()?,
             kafka: self.kafka.resolve()?,
@@ -412,6 +463,14 @@ impl ConsumeCommand {
             handlers: match &self.handler {
                 Handler::None => Handlers::Application,
                 Handler::Sql(name) => Handlers::Sql(Function::new(name)),
+                Handler::Http(address) => {
+                    let ServiceArguments {
+                        handler_header,
+                        handler_parallel,
+                    } = &self.service;
+                    let parallel = *handler_parallel as usize;
+                    Handlers::Http(Endpoint::new(address, handler_header, parallel)?)
+                }
             },
             reading: Reading {
                 id_header: self.messages.id_header.clone(),

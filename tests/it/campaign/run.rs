@@ -10,7 +10,7 @@ use super::repeats::{End, History, Stretch, now};
 use super::schedule::{Action, LARGE, SMALL, Schedule, Side};
 use super::world::World;
 use crate::poison::{admin, create_topic};
-use crate::support::{Fixture, Relay, Weather, wait_until};
+use crate::support::{Fixture, PATIENCE, Relay, Weather, wait_until};
 
 /// What a run has shown.
 #[derive(Debug)]
@@ -380,16 +380,22 @@ impl Run<'_> {
         }
         // Brokers that have much to do may take longer to create a topic than the stream waits.
         if mode.can_park() {
-            let waiting =
-                "SELECT count(*) FROM postbox.parked WHERE status IN ('scheduled', 'waiting')";
-            wait_until("nothing waits", async || {
+            let waiting = "SELECT string_agg((to_jsonb(p) - 'message')::text, ', ') FROM ( \
+                               SELECT * FROM postbox.parked WHERE status IN ('scheduled', 'waiting') LIMIT 10 \
+                           ) AS p";
+            let deadline = Instant::now() + PATIENCE;
+            loop {
                 if self.schedule.is_poisoned {
                     self.limit(LARGE).await;
                 }
                 let row = self.fixture.client.query_one(waiting, &[]).await.unwrap();
-                row.get::<_, i64>(0) == 0
-            })
-            .await;
+                let Some(left) = row.get::<_, Option<String>>(0) else {
+                    break;
+                };
+                let relays = self.relays.iter().map(Relay::log).collect::<String>();
+                assert!(Instant::now() < deadline, "still parked: {left}\n{relays}");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
         }
         // Before an orderly end, which might mark what is left.
         let unmarked = mode.unmarked(&self.fixture).await;

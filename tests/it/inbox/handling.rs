@@ -54,6 +54,7 @@ async fn messages_of_any_kind_are_stored_for_the_application() {
         key: None,
         id: None,
         value: Some(value.to_owned()),
+        headers: &[],
     };
     let long = "i".repeat(3_000);
     let events = [

@@ -5,11 +5,14 @@ mod failures;
 mod gauges;
 mod handling;
 mod harm;
+mod letters;
 mod position;
 mod record;
 mod retention;
+mod rust;
+mod service;
 mod stored;
-mod strategies;
+pub(crate) mod strategies;
 
 use std::process::Command;
 use std::time::Duration;
@@ -34,6 +37,8 @@ struct Event {
     key: Option<String>,
     id: Option<String>,
     value: Option<Vec<u8>>,
+    /// Besides the id.
+    headers: &'static [(&'static str, &'static [u8])],
 }
 
 impl Event {
@@ -43,6 +48,7 @@ impl Event {
             key: Some(key.to_owned()),
             id: Some(format!("{key}-{version}")),
             value: Some(format!(r#"{{"version":{version}}}"#).into_bytes()),
+            headers: &[],
         }
     }
 }
@@ -117,6 +123,10 @@ impl Stage {
             let mut headers = OwnedHeaders::new();
             if let Some(id) = &event.id {
                 let (key, value) = ("id", Some(id));
+                headers = headers.insert(Header { key, value });
+            }
+            for (key, value) in event.headers {
+                let value = Some(*value);
                 headers = headers.insert(Header { key, value });
             }
             let mut record = BaseRecord::<str, [u8]>::to(&self.topic).headers(headers);

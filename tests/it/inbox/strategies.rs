@@ -165,25 +165,27 @@ async fn a_message_that_is_produced_again_is_not_handled_again() {
     }
 }
 
+/// Where a consumer is ended.
+pub(crate) const STEPS: [&str; 8] = [
+    "inbox_assigned",
+    "inbox_claimed",
+    "inbox_received",
+    "inbox_handling",
+    "inbox_handled",
+    "inbox_committed",
+    "inbox_taken",
+    "inbox_retried",
+];
+
 /// At each step, at the first passage and at a later one.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_crash_at_any_step_loses_and_repeats_nothing() {
-    let steps = [
-        "inbox_assigned",
-        "inbox_claimed",
-        "inbox_received",
-        "inbox_handling",
-        "inbox_handled",
-        "inbox_committed",
-        "inbox_taken",
-        "inbox_retried",
-    ];
     for strategy in &STRATEGIES[1..] {
         let stage = Stage::new(2).await;
         // So that something is tried again.
         sql(&stage, "INSERT INTO poison VALUES ('k3-4', 'retry 100ms')").await;
         stage.produce(&events());
-        for (n, step) in steps.into_iter().enumerate() {
+        for (n, step) in STEPS.into_iter().enumerate() {
             let flags = [
                 "--handler",
                 "sql:handle",

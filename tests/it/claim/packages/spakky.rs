@@ -68,6 +68,10 @@ async fn our_records_are_those_of_its_transport() {
             panic!("no records")
         };
         records.sort_by_key(|record| record["value"].to_string());
+        // Without a key, each producer takes any.
+        for record in &mut records {
+            record["partition"].take();
+        }
         records
     });
     assert!(ours.iter().all(|record| record["key"].is_null()));
