@@ -277,6 +277,19 @@ fn settings(message: impl Into<String>) -> Error {
     Error::new(ErrorKind::Settings, message)
 }
 
+/// Refuses what is no topic, naming the flag.
+pub(super) fn check_topic(flag: &str, topic: Option<&str>) -> postbox::Result<()> {
+    let Some(topic) = topic.filter(|topic| !is_topic_name(topic)) else {
+        return Ok(());
+    };
+    let message = format!(
+        "{flag} \"{}\" is not a topic name: Kafka allows 1 to 249 of the characters a-z A-Z 0-9 . _ - and neither \
+         \".\" nor \"..\"",
+        topic.escape_debug()
+    );
+    Err(Error::new(ErrorKind::Settings, message))
+}
+
 #[cfg(test)]
 mod tests {
     use super::lines;
@@ -301,17 +314,4 @@ mod tests {
             );
         }
     }
-}
-
-/// Refuses what is no topic, naming the flag.
-pub(super) fn check_topic(flag: &str, topic: Option<&str>) -> postbox::Result<()> {
-    let Some(topic) = topic.filter(|topic| !is_topic_name(topic)) else {
-        return Ok(());
-    };
-    let message = format!(
-        "{flag} \"{}\" is not a topic name: Kafka allows 1 to 249 of the characters a-z A-Z 0-9 . _ - and neither \
-         \".\" nor \"..\"",
-        topic.escape_debug()
-    );
-    Err(Error::new(ErrorKind::Settings, message))
 }

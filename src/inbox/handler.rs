@@ -103,7 +103,7 @@ impl Handlers {
         Ok(match self {
             Self::Application => Working::Application,
             Self::Sql(function) => Working::Sql(function.prepare(client, contract, group).await?),
-            Self::Http(endpoint) => Working::Http(endpoint.open()?),
+            Self::Http(endpoint) => Working::Http(Box::new(endpoint.open()?)),
             Self::Rust(handler) => Working::Rust(handler.clone()),
         })
     }
@@ -113,7 +113,7 @@ impl Handlers {
 pub(super) enum Working {
     Application,
     Sql(sql::Prepared),
-    Http(http::Service),
+    Http(Box<http::Service>),
     Rust(Arc<dyn Handler>),
 }
 
@@ -236,9 +236,7 @@ pub(super) async fn kept_open<T>(
     let pulse = async {
         loop {
             tokio::time::sleep(PULSE).await;
-            if let Err(error) = transaction.batch_execute("").await {
-                return Err(error);
-            }
+            transaction.batch_execute("").await?;
         }
     };
     tokio::select! {
