@@ -24,12 +24,14 @@ CREATE TABLE :"schema".inbox_source (
     id integer GENERATED ALWAYS AS IDENTITY,
     consumer_group text NOT NULL,
     topic text NOT NULL,
+    partitions integer,
     owes_letters boolean NOT NULL DEFAULT false,
     CONSTRAINT inbox_source_pkey PRIMARY KEY (id),
     CONSTRAINT one_number_a_source UNIQUE (consumer_group, topic)
 );
 COMMENT ON TABLE :"schema".inbox_source IS 'numbers for a group and a topic, for short rows of inbox and inbox_message';
 COMMENT ON COLUMN :"schema".inbox_source.topic IS 'empty: all topics of the group, where they share their ids (--dedup-scope group)';
+COMMENT ON COLUMN :"schema".inbox_source.partitions IS 'how many the topic had when a consumer of the group first came: the others are new, and are read from their beginning';
 COMMENT ON COLUMN :"schema".inbox_source.owes_letters IS 'whether its dead letters are to be copied to a topic (--dead-letter-topic)';
 
 CREATE TABLE :"schema".inbox_offset (

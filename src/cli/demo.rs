@@ -11,8 +11,9 @@ use super::quantity::time;
 ///
 /// Starts a throw-away Postgres and Kafka, or uses the servers of DATABASE_URL and KAFKA_BROKERS,
 /// where it makes names of its own and removes them at the end, but for the topic. Writers place orders
-/// and roll some back; the relay is killed in the middle with SIGKILL and started again. Exit code 0 if
-/// nothing was lost, reordered or invented, else 1.
+/// and roll some back; the relay, and the inbox that has each order handled, are killed with SIGKILL and
+/// started again. Exit code 0 if nothing was lost, reordered or invented, and each order was handled
+/// once, else 1.
 ///
 /// A TIME is a whole number of ms, s, m, h or d.
 #[derive(Debug, Args)]

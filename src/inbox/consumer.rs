@@ -71,6 +71,8 @@ pub(super) struct Assigned {
     pub(super) place: Place,
     /// The number of this assignment.
     pub(super) assignment: u64,
+    /// How many partitions its topic has.
+    pub(super) partitions: i32,
     /// The first offset that is still there.
     pub(super) low: i64,
     /// The one after the last that may be read.
@@ -444,7 +446,7 @@ impl Context {
         let committed = consumer
             .committed_offsets(list.clone(), ANSWER_MAX)
             .map_err(|error| away("ask for the group's offsets", error))?;
-        let mut assigned = Vec::new();
+        let mut assigned: Vec<Assigned> = Vec::new();
         for element in committed.elements() {
             let place = Place {
                 topic: element.topic().into(),
@@ -453,8 +455,13 @@ impl Context {
             let (low, high) = consumer
                 .fetch_watermarks(&place.topic, place.partition, ANSWER_MAX)
                 .map_err(|error| away(&format!("ask for the offsets of {place}"), error))?;
+            let partitions = match assigned.iter().find(|one| one.place.topic == place.topic) {
+                Some(one) => one.partitions,
+                None => partitions(consumer, &place.topic)?,
+            };
             assigned.push(Assigned {
                 place,
+                partitions,
                 assignment: self.last_assignment.fetch_add(1, Ordering::Relaxed) + 1,
                 low,
                 high,
@@ -598,6 +605,17 @@ fn is_cooperative(consumer: &BaseConsumer<Context>) -> bool {
         consumer.rebalance_protocol(),
         RebalanceProtocol::Cooperative
     )
+}
+
+/// How many partitions a topic has.
+fn partitions(consumer: &BaseConsumer<Context>, topic: &str) -> Result<i32> {
+    let metadata = consumer.fetch_metadata(Some(topic), ANSWER_MAX);
+    let metadata = metadata.map_err(|error| away(&format!("ask about topic {topic}"), error))?;
+    let count = metadata
+        .topics()
+        .first()
+        .map(|topic| topic.partitions().len());
+    Ok(i32::try_from(count.unwrap_or_default()).unwrap_or(i32::MAX))
 }
 
 /// Nothing is asked: each answer with records says it.

@@ -130,6 +130,7 @@ mod tests {
                 partition: 0,
             },
             assignment: 1,
+            partitions: 1,
             low,
             high,
             committed: None,

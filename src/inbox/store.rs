@@ -1,6 +1,6 @@
 //! What a consumer reads and writes of its tables.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::Duration;
 
 use tokio_postgres::types::Type;
@@ -40,13 +40,14 @@ pub(super) struct Source {
     pub(super) dedup: i32,
     /// In `inbox_message`.
     pub(super) messages: i32,
+    /// How many partitions the topic had when the group began with it.
+    partitions: i32,
 }
 
 struct Sql {
     name_sources: String,
-    owe_letters: String,
+    describe_sources: String,
     sources: String,
-    known_topics: String,
     look: String,
     claim: String,
     lanes: String,
@@ -186,20 +187,8 @@ impl Store {
             (&partitions as _, Type::INT4_ARRAY),
         ];
         let transaction = client.transaction().await.map_err(failed)?;
-        let sources = name_sources(
-            &self.sql,
-            &transaction,
-            &self.group,
-            &topics,
-            self.shares_ids,
-            self.dead_letter_topic.as_deref(),
-        );
-        let sources = sources.await.map_err(failed)?;
-        let rows = transaction
-            .query_typed(&self.sql.known_topics, &places[..2])
-            .await
-            .map_err(failed)?;
-        let known_topics: HashSet<String> = rows.iter().map(|row| row.get(0)).collect();
+        let sources = self.name_sources(&transaction, assigned).await;
+        let sources = sources.map_err(failed)?;
         // Waits for the transaction of whoever has them.
         let rows = transaction
             .query_typed(&self.sql.look, &places)
@@ -226,11 +215,11 @@ impl Store {
             let start = match (stored, one.committed) {
                 (Some((stored, _)), _) => Start::known(one, stored, cluster_id),
                 (None, Some(offset)) => Start::committed(one, offset),
-                // A partition that is new in a topic that is not.
-                (None, None) if known_topics.contains(&**topic) => {
-                    Ok(Start::end(one, From::Earliest))
+                // One that was there when the group began with the topic.
+                (None, None) if *partition < sources[&**topic].partitions => {
+                    Ok(Start::end(one, from))
                 }
-                (None, None) => Ok(Start::end(one, from)),
+                (None, None) => Ok(Start::end(one, From::Earliest)),
             };
             let start = start.or_else(|why| reset(one, &why, on_reset))?;
             starts.push((start, stored.is_some_and(|(_, was_held)| *was_held)));
@@ -266,6 +255,57 @@ impl Store {
             }
         });
         Ok(claimed.collect())
+    }
+
+    /// What is known of topics, made where there is nothing.
+    async fn name_sources<'a>(
+        &self,
+        transaction: &Transaction<'_>,
+        assigned: &'a [Assigned],
+    ) -> std::result::Result<HashMap<&'a str, Source>, tokio_postgres::Error> {
+        let topics: BTreeMap<&str, i32> = assigned
+            .iter()
+            .map(|one| (&*one.place.topic, one.partitions))
+            .collect();
+        let (mut names, mut partitions): (Vec<&str>, Vec<i32>) = topics.into_iter().unzip();
+        if self.shares_ids {
+            names.push("");
+            partitions.push(0);
+        }
+        let parameters: [Parameter<'_>; 4] = [
+            (&self.group, Type::TEXT),
+            (&names, Type::TEXT_ARRAY),
+            (&partitions, Type::INT4_ARRAY),
+            (&self.dead_letter_topic, Type::TEXT),
+        ];
+        let (named, asked) = (&parameters[..3], &parameters[..2]);
+        let sql = &self.sql;
+        transaction.execute_typed(&sql.name_sources, named).await?;
+        transaction
+            .execute_typed(&sql.describe_sources, &parameters)
+            .await?;
+        // A statement of its own: it sees what another session has named meanwhile.
+        let rows = transaction.query_typed(&sql.sources, asked).await?;
+        let known: HashMap<&str, (i32, i32)> = rows
+            .iter()
+            .map(|row| (row.get(0), (row.get(1), row.get(2))))
+            .collect();
+        let sources = assigned.iter().map(|one| {
+            let topic = &*one.place.topic;
+            let (messages, partitions) = known[topic];
+            let dedup = if self.shares_ids {
+                known[""].0
+            } else {
+                messages
+            };
+            let source = Source {
+                dedup,
+                messages,
+                partitions,
+            };
+            (topic, source)
+        });
+        Ok(sources.collect())
     }
 
     /// Has those who are at work now handle what waits for others: the application what a handler
@@ -659,41 +699,6 @@ fn by_column<'p>(places: impl IntoIterator<Item = &'p Place>) -> (Vec<&'p str>, 
     places.map(|place| (&*place.topic, place.partition)).unzip()
 }
 
-/// The numbers of these topics, made where there are none.
-async fn name_sources<'t>(
-    sql: &Sql,
-    transaction: &Transaction<'_>,
-    group: &str,
-    topics: &[&'t str],
-    shares_ids: bool,
-    dead_letter_topic: Option<&str>,
-) -> std::result::Result<HashMap<&'t str, Source>, tokio_postgres::Error> {
-    let all_topics: Vec<&str> = topics
-        .iter()
-        .copied()
-        .chain(shares_ids.then_some(""))
-        .collect();
-    let parameters: [Parameter<'_>; 2] = [(&group, Type::TEXT), (&all_topics, Type::TEXT_ARRAY)];
-    transaction
-        .execute_typed(&sql.name_sources, &parameters)
-        .await?;
-    let owed: [Parameter<'_>; 3] = [
-        (&group, Type::TEXT),
-        (&topics, Type::TEXT_ARRAY),
-        (&dead_letter_topic, Type::TEXT),
-    ];
-    transaction.execute_typed(&sql.owe_letters, &owed).await?;
-    // A statement of its own: it sees what another session has named meanwhile.
-    let rows = transaction.query_typed(&sql.sources, &parameters).await?;
-    let numbers: HashMap<&str, i32> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
-    let named = topics.iter().map(|topic| {
-        let messages = numbers[topic];
-        let dedup = if shares_ids { numbers[""] } else { messages };
-        (*topic, Source { dedup, messages })
-    });
-    Ok(named.collect())
-}
-
 /// What to do where the log is another.
 pub(super) fn reset(assigned: &Assigned, why: &str, on_reset: OnReset) -> Result<Start> {
     let place = &assigned.place;
@@ -724,24 +729,24 @@ impl Sql {
         let asked = "unnest($2::text[], $3::integer[]) WITH ORDINALITY AS p (topic, partition, n)";
         Self {
             name_sources: sql(
-                "INSERT INTO :\"schema\".inbox_source (consumer_group, topic)
-                 SELECT $1, t.topic FROM unnest($2::text[]) AS t (topic)
+                "INSERT INTO :\"schema\".inbox_source (consumer_group, topic, partitions)
+                 SELECT $1, t.topic, t.partitions FROM unnest($2::text[], $3::integer[]) AS t (topic, partitions)
                  WHERE NOT EXISTS (
                      SELECT FROM :\"schema\".inbox_source AS s WHERE s.consumer_group = $1 AND s.topic = t.topic
                  )
-                 GROUP BY t.topic ORDER BY t.topic
+                 ORDER BY t.topic
                  ON CONFLICT DO NOTHING",
             ),
-            owe_letters: sql(
-                "UPDATE :\"schema\".inbox_source SET owes_letters = coalesce(topic <> $3, false)
-                 WHERE consumer_group = $1 AND topic = ANY ($2)
-                   AND owes_letters <> coalesce(topic <> $3, false)",
+            describe_sources: sql(
+                "UPDATE :\"schema\".inbox_source AS s
+                 SET partitions = coalesce(s.partitions, t.partitions), owes_letters = coalesce(s.topic <> $4, false)
+                 FROM unnest($2::text[], $3::integer[]) AS t (topic, partitions)
+                 WHERE s.consumer_group = $1 AND s.topic = t.topic
+                   AND (s.partitions IS NULL OR s.owes_letters <> coalesce(s.topic <> $4, false))",
             ),
             sources: sql(
-                "SELECT topic, id FROM :\"schema\".inbox_source WHERE consumer_group = $1 AND topic = ANY ($2)",
-            ),
-            known_topics: sql(
-                "SELECT DISTINCT topic FROM :\"schema\".inbox_offset WHERE consumer_group = $1 AND topic = ANY ($2)",
+                "SELECT topic, id, partitions FROM :\"schema\".inbox_source
+                 WHERE consumer_group = $1 AND topic = ANY ($2)",
             ),
             look: sql(
                 "SELECT o.topic, o.partition, o.next_offset, o.last_id, o.last_timestamp, o.cluster_id,

@@ -34,18 +34,20 @@
 
 use std::collections::BTreeMap;
 use std::error::Error as StdError;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, RETRY_AFTER, USER_AGENT};
 use hyper::{Method, Request, StatusCode, Uri};
+use hyper_rustls::builderstates::{WantsSchemes, WantsTlsConfig};
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
+use rustls::{ClientConfig, RootCertStore};
 use serde_json::Value;
 use tokio::time::Instant;
 use tracing::{info, warn};
@@ -156,9 +158,8 @@ impl Endpoint {
         connector.enforce_http(false);
         connector.set_connect_timeout(Some(CONNECT_MAX));
         connector.set_nodelay(true);
-        let provider = rustls::crypto::ring::default_provider();
-        let connector = HttpsConnectorBuilder::new()
-            .with_provider_and_native_roots(provider)
+        let connector = self
+            .checked(HttpsConnectorBuilder::new())
             .map_err(|error| {
                 let message = "the certificates that this system trusts cannot be read";
                 Error::new(ErrorKind::Settings, message).caused_by(error)
@@ -176,6 +177,25 @@ impl Endpoint {
             endpoint: self.clone(),
             reach: Mutex::default(),
         })
+    }
+}
+
+impl Endpoint {
+    /// With the system's certificates; a system need have none where they check nothing.
+    fn checked(
+        &self,
+        builder: HttpsConnectorBuilder<WantsTlsConfig>,
+    ) -> std::io::Result<HttpsConnectorBuilder<WantsSchemes>> {
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        if self.uri.scheme_str() == Some("https") {
+            return builder.with_provider_and_native_roots(provider);
+        }
+        let config = ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .map_err(std::io::Error::other)?
+            .with_root_certificates(RootCertStore::empty())
+            .with_no_client_auth();
+        Ok(builder.with_tls_config(config))
     }
 }
 

@@ -1,5 +1,7 @@
 //! Where a partition is read on.
 
+use rdkafka::admin::{AdminOptions, NewPartitions};
+
 use super::{Event, Stage};
 use crate::support::wait_until;
 
@@ -84,4 +86,47 @@ async fn a_group_that_has_read_without_us_goes_on_where_it_was() {
         committed.unwrap().elements()[0].offset() == Offset::Offset(10)
     })
     .await;
+}
+
+/// Also if another member has begun with other partitions of the topic.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_group_begins_at_the_end_of_all_that_is_there_and_at_the_beginning_of_what_comes_later() {
+    let stage = Stage::new(4).await;
+    let of = |range: std::ops::Range<usize>| -> Vec<Event> {
+        range.map(|n| Event::of(&format!("k{n}"), 0)).collect()
+    };
+    stage.produce(&of(0..40));
+    let begun = async |partitions: i64| {
+        let inbox = stage.handling(&["--from", "latest"]);
+        wait_until("all partitions are taken", async || {
+            let taken = "SELECT count(*) FROM postbox.inbox_offset";
+            stage.count(taken).await == partitions
+        })
+        .await;
+        inbox
+    };
+    begun(4).await.drain().await;
+    let others = "DELETE FROM postbox.inbox_offset WHERE partition > 0";
+    let others = others.replace(
+        "postbox.",
+        &format!("\"{}\".", stage.fixture.contract.schema),
+    );
+    stage.fixture.client.batch_execute(&others).await.unwrap();
+    begun(4).await.drain().await;
+    let read = "SELECT sum(next_offset)::bigint FROM postbox.inbox_offset";
+    assert_eq!(stage.count(read).await, 40);
+    let grown = NewPartitions::new(&stage.topic, 5);
+    let grown = stage
+        .admin()
+        .create_partitions([&grown], &AdminOptions::new())
+        .await;
+    grown.unwrap()[0].as_ref().unwrap();
+    // The new one has some of these, though nobody consumes it yet.
+    stage.produce(&of(40..80));
+    let inbox = begun(5).await;
+    stage.wait_for_effects(40).await;
+    inbox.drain().await;
+    stage.assert_once_and_in_order(&of(40..80)).await;
+    let new = "SELECT next_offset FROM postbox.inbox_offset WHERE partition = 4";
+    assert!(stage.count(new).await > 0);
 }

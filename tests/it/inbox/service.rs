@@ -9,11 +9,17 @@ use axum::body::{Body, to_bytes};
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
-use tokio::net::TcpListener;
+use rustls::ServerConfig;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use tokio::io::copy_bidirectional;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
+use tokio_rustls::TlsAcceptor;
 
 use super::{Event, Stage};
+use crate::security::certificates::{Authority, LOCAL};
 use crate::support::{Relay, wait_until};
 
 /// What it was sent.
@@ -356,6 +362,70 @@ async fn a_kill_repeats_no_more_than_what_is_asked_for_at_once() {
             service.assert_in_order(&events());
         }
     }
+}
+
+/// TLS in front of a service. Its port.
+async fn encrypted(service: &Service, authority: &Authority) -> u16 {
+    let identity = authority.server(LOCAL);
+    let certificate = CertificateDer::from_pem_slice(identity.certificate.as_bytes()).unwrap();
+    let key = PrivateKeyDer::from_pem_slice(identity.key.as_bytes()).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let server = ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(vec![certificate], key)
+        .unwrap();
+    let acceptor = TlsAcceptor::from(Arc::new(server));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let address = service.address;
+    tokio::spawn(async move {
+        while let Ok((client, _)) = listener.accept().await {
+            let acceptor = acceptor.clone();
+            tokio::spawn(async move {
+                let mut client = acceptor.accept(client).await?;
+                let mut server = TcpStream::connect(address).await?;
+                copy_bidirectional(&mut client, &mut server).await
+            });
+        }
+    });
+    port
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_service_with_https_must_have_a_certificate_that_is_trusted() {
+    let stage = Stage::new(1).await;
+    let service = Service::new().await;
+    let [ours, other] = ["ours", "other"].map(Authority::new);
+    let port = encrypted(&service, &ours).await;
+    stage.produce(&events());
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("ca.pem");
+    let start = |authority: &Authority| {
+        std::fs::write(&file, authority.certificate()).unwrap();
+        let address = format!("https://localhost:{port}/events");
+        let flags = ["--handler", &address, "--max-attempts", "1"];
+        let mut command = stage.command(&[&flags[..], &AT_LEAST_ONCE].concat());
+        Relay::spawn(
+            command
+                .env("SSL_CERT_FILE", &file)
+                .env_remove("SSL_CERT_DIR"),
+        )
+    };
+    let mut inbox = start(&other);
+    inbox.wait_for_log("cannot be reached").await;
+    let why = inbox.log();
+    assert!(
+        why.contains("invalid peer certificate: UnknownIssuer"),
+        "{why}"
+    );
+    inbox.drain().await;
+    assert_eq!(service.asked().len(), 0);
+    let inbox = start(&ours);
+    service.wait_for(100).await;
+    inbox.drain().await;
+    service.assert_in_order(&events());
 }
 
 #[test]

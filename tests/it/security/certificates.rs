@@ -6,16 +6,16 @@ use rcgen::{
 };
 
 /// A CA of the tests' own.
-pub(super) struct Authority(CertifiedIssuer<'static, KeyPair>);
+pub(crate) struct Authority(CertifiedIssuer<'static, KeyPair>);
 
 /// A certificate and its key, both PEM.
-pub(super) struct Identity {
-    pub(super) certificate: String,
-    pub(super) key: String,
+pub(crate) struct Identity {
+    pub(crate) certificate: String,
+    pub(crate) key: String,
 }
 
 impl Authority {
-    pub(super) fn new(name: &str) -> Self {
+    pub(crate) fn new(name: &str) -> Self {
         let mut parameters = named(name, &[]);
         parameters.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let key = KeyPair::generate().unwrap();
@@ -23,24 +23,24 @@ impl Authority {
     }
 
     /// The CA's own certificate.
-    pub(super) fn certificate(&self) -> String {
+    pub(crate) fn certificate(&self) -> String {
         self.0.pem()
     }
 
     /// A server's, for these names and addresses.
-    pub(super) fn server(&self, hosts: &[&str]) -> Identity {
+    pub(crate) fn server(&self, hosts: &[&str]) -> Identity {
         self.issue(&named("server", hosts))
     }
 
     /// A server's, for this machine, that is no longer valid.
-    pub(super) fn expired_server(&self) -> Identity {
+    pub(crate) fn expired_server(&self) -> Identity {
         let mut parameters = named("server", LOCAL);
         parameters.not_after = date_time_ymd(2020, 1, 1);
         self.issue(&parameters)
     }
 
     /// A client's, who is called so.
-    pub(super) fn client(&self, name: &str) -> Identity {
+    pub(crate) fn client(&self, name: &str) -> Identity {
         self.issue(&named(name, &[]))
     }
 
@@ -54,7 +54,7 @@ impl Authority {
 }
 
 /// What this machine is called.
-pub(super) const LOCAL: &[&str] = &["localhost", "127.0.0.1"];
+pub(crate) const LOCAL: &[&str] = &["localhost", "127.0.0.1"];
 
 fn named(name: &str, hosts: &[&str]) -> CertificateParams {
     let hosts: Vec<String> = hosts.iter().map(|host| (*host).to_owned()).collect();

@@ -1,7 +1,7 @@
 //! Servers that encrypt, ask who is there, and do not let everyone do everything.
 
 mod acls;
-mod certificates;
+pub(crate) mod certificates;
 mod kafka;
 mod middleman;
 mod postgres;
