@@ -135,7 +135,9 @@ COMMENT ON COLUMN :"schema".inbox_message.decided_by IS 'who skipped it, or had 
 
 CREATE INDEX inbox_message_lane ON :"schema".inbox_message (source, partition, lane, seq)
     WHERE status IN ('stored', 'waiting');
-CREATE INDEX inbox_message_due ON :"schema".inbox_message (source, partition, due_at) WHERE status = 'waiting';
+-- Without those that are behind others: it is short, and no plan can take it for the index of lanes.
+CREATE INDEX inbox_message_due ON :"schema".inbox_message (source, partition, due_at)
+    WHERE status = 'waiting' AND due_at < 'infinity';
 CREATE INDEX inbox_message_decided ON :"schema".inbox_message (source, seq) WHERE status IN ('dead', 'skipped');
 CREATE INDEX inbox_message_letters ON :"schema".inbox_message (source, seq) WHERE owes_letter;
 
@@ -162,6 +164,10 @@ COMMENT ON FUNCTION :"schema".message_uuid IS 'what a message is told from other
 
 -- For applications that handle messages by themselves. Each of them has its owner's rights, as the
 -- tables are nobody's to change: EXECUTE is all that an application needs.
+
+-- Where a message is named by its id, status || '' keeps the planner from the indexes that hold one status
+-- only: before it knows the table, it takes them for as good as the primary key, and reads all that waits
+-- for each id.
 
 -- What was claimed before and not done may be what ends its worker: it is given alone, so that nothing
 -- else is counted with it. A lane is claimed as a whole, from its first message on, if that is not claimed; and lanes are walked
@@ -215,7 +221,7 @@ BEGIN
             IF head.status = 'stored' AND head.due_at <= clock_timestamp() AND (head.attempts = 0 OR claimed = 0) THEN
                 -- Looked at again once it is locked: another may have claimed it, or done it.
                 PERFORM FROM inbox_message AS m
-                WHERE m.source = place.source AND m.id = head.id AND m.status = 'stored'
+                WHERE m.source = place.source AND m.id = head.id AND m.status || '' = 'stored'
                   AND m.due_at <= clock_timestamp()
                 FOR UPDATE SKIP LOCKED;
                 IF FOUND AND head.attempts >= attempts_max THEN
@@ -240,7 +246,7 @@ BEGIN
                         UPDATE inbox_message AS m
                         SET attempts = m.attempts + 1, due_at = clock_timestamp() + lease, is_claimed = true
                         FROM run
-                        WHERE m.source = place.source AND m.id = run.id AND m.status = 'stored'
+                        WHERE m.source = place.source AND m.id = run.id AND m.status || '' = 'stored'
                         RETURNING m.*
                     )
                     SELECT inbox_claim.consumer_group, t.message_id, place.topic, t.partition, t.kafka_offset, t.key,
@@ -272,7 +278,7 @@ AS $$
         DELETE FROM inbox_message AS m
         USING inbox_source AS s, unnest(inbox_done.ids) AS i (message_id)
         WHERE s.consumer_group = inbox_done.consumer_group AND m.source = s.id
-          AND m.id = message_uuid(i.message_id) AND m.status = 'stored'
+          AND m.id = message_uuid(i.message_id) AND m.status || '' = 'stored'
         RETURNING m.id
     )
     SELECT count(*) FROM done
@@ -302,7 +308,7 @@ BEGIN
         due_at = clock_timestamp() + least(backoff_min * 2 ^ least(greatest(m.attempts - 1, 0), 30), backoff_max)
     FROM inbox_source AS s
     WHERE s.consumer_group = inbox_fail.consumer_group AND m.source = s.id
-      AND m.id = message_uuid(inbox_fail.id) AND m.status = 'stored'
+      AND m.id = message_uuid(inbox_fail.id) AND m.status || '' = 'stored'
     RETURNING m.* INTO failed;
     IF NOT FOUND THEN
         RETURN false;

@@ -724,6 +724,9 @@ pub(super) fn is_another(place: &Place, why: &str) -> Error {
 }
 
 impl Sql {
+    // Where messages are named by their ids, `status || ''` keeps the planner from the indexes that
+    // hold one status only: before it knows the table, it takes them for as good as the primary
+    // key, and reads all that waits for each id.
     fn new(contract: &Contract) -> Self {
         let sql = |text: &str| contract.sql(text);
         let asked = "unnest($2::text[], $3::integer[]) WITH ORDINALITY AS p (topic, partition, n)";
@@ -812,7 +815,7 @@ impl Sql {
                      UPDATE :\"schema\".inbox_message AS m
                      SET due_at = now()
                      FROM heads AS h
-                     WHERE m.source = h.source AND m.id = h.id AND h.due_at = 'infinity' AND m.status = 'waiting'
+                     WHERE m.source = h.source AND m.id = h.id AND h.due_at = 'infinity' AND m.status || '' = 'waiting'
                  )
                  SELECT n FROM heads",
             ),
@@ -829,12 +832,15 @@ impl Sql {
                          SELECT m.source, m.partition, m.lane, m.seq, m.attempts, m.due_at
                          FROM :\"schema\".inbox_message AS m
                          WHERE m.source = p.source AND m.partition = p.partition AND m.status = 'waiting'
-                           AND m.due_at <= clock_timestamp()
-                           -- A person may have another of its lane tried.
-                           AND NOT EXISTS (
-                               SELECT FROM :\"schema\".inbox_message AS b
+                           AND m.due_at < 'infinity' AND m.due_at <= clock_timestamp()
+                           -- A person may have another of its lane tried. A look at an index for each, whatever
+                           -- the planner believes of a table that is never the same for long.
+                           AND m.seq = (
+                               SELECT b.seq FROM :\"schema\".inbox_message AS b
                                WHERE b.source = m.source AND b.partition = m.partition AND b.lane = m.lane
-                                 AND b.status = 'waiting' AND b.seq < m.seq
+                                 AND b.status = 'waiting'
+                               ORDER BY b.seq
+                               LIMIT 1
                            )
                          ORDER BY m.due_at
                          LIMIT $8
@@ -872,7 +878,7 @@ impl Sql {
                          ELSE clock_timestamp() + least($3 * 2 ^ least(m.attempts, 30), $4) * interval '1 second'
                      END
                  FROM run
-                 WHERE m.source = run.source AND m.id = run.id AND m.status = 'waiting' AND run.before < $9
+                 WHERE m.source = run.source AND m.id = run.id AND m.status || '' = 'waiting' AND run.before < $9
                  RETURNING run.n, m.seq, m.source, m.partition, m.lane, m.id, m.attempts, m.kafka_offset, m.message_id,
                      m.original_id, m.key, m.event_type, m.schema_version, m.headers::text, m.payload::text, m.body,
                      (extract(epoch FROM m.created_at) * 1000000)::bigint AS produced",
@@ -887,7 +893,7 @@ impl Sql {
                 "SELECT m.source, m.id FROM :\"schema\".inbox_message AS m
                  JOIN unnest($1::integer[], $2::uuid[], $3::integer[]) AS r (source, id, attempts)
                      ON m.source = r.source AND m.id = r.id
-                 WHERE m.status = 'waiting' AND m.attempts = r.attempts
+                 WHERE m.status || '' = 'waiting' AND m.attempts = r.attempts
                  ORDER BY m.source, m.id
                  FOR UPDATE OF m",
             ),

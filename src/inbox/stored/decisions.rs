@@ -317,7 +317,8 @@ const SETTLE: &str = "WITH lanes AS (
          SELECT m.source, m.id, queue.is_head
          FROM queue
          JOIN :\"schema\".inbox_message AS m ON m.source = queue.source AND m.id = queue.id
-         WHERE m.status = 'waiting' AND queue.is_head = (m.due_at = 'infinity')
+         -- As in the consumer's statements: found by its id, and by no index of a status.
+         WHERE m.status || '' = 'waiting' AND queue.is_head = (m.due_at = 'infinity')
          FOR UPDATE OF m SKIP LOCKED
      )
      UPDATE :\"schema\".inbox_message AS m
