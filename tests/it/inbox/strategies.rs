@@ -66,6 +66,34 @@ async fn a_handler_that_fails_is_tried_again_but_for_at_most_once() {
     }
 }
 
+/// The table is empty when the planner first looks at it, and nothing is known of it: no statement
+/// may read all that waits to find one. Counted by the server, and the same on any machine.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_waits_is_found_without_reading_all_that_waits() {
+    const MESSAGES: usize = 5_000;
+    let stage = Stage::new(1).await;
+    let schema = &stage.fixture.contract.schema;
+    let no_statistics =
+        format!("ALTER TABLE \"{schema}\".inbox_message SET (autovacuum_enabled = false)");
+    sql(&stage, &no_statistics).await;
+    let events: Vec<Event> = (0..MESSAGES)
+        .map(|n| Event::of(&format!("k{}", n % 500), n / 500))
+        .collect();
+    stage.produce(&events);
+    let inbox = stage.handling(ON_PERSIST);
+    stage.wait_for_effects(MESSAGES as i64).await;
+    wait_until_none_waits(&stage).await;
+    inbox.drain().await;
+    // Of each index, what was read to find messages, live or dead.
+    let read = format!(
+        "SELECT max(idx_tup_read) FROM pg_stat_user_indexes
+         WHERE schemaname = '{schema}' AND relname = 'inbox_message'"
+    );
+    let read = stage.count(&read).await as usize;
+    assert!(read > MESSAGES, "not counted yet: {read}");
+    assert!(read < 30 * MESSAGES, "{read} read for {MESSAGES}");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_handler_that_fails_for_good_has_its_key_go_on() {
     for strategy in STRATEGIES {
