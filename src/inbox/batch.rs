@@ -2,7 +2,7 @@
 //!
 //! One transaction moves the offsets, writes which messages were received, and has the handler
 //! work: either all of it has happened, or nothing. The offsets come first: their rows are
-//! locked then, and whoever has lost a partition learns it before anything is done.
+//! locked then, and whoever has lost a partition learns it before the handler begins.
 //!
 //! # What fails
 //!
@@ -20,8 +20,8 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use futures_util::StreamExt;
-use futures_util::stream;
+use futures_util::future::try_join;
+use futures_util::{StreamExt, stream};
 use tokio::sync::Notify;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Transaction};
@@ -39,6 +39,13 @@ use crate::metrics::InboxMetrics;
 /// How soon a transaction is run again that nobody is to blame for.
 const AGAIN_MIN: Duration = Duration::from_millis(10);
 const AGAIN_MAX: Duration = Duration::from_secs(1);
+
+/// What the handler has written is kept. What follows is ours, and has no limit.
+const KEEP: &str = "RELEASE SAVEPOINT messages; SET LOCAL statement_timeout TO DEFAULT";
+
+/// It is undone. To roll back to a savepoint leaves it there.
+const UNDO: &str = "ROLLBACK TO SAVEPOINT messages; RELEASE SAVEPOINT messages; \
+     SET LOCAL statement_timeout TO DEFAULT";
 
 /// What all batches have in common.
 pub(super) struct Work {
@@ -227,10 +234,13 @@ async fn receive<'a>(
     work: &Work,
     batch: &Batch<'a>,
 ) -> Result<Received<'a>, Broken> {
-    if !work.store.advance(transaction, &batch.advances).await? {
+    // The second is sent before the first is answered: the server does them in this order.
+    let advance = work.store.advance(transaction, &batch.advances);
+    let receive = work.store.receive(transaction, batch.messages);
+    let (has_advanced, mut fresh) = try_join(advance, receive).await?;
+    if !has_advanced {
         return Err(Broken::Fenced);
     }
-    let mut fresh = work.store.receive(transaction, batch.messages).await?;
     let mut done = Done::default();
     let mut entries = Vec::with_capacity(batch.messages.len());
     for entry in batch.messages {
@@ -376,22 +386,21 @@ impl Trial<'_> {
         &mut self,
         transaction: &mut Transaction<'_>,
     ) -> Result<(), tokio_postgres::Error> {
-        let limit = self.work.handler_timeout.as_millis();
-        let limit = format!("SET LOCAL statement_timeout = {limit}");
-        transaction.batch_execute(&limit).await?;
         match &self.work.handler {
-            Working::Http(service) => self.ask(service, transaction).await?,
-            _ => self.try_in_order(transaction).await?,
+            Working::Http(service) => self.ask(service, transaction).await,
+            _ => self.try_in_order(transaction).await,
         }
-        // What follows is ours.
-        let no_limit = "SET LOCAL statement_timeout TO DEFAULT";
-        transaction.batch_execute(no_limit).await
     }
 
     async fn try_in_order(
         &mut self,
         transaction: &mut Transaction<'_>,
     ) -> Result<(), tokio_postgres::Error> {
+        let limit = self.work.handler_timeout;
+        let begin = format!(
+            "SET LOCAL statement_timeout = {}; SAVEPOINT messages",
+            limit.as_millis()
+        );
         let all = 0..self.entries.len();
         // The next is the last.
         let mut untried = match self.work.ack {
@@ -406,15 +415,18 @@ impl Trial<'_> {
             let messages: Vec<&Message> = (indices.iter())
                 .map(|index| self.entries[*index].message)
                 .collect();
-            let savepoint = transaction.savepoint("messages").await?;
-            let limit = self.work.handler_timeout;
+            transaction.batch_execute(&begin).await?;
             let began = Instant::now();
-            let handled = self.work.handler.handle(&savepoint, &messages, limit).await;
+            let handled = self
+                .work
+                .handler
+                .handle(transaction, &messages, limit)
+                .await;
             let seconds = &self.work.metrics.handler_seconds;
             seconds.observe(began.elapsed().as_secs_f64());
             let failures = match handled? {
                 Ok(verdicts) => {
-                    savepoint.commit().await?;
+                    transaction.batch_execute(KEEP).await?;
                     for (index, verdict) in indices.iter().zip(verdicts) {
                         self.verdicts[*index] = verdict;
                     }
@@ -422,11 +434,7 @@ impl Trial<'_> {
                 }
                 Err(failures) => failures,
             };
-            savepoint.rollback().await?;
-            // To roll back to a savepoint leaves it there.
-            transaction
-                .batch_execute("RELEASE SAVEPOINT messages")
-                .await?;
+            transaction.batch_execute(UNDO).await?;
             let is_alone = indices.len() == 1;
             if is_alone || failures.iter().all(|failure| failure.at.is_some()) {
                 let mut lanes = HashSet::new();
